@@ -1,0 +1,146 @@
+"""Paths, atomic writes and run ids: the few file habits that every other module shares.
+
+A file or folder appears under its final name only when it is complete (written beside it, flushed, then renamed), so a
+kill or a full disk can leave rubbish with a `.tmp-` name but never half a result. Rubbish is swept by the next writer.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from masksae.errors import OutputError
+
+
+def cache_dir(*parts: str) -> Path:
+    """The user's cache (downloads and scratch): `$MASKSAE_CACHE`, else `$XDG_CACHE_HOME/masksae` or `~/.cache/masksae`."""
+    root = os.environ.get("MASKSAE_CACHE")
+    if not root:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "masksae"
+    return Path(root).expanduser().joinpath(*parts)
+
+
+def run_id(config) -> str:
+    """Twelve hex digits that depend on every value of a JSON-able configuration and on nothing else.
+
+    >>> run_id({"b": 1, "a": [2]}) == run_id({"a": [2], "b": 1})
+    True
+    """
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def ensure_writable(folder) -> Path:
+    """Create `folder` and prove that a file can be written there; call it before long work. Raises OutputError."""
+    folder = Path(folder)
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+            probe.flush()
+    return folder
+
+
+@contextlib.contextmanager
+def atomic_dir(target):
+    """Yield an empty temporary folder that becomes `target` when the block ends without an error.
+
+    An existing `target` is replaced; at no moment is there a partly written one. If the process dies between the two
+    renames, the old folder survives as `.old-NAME` and `recover` brings it back.
+    """
+    target = Path(target)
+    ensure_writable(target.parent)
+    recover(target)
+    tmp = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+    try:
+        with _explained(target):
+            yield tmp
+            for path in tmp.rglob("*"):
+                if path.is_file():
+                    _sync(path)
+            old = target.with_name(f".old-{target.name}")
+            if target.exists():
+                os.replace(target, old)
+            os.replace(tmp, target)
+            _sync(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def recover(target) -> None:
+    """Undo a folder replacement that was interrupted between its two renames."""
+    target = Path(target)
+    old = target.with_name(f".old-{target.name}")
+    if old.exists():
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, target)
+
+
+def write_text(path, text: str) -> Path:
+    """Write `text` to `path` atomically, with LF line ends."""
+    path = Path(path)
+    ensure_writable(path.parent)
+    fd, tmp = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
+    try:
+        with _explained(path), os.fdopen(fd, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(tmp, 0o644)
+        os.replace(tmp, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(tmp)
+    return path
+
+
+def write_json(path, value) -> Path:
+    """Write JSON atomically, two-space indent, keys in the given order; NaN is refused (store None and say why)."""
+    return write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+    """Read a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def sha256(path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _explained(path: Path):
+    """Turn the common OS errors of writing into ones that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        reasons = {
+            errno.ENOSPC: "the disk is full. Free some space, or point MASKSAE_CACHE (downloads, scratch) elsewhere",
+            errno.EDQUOT: "the disk quota is used up. Free some space, or point MASKSAE_CACHE elsewhere",
+            errno.EROFS: "the file system is read-only. Choose another folder",
+            errno.EACCES: "permission denied. Choose a folder you may write to, or change its permissions",
+            errno.EPERM: "permission denied. Choose a folder you may write to, or change its permissions",
+            errno.ENOTDIR: "a part of this path is a file, not a folder. Choose another folder",
+        }
+        if error.errno not in reasons:
+            raise
+        raise OutputError(f"Cannot write {path}: {reasons[error.errno]}. What was finished before is kept.") from error
