@@ -1,0 +1,162 @@
+"""Shuffled batches of activations for training; the position in the stream is two integers.
+
+Activations come in pools (a slice of an array, or the output of one stretch of forwards). Each visit of a pool draws its own
+permutation from (seed, number of the visit), so resuming needs no shuffle buffer: `state_dict()` is {"pool", "batch"}. Tokens
+that do not fill a last batch of a pool are left out of that visit; another visit leaves out others.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from masksae.errors import ConfigError, DataError
+from masksae.files import ensure_writable
+
+Pool = tuple[Tensor, Tensor]
+"""Activations [n, d] (any float type) and is_masked bool [n]."""
+
+
+class ActivationStream:
+    """An endless iterator over (x float32 [batch_size, d], is_masked bool [batch_size]).
+
+    load        pool number -> (x [n, d], is_masked [n]); called for 0 .. n_pools - 1, again in every epoch
+    pool_sizes  rows of each pool
+    """
+
+    def __init__(self, load: Callable[[int], Pool], pool_sizes: list[int], *, batch_size: int, seed: int):
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be positive, found {batch_size}.")
+        if not pool_sizes or sum(size // batch_size for size in pool_sizes) == 0:
+            raise DataError(f"{sum(pool_sizes)} activations do not fill one batch of {batch_size}. Give more text or a smaller batch_size.")
+        self._load, self._sizes = load, list(pool_sizes)
+        self.batch_size, self.seed = batch_size, seed
+        self._pool, self._batch = 0, 0
+        self._held: tuple[int, Pool] | None = None
+
+    @classmethod
+    def from_array(cls, x, *, batch_size: int, seed: int, is_masked=None) -> "ActivationStream":
+        """Stream over an array or memory map `x` [n, d]; one pool. Raises DataError for NaN, infinity or a wrong shape."""
+        if x.ndim != 2:
+            raise DataError(f"Activations must have shape [tokens, d_model], found {tuple(x.shape)}. Flatten batch and sequence.")
+        x = torch.as_tensor(x)
+        mask = torch.zeros(len(x), dtype=torch.bool) if is_masked is None else torch.as_tensor(is_masked)
+        if mask.shape != (len(x),):
+            raise DataError(f"is_masked must have one entry per activation ({len(x)}), found shape {tuple(mask.shape)}.")
+        return cls(lambda _: (x, mask), [len(x)], batch_size=batch_size, seed=seed)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Full batches in one pass over all pools."""
+        return sum(size // self.batch_size for size in self._sizes)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations (loads the current pool)."""
+        return self._current()[0].shape[1]
+
+    def __iter__(self) -> Iterator[Pool]:
+        while True:
+            (x, is_masked), order = self._current(), self._order()
+            while (self._batch + 1) * self.batch_size <= len(order):
+                rows = order[self._batch * self.batch_size : (self._batch + 1) * self.batch_size]
+                self._batch += 1
+                yield x[rows].float(), is_masked[rows]
+            self._pool, self._batch = self._pool + 1, 0
+
+    def scale(self, batches: int = 100) -> float:
+        """Root mean square norm over the first `batches` batches of the first pool; the stream does not move."""
+        position = self.state_dict()
+        self.load_state_dict({"pool": 0, "batch": 0})
+        x, order = self._current()[0], self._order()[: batches * self.batch_size]
+        total = sum(x[rows].double().square().sum().item() for rows in order.split(8192))
+        self.load_state_dict(position)
+        return (total / len(order)) ** 0.5
+
+    def state_dict(self) -> dict[str, int]:
+        """Pools finished, batches taken from the current one."""
+        return {"pool": self._pool, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at a position that `state_dict` gave."""
+        self._pool, self._batch = int(state["pool"]), int(state["batch"])
+
+    def _order(self) -> Tensor:
+        key = np.array([self.seed, self._pool], dtype=np.uint64)
+        size = self._sizes[self._pool % len(self._sizes)]
+        return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).permutation(size))
+
+    def _current(self) -> Pool:
+        number = self._pool % len(self._sizes)
+        if self._held is None or self._held[0] != number:
+            self._held = None
+            x, is_masked = self._load(number)
+            for part in x.split(65536):
+                finite = torch.isfinite(part)
+                if not finite.all():
+                    bad = int((~finite).any(1).sum())
+                    raise DataError(f"Pool {number} of the activations holds NaN or infinity in at least {bad} rows. Look at the model's dtype and the hook point.")
+            self._held = number, (x, is_masked)
+        return self._held[1]
+
+
+def from_model(
+    language_model, blocks: Tensor, *, block: int, p: float, token_id: int, mask_seed: int, bos_id: int | None,
+    batch_size: int, seed: int, pool_tokens: int = 131_072, scratch: Path | None = None, sequences: int = 16, progress: bool = True,
+) -> ActivationStream:  # fmt: skip
+    """Stream of the activations after `block` on token blocks [n, s] that are masked on the way in.
+
+    The BOS position is left out: an attention sink whose norm is several times everyone else's. With `scratch`, each pool is
+    kept there (half precision) and later epochs and runs read it back; without, every visit runs the model.
+    """
+    from masksae.masking import mask_tokens
+    from masksae.tracing import activations, hook_point
+
+    hook_point(language_model.model, block)
+    first = 0 if bos_id is None else 1
+    kept = blocks.shape[1] - first
+    rows = -(-pool_tokens // kept)
+    stretches = list(zip(range(0, len(blocks), rows), blocks.split(rows)))
+    if scratch is not None:
+        ensure_writable(scratch)
+
+    def load(number: int) -> Pool:
+        file = None if scratch is None else Path(scratch) / f"pool-{number:05d}.safetensors"
+        if file is not None and file.exists():
+            return _read_pool(file)
+        start, ids = stretches[number]
+        spare = () if bos_id is None else (bos_id,)
+        corrupted, is_masked = mask_tokens(ids, p=p, token_id=token_id, seed=mask_seed, first_sequence=start, spare=spare)
+        label = f"activations, pool {number + 1} of {len(stretches)}" if progress else None
+        x = activations(language_model.model, corrupted, block=block, batch=sequences, label=label)[:, first:]
+        pool = x.reshape(-1, x.shape[-1]), is_masked[:, first:].reshape(-1)
+        if file is not None:
+            _write_pool(file, pool)
+            return _read_pool(file)
+        return pool
+
+    return ActivationStream(load, [len(ids) * kept for _, ids in stretches], batch_size=batch_size, seed=seed)
+
+
+def _write_pool(file: Path, pool: Pool) -> None:
+    """Half precision where the values fit into it, else single; atomically."""
+    from safetensors.torch import save_file
+
+    x, is_masked = pool
+    dtype = torch.float16 if x.abs().max() < 6e4 else torch.float32
+    tmp = file.with_suffix(".tmp")
+    save_file({"x": x.to(dtype).contiguous(), "is_masked": is_masked.contiguous()}, tmp)
+    tmp.replace(file)
+
+
+def _read_pool(file: Path) -> Pool:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise DataError(f"The activation scratch file {file} is damaged ({error}). Delete it; it is made again.") from error
+    return tensors["x"], tensors["is_masked"]

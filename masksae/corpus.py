@@ -1,0 +1,101 @@
+"""Text to token blocks: a `datasets.Dataset` with one column `ids` of fixed length, made once and kept in scratch.
+
+A block is the BOS token (if the profile names one) and the next block_length - 1 tokens of one document; the rest of a document
+that does not fill a block is left out, so no block spans two documents and no separator token is needed. A document is held
+out or not by a hash of its text: duplicates always fall on the same side, whatever the sources, their order and the amount.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from masksae.errors import DataError
+from masksae.files import atomic_dir, recover
+
+SPLITS = ("train", "held_out")
+
+
+def digest(text: str, seed: int = 0) -> int:
+    """64 bits that depend on a document's text and a seed; they decide its side and its place in the order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{text}".encode()).digest()[:8])
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document is held out; about `share` of all documents are."""
+    return digest(text) < share * 2**64
+
+
+def in_order(documents: Iterable[str], seed: int) -> list[str]:
+    """Distinct documents in a seeded order that depends on their texts only."""
+    return sorted(set(documents), key=lambda text: (digest(text, seed + 1), text))
+
+
+def token_blocks(documents: Iterable[str], tokenizer, *, block_length: int, bos_id: int | None) -> Iterator[list[int]]:
+    """Blocks of exactly `block_length` ids, document by document."""
+    start = [] if bos_id is None else [bos_id]
+    body = block_length - len(start)
+    for text in documents:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for low in range(0, len(ids) - body + 1, body):
+            yield start + ids[low : low + body]
+
+
+def build(
+    documents: Iterable[str], tokenizer, folder, *, tokens: dict[str, int], block_length: int, bos_id: int | None,
+    held_out_share: float, seed: int, ordered: bool = True, progress: bool = True,
+) -> dict:  # fmt: skip
+    """Both splits as `datasets.Dataset`s of blocks, saved under `folder` and read back: {"train": ..., "held_out": ...}.
+
+    tokens    wanted size of each split; documents are read until both are full, so a stream need not end
+    ordered   read all documents first and take them in a seeded order; False takes a stream as it comes
+
+    Raises DataError if there is no text, if no document fills a block, or if the text runs out too early.
+    """
+    import datasets
+
+    folder = Path(folder)
+    recover(folder)
+    if not folder.exists():
+        texts = in_order(documents, seed) if ordered else documents
+        blocks = _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress)
+        with atomic_dir(folder) as tmp:
+            features = datasets.Features({"ids": datasets.List(datasets.Value("int32"), length=block_length)})
+            for split in SPLITS:
+                datasets.Dataset.from_dict({"ids": blocks[split]}, features=features).save_to_disk(tmp / split)
+    return {split: datasets.load_from_disk(folder / split) for split in SPLITS}
+
+
+def as_tensor(dataset) -> Tensor:
+    """Blocks of a data set as int64 [n, block_length]."""
+    return torch.from_numpy(dataset.with_format("numpy")[:]["ids"]).long()
+
+
+def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress) -> dict[str, list]:
+    """Blocks of both splits, in the order of the documents."""
+    from tqdm.auto import tqdm
+
+    wanted = {split: -(-tokens[split] // block_length) for split in SPLITS}
+    blocks: dict[str, list] = {split: [] for split in SPLITS}
+    documents = 0
+    with tqdm(total=sum(wanted.values()), desc="token blocks", unit="block", disable=not progress, mininterval=1) as bar:
+        for text in texts:
+            documents += 1
+            split = "held_out" if is_held_out(text, held_out_share) else "train"
+            room = wanted[split] - len(blocks[split])
+            if room:
+                new = list(token_blocks([text], tokenizer, block_length=block_length, bos_id=bos_id))[:room]
+                blocks[split] += new
+                bar.update(len(new))
+            elif all(len(blocks[s]) == wanted[s] for s in SPLITS):
+                return blocks
+    if documents == 0:
+        raise DataError("The text sources hold no document. Check text.sources and the field that is read.")
+    if not any(blocks.values()):
+        raise DataError(f"None of {documents} documents fills a block of {block_length} tokens. Lower text.block_length or give longer documents.")
+    short = {split: f"{len(blocks[split])} of {wanted[split]}" for split in SPLITS if len(blocks[split]) < wanted[split]}
+    if short:
+        raise DataError(f"The text ran out after {documents} documents, with blocks {short}. Lower text.train_tokens or text.held_out_tokens, or add sources.")
+    return blocks
