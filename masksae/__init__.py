@@ -1,0 +1,40 @@
+"""Sparse autoencoders trained on token-masked text, and the metrics that test what masking does to them.
+
+Open companion to "Improving Robustness In Sparse Autoencoders via Masked Regularization" (arXiv 2604.06495). Names load
+on first use, so `import masksae` costs nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load_profile": "masksae.profile",
+    "Profile": "masksae.profile",
+    "mask_tokens": "masksae.masking",
+    "ActivationStream": "masksae.activations",
+    "MATRYOSHKA": "masksae.saes.config",
+    "AuxK": "masksae.saes.config",
+    "BatchTopK": "masksae.saes.config",
+    "SAEConfig": "masksae.saes.config",
+    "SAE": "masksae.saes.sae",
+    "TrainConfig": "masksae.training",
+    "train": "masksae.training",
+    "load_model": "masksae.models",
+    "Run": "masksae.stages",
+}
+
+__all__ = ["metrics", *_HOME]
+
+
+def __getattr__(name: str):
+    if name == "metrics":
+        return importlib.import_module("masksae.metrics")
+    if name not in _HOME:
+        raise AttributeError(f"module 'masksae' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

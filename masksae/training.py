@@ -26,6 +26,9 @@ SCHEMA = 1
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 
+SILENT_BATCHES = 100
+"""`history` counts as silent the latents that fired in none of so many batches."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -155,10 +158,10 @@ class _Member:
     def _update_(self, kept: Kept, batch: int, step: int) -> None:
         """Threshold and firing counters; the only place where they change."""
         sae, config = self.sae, self.config
-        sae.tokens_since_fired += batch
-        sae.tokens_since_fired[kept.col] = 0
+        strongest = kept.value.new_zeros(sae.config.n_latents).scatter_reduce_(0, kept.col, kept.value, "amax")
+        sae.tokens_since_fired.add_(batch).masked_fill_(strongest > 0, 0)
         if step > config.threshold_start and len(kept.value):
-            smallest = kept.value[kept.value > 0].min()
+            smallest = torch.where(kept.value > 0, kept.value, torch.inf).min().nan_to_num(posinf=0.0)
             mixed = config.threshold_ema * sae.threshold + (1 - config.threshold_ema) * smallest
             sae.threshold.copy_(torch.where(sae.threshold < 0, smallest, mixed))
 
@@ -182,8 +185,8 @@ class _Member:
                 "step": step,
                 "loss": loss,
                 "explained_variance": 1 - unexplained.item(),
-                "l0": len(kept.value) / len(x),
-                "silent": int((self.sae.tokens_since_fired > 0).sum()),
+                "l0": (kept.value > 0).sum().item() / len(x),
+                "silent": int((self.sae.tokens_since_fired >= SILENT_BATCHES * len(x)).sum()),
                 "threshold": self.sae.threshold.item(),
             }
         )

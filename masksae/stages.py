@@ -1,0 +1,238 @@
+"""The steps of the pipeline as the notebooks call them: `run = Run("laptop")`, then `run.saes`, `run.held_out`, ...
+
+Each step is made on first use and kept in scratch under an id that covers its configuration and the code that makes it, so a
+notebook may be run alone, again, or after a crash: what is finished is read back, what is missing is made.
+"""
+
+import ast
+import importlib.util
+import shutil
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from masksae.errors import DataError
+from masksae.files import atomic_dir, cache_dir, ensure_writable, read_json, run_id, write_json
+from masksae.profile import Arm, Grid, load_profile
+from masksae.saes.config import SAEConfig
+from masksae.saes.sae import SAE
+
+TRAINING_CODE = ("corpus", "masking", "tracing", "activations", "saes.config", "saes.sae", "saes.loss", "training")
+
+
+def code_id(*modules: str) -> str:
+    """Id of what some modules of masksae do: comments, docstrings and layout do not count."""
+    trees = {}
+    for module in modules:
+        tree = ast.parse(Path(importlib.util.find_spec(f"masksae.{module}").origin).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                body.pop(0)
+        trees[module] = ast.dump(tree)
+    return run_id(trees)
+
+
+def repository() -> Path:
+    """Folder of the project: the nearest one above the working folder (or it) that holds dvc.yaml; else the working folder."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").exists()), here)
+
+
+class Run:
+    """One profile at work. Folders: `results`, `figures`, `build` (all of this profile only)."""
+
+    def __init__(self, profile="smoke"):
+        self.profile = load_profile(profile)
+        root, name = repository(), self.profile.name
+        self.results, self.figures, self.build = (root / kind / name for kind in ("results", "figures", "build"))
+        for folder in (self.results, self.figures, self.build):
+            ensure_writable(folder)
+
+    @cached_property
+    def language_model(self):
+        """The model with its tokenizer."""
+        from masksae.models import load_model
+
+        return load_model(self.profile.model.source)
+
+    @cached_property
+    def mask_id(self) -> int:
+        """Id of the special token."""
+        from masksae.models import token_id
+
+        return token_id(self.language_model.tokenizer, self.profile.model.mask_token)
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """Id of the token that starts every block, or None."""
+        from masksae.models import token_id
+
+        text = self.profile.model.bos_token
+        return None if text is None else token_id(self.language_model.tokenizer, text)
+
+    @cached_property
+    def blocks(self) -> dict:
+        """`datasets.Dataset`s of token blocks: train and held_out."""
+        from masksae import corpus, sources
+
+        text = self.profile.text
+        key = run_id([self.profile.model.source, self.profile.model.bos_token, text.model_dump(), code_id("corpus", "sources")])
+        return corpus.build(
+            chain.from_iterable(sources.documents(source) for source in text.sources),
+            self.language_model.tokenizer,
+            cache_dir("blocks", key),
+            tokens={"train": text.train_tokens, "held_out": text.held_out_tokens},
+            block_length=text.block_length,
+            bos_id=self.bos_id,
+            held_out_share=text.held_out_share,
+            seed=text.seed,
+            ordered=not any(source.startswith("hub:") for source in text.sources),
+        )
+
+    def ids(self, split: str) -> Tensor:
+        """Token blocks int64 [n, block_length]."""
+        from masksae.corpus import as_tensor
+
+        return as_tensor(self.blocks[split])
+
+    def corrupt(self, arm: Arm, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Blocks as an arm's model sees them, and where they are masked."""
+        from masksae.masking import mask_tokens
+
+        spare = () if self.bos_id is None else (self.bos_id,)
+        return mask_tokens(ids, p=arm.p, token_id=self.mask_id, seed=arm.seed, spare=spare)
+
+    def activations(self, ids: Tensor, label: str | None = None) -> Tensor:
+        """Residual stream [tokens, d] at the hook point, BOS left out."""
+        from masksae.tracing import activations
+
+        first = 0 if self.bos_id is None else 1
+        x = activations(self.language_model.model, ids, block=self.profile.model.block, label=label)[:, first:]
+        return x.reshape(-1, x.shape[-1])
+
+    def stream(self, arm: Arm):
+        """Training activations of an arm."""
+        from masksae.activations import from_model
+
+        training = self.profile.training
+        scratch = cache_dir("activations", self._id("stream", arm)) if training.epochs > 1 else None
+        return from_model(
+            self.language_model,
+            self.ids("train"),
+            block=self.profile.model.block,
+            p=arm.p,
+            token_id=self.mask_id,
+            mask_seed=arm.seed,
+            bos_id=self.bos_id,
+            batch_size=training.batch_size,
+            seed=self.profile.text.seed,
+            pool_tokens=training.pool_tokens,
+            scratch=scratch,
+        )
+
+    @cached_property
+    def saes(self) -> dict[str, SAE]:
+        """Trained SAEs by name, such as "masked-matryoshka20-s0"; trains the groups that are not finished."""
+        trained = {}
+        for arm in self.profile.arms:
+            trained |= self._group(arm)
+        return trained
+
+    def members(self, arm: Arm) -> list[tuple[str, Grid, int]]:
+        """(name, grid, seed) of every SAE of an arm."""
+        return [(f"{arm.name}-{grid.name}-s{seed}", grid, seed) for grid in self.profile.saes for seed in grid.seeds]
+
+    @property
+    def table(self) -> list[dict]:
+        """One row per SAE: what it is, without scores."""
+        return [
+            {"sae": name, "arm": arm.name, "p": arm.p, "grid": grid.name, "k": grid.selection.k, "seed": seed}
+            for arm in self.profile.arms
+            for name, grid, seed in self.members(arm)
+        ]
+
+    def _id(self, kind: str, arm: Arm) -> str:
+        """Id of an arm's activation stream, or of the group of SAEs trained on it."""
+        profile = self.profile
+        stream = [profile.model.model_dump(), profile.text.model_dump(), arm.p, arm.seed, profile.training.pool_tokens]
+        if kind == "stream":
+            return run_id([stream, code_id("sources", "models", *TRAINING_CODE[:4])])
+        grids = [grid.model_dump(mode="json") for grid in profile.saes]
+        return run_id([stream, profile.training.model_dump(), grids, code_id("sources", "models", *TRAINING_CODE)])
+
+    def _group(self, arm: Arm) -> dict[str, SAE]:
+        """All SAEs of one arm: read back if finished, else trained (or trained on from the last checkpoint)."""
+        members = self.members(arm)
+        kept, shown = cache_dir("groups", self._id("group", arm)), self.build / "saes" / arm.name
+        if not (kept / "saes").exists():
+            ensure_writable(kept)
+            saes = self._train(arm, [grid.config(self._width, seed) for _, grid, seed in members], kept)
+            with atomic_dir(kept / "saes") as tmp:
+                for (name, _, _), sae in zip(members, saes):
+                    sae.save(tmp / name)
+            shutil.rmtree(kept / "checkpoint", ignore_errors=True)
+        with atomic_dir(shown) as tmp:
+            shutil.copytree(kept / "saes", tmp, dirs_exist_ok=True)
+        return {name: SAE.load(kept / "saes" / name) for name, _, _ in members}
+
+    @property
+    def _width(self) -> int:
+        return self.language_model.model.config.hidden_size
+
+    def _train(self, arm: Arm, configs: list[SAEConfig], folder: Path) -> list[SAE]:
+        from masksae.training import TrainConfig, train
+
+        training, stream = self.profile.training, self.stream(arm)
+        config = TrainConfig(
+            steps=training.epochs * stream.batches_per_epoch,
+            lr=training.lr,
+            warmup=training.warmup,
+            decay=training.decay,
+            threshold_start=training.threshold_start,
+            threshold_ema=training.threshold_ema,
+        )
+        print(f"arm {arm.name}: {len(configs)} SAEs, {config.steps} steps of {training.batch_size} tokens", flush=True)
+        return train(configs, stream, config, checkpoint_dir=folder)
+
+    def load_saes(self) -> dict[str, SAE]:
+        """The SAEs that 02_train left in build/. Raises DataError with the remedy if they are not there."""
+        folder, found = self.build / "saes", {}
+        for row in self.table:
+            path = folder / row["arm"] / row["sae"]
+            if not path.exists():
+                raise DataError(f"{path} is missing. Run notebook 02_train with profile {self.profile.name} first (`run.saes` trains what is missing).")
+            found[row["sae"]] = SAE.load(path)
+        return found
+
+    def save_result(self, name: str, value) -> Path:
+        """Write results/<profile>/NAME.json."""
+        return write_json(self.results / f"{name}.json", value)
+
+    def result(self, name: str):
+        """Read results/<profile>/NAME.json. Raises DataError with the remedy if it is not there."""
+        path = self.results / f"{name}.json"
+        if not path.exists():
+            raise DataError(f"{path} is missing. Run the notebook that writes it with profile {self.profile.name} first, or `make repro PROFILE={self.profile.name}`.")
+        return read_json(path)
+
+    def scratch(self, kind: str, key, code: tuple[str, ...], make) -> dict[str, Tensor]:
+        """Tensors that `make()` gives, kept in scratch under an id of `key` and of the code in `code`."""
+        from safetensors.torch import load_file, save_file
+
+        folder = cache_dir(kind, run_id([self.profile.model.model_dump(), key, code_id(*code)]))
+        if not folder.exists():
+            tensors = make()
+            with atomic_dir(folder) as tmp:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp / "tensors.safetensors")
+        return load_file(folder / "tensors.safetensors")
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        """Clean held-out activations [tokens, d]: every score of every arm is taken on these."""
+        key = self.profile.text.model_dump()
+        make = lambda: {"x": self.activations(self.ids("held_out"), label="held-out activations")}  # noqa: E731
+        return self.scratch("held_out", key, ("sources", "models", "corpus", "tracing"), make)["x"]
