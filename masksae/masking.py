@@ -29,7 +29,7 @@ def mask_tokens(
 
     >>> ids = torch.tensor([[1, 5, 6, 7, 8, 9]])
     >>> mask_tokens(ids, p=0.5, token_id=0, seed=3, spare=(1,))[0]
-    tensor([[1, 5, 0, 7, 0, 0]])
+    tensor([[1, 0, 0, 7, 8, 0]])
     """
     _check(ids, p, token_id, seed, first_sequence, vocab_size)
     n, s = ids.shape

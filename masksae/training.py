@@ -86,8 +86,8 @@ def train(
     """
     from tqdm.auto import tqdm
 
-    _check(sae_configs, stream)
     folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir) / "checkpoint"
+    _check(sae_configs, stream)
     identity = {"saes": [c.to_dict() for c in sae_configs], "train": train_config.identity(), "batch_size": stream.batch_size, "seed": stream.seed}
     group = _Group([_Member(SAE(c), train_config) for c in sae_configs], device or torch.device("cpu"))
     if folder is not None:

@@ -107,11 +107,12 @@ def read_tensors(folder, tensor_file: str, json_file: str, schema: int) -> tuple
 
     folder = Path(folder)
     remedy = "Delete the folder and train again, or restore it from a copy."
+    missing = [name for name in (tensor_file, json_file) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} holds no complete checkpoint: {', '.join(missing)} is missing. {remedy}")
     try:
         record = json.loads((folder / json_file).read_text(encoding="utf-8"))
         tensors = load_file(folder / tensor_file)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} holds no complete checkpoint: {Path(error.filename).name} is missing. {remedy}") from error
     except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"The checkpoint in {folder} is damaged ({error}). {remedy}") from error
     if record.get("schema") != schema:

@@ -1,0 +1,67 @@
+"""Shared by the tests: tiny random models of the three architectures, and a scratch cache that is not the user's."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+VOCABULARY = 128
+
+
+def tiny_model(kind: str, layers: int = 3, width: int = 16, seed: int = 0):
+    """A random model of an architecture, in eval mode, with no trained weight in it."""
+    import transformers as tr
+
+    shape = dict(vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2)
+    config = {
+        "llama": lambda: tr.LlamaConfig(**shape, num_key_value_heads=1),
+        "gpt_neox": lambda: tr.GPTNeoXConfig(**shape),
+        "gemma2": lambda: tr.Gemma2Config(**shape, num_key_value_heads=1, head_dim=width // 2, sliding_window=4),
+    }[kind]()
+    torch.manual_seed(seed)
+    return tr.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(params=["llama", "gpt_neox", "gemma2"])
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def language_model():
+    """What `from_model` reads of a `LanguageModel`."""
+    return SimpleNamespace(model=tiny_model("llama"))
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(2, VOCABULARY, (12, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def as_nobody():
+    """Run a function in a forked child without root's rights, and return what it raised (type name, message) or None."""
+    import os
+    import pickle
+
+    def run(function):
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                if os.geteuid() == 0:
+                    os.setgid(65534)
+                    os.setuid(65534)
+                function()
+                outcome = None
+            except BaseException as error:
+                outcome = (type(error).__name__, str(error))
+            os.write(write, pickle.dumps(outcome))
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read, "rb") as pipe:
+            outcome = pickle.loads(pipe.read())
+        os.waitpid(child, 0)
+        return outcome
+
+    return run

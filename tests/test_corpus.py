@@ -1,0 +1,99 @@
+"""Blocks have one length, start with BOS, come from one document each, and held-out text is never trained on."""
+
+import random
+from itertools import count
+
+import pytest
+import torch
+
+from masksae import corpus
+from masksae.errors import DataError
+
+
+def tokenizer(text, **_):
+    """One token per character."""
+    return {"input_ids": [ord(c) for c in text]}
+
+
+def make_documents(n=400, seed=0):
+    rng = random.Random(seed)
+    return ["".join(rng.choices("abcdefgh ", k=rng.randint(5, 80))) for _ in range(n)]
+
+
+def build(tmp_path, documents, name="blocks", **changes):
+    options = dict(tokens={"train": 2000, "held_out": 400}, block_length=16, bos_id=1, held_out_share=0.2, seed=0, progress=False)
+    return corpus.build(documents, tokenizer, tmp_path / name, **(options | changes))
+
+
+def texts(dataset):
+    return ["".join(chr(i) for i in row[1:]) for row in corpus.as_tensor(dataset).tolist()]
+
+
+def test_blocks(tmp_path):
+    documents = make_documents()
+    blocks = build(tmp_path, documents)
+    for split, wanted in (("train", 125), ("held_out", 25)):
+        ids = corpus.as_tensor(blocks[split])
+        assert ids.shape == (wanted, 16) and ids.dtype == torch.int64 and (ids[:, 0] == 1).all()
+        for text in texts(blocks[split]):
+            homes = [d for d in documents if text in d and d.index(text) % 15 == 0]
+            assert any(corpus.is_held_out(d, 0.2) == (split == "held_out") for d in homes)
+
+
+def test_a_document_is_on_one_side_whatever_else_is_there(tmp_path):
+    documents = make_documents()
+    held_out = {d for d in documents if corpus.is_held_out(d, 0.2)}
+    assert 0.1 < len(held_out) / len(documents) < 0.3
+    a = build(tmp_path, documents + documents[:50], "a")  # duplicates
+    b = build(tmp_path, random.Random(1).sample(documents, len(documents)), "b")  # another order
+    assert texts(a["train"]) == texts(b["train"]) and texts(a["held_out"]) == texts(b["held_out"])
+    whole = {text for d in held_out for text in (d[i : i + 15] for i in range(0, len(d) - 14, 15))}
+    assert not whole & set(texts(a["train"]))
+
+
+def test_another_seed_is_another_order_of_the_same_split(tmp_path):
+    documents = make_documents()
+    a, b = (build(tmp_path, documents, f"s{seed}", seed=seed) for seed in (0, 1))
+    assert texts(a["train"]) != texts(b["train"])
+
+
+def test_an_endless_stream_is_read_only_as_far_as_needed(tmp_path):
+    taken = []
+
+    def endless():
+        for i in count():
+            taken.append(i)
+            yield f"document number {i:06d} is here"
+
+    blocks = build(tmp_path, endless(), ordered=False)
+    assert len(blocks["train"]) == 125 and len(taken) < 1000
+
+
+def test_made_once(tmp_path):
+    first = build(tmp_path, make_documents())
+
+    def never():
+        raise AssertionError("read again")
+        yield
+
+    assert texts(build(tmp_path, never())["train"]) == texts(first["train"])
+
+
+def test_without_bos_every_position_is_text(tmp_path):
+    blocks = build(tmp_path, make_documents(), bos_id=None)
+    assert (corpus.as_tensor(blocks["train"]) > 1).all()
+
+
+@pytest.mark.parametrize(
+    "documents, changes, words",
+    [
+        ([], {}, "hold no document"),
+        (["short", "too"], {}, "fills a block of 16 tokens"),
+        (make_documents(30), {}, "ran out after"),
+        (make_documents(), {"tokens": {"train": 2000, "held_out": 90000}}, "held_out"),
+    ],
+)
+def test_bad_text(tmp_path, documents, changes, words):
+    with pytest.raises(DataError, match=words):
+        build(tmp_path, documents, **changes)
+    assert not (tmp_path / "blocks").exists()
