@@ -45,13 +45,12 @@ def same(a: list[SAE], b: list[SAE]) -> bool:
 
 def test_recovers_the_directions_that_made_the_data():
     x, directions = sparse_world(40000)
-    config = TrainConfig(steps=1500, lr=3e-3, warmup=50, threshold_start=500, threshold_ema=0.99)
+    config = TrainConfig(steps=600, lr=1e-2, warmup=50, threshold_start=200, threshold_ema=0.99)
     source = ActivationStream.from_array(x, batch_size=500, seed=0)
     sae = masksae.train([SAEConfig(D, F, BatchTopK(2), aux=AuxK(dead_after_tokens=50_000))], source, config, progress=False)[0]
-    assert masksae.metrics.explained_variance(x, sae(x)) > 0.85
-    best = (directions @ sae.W_dec.t()).max(1).values
-    assert (best > 0.9).sum() >= 16, best
-    assert (sae.encode(x) > 0).double().sum(1).mean().item() == pytest.approx(2, rel=0.15)
+    assert masksae.metrics.explained_variance(x, sae(x)) > 0.95
+    assert (directions @ sae.W_dec.t()).max(1).values.min() > 0.9
+    assert (sae.encode(x) > 0).double().sum(1).mean().item() == pytest.approx(2, rel=0.05)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F))
 
 
@@ -122,7 +121,7 @@ def test_a_step_with_dead_latents_follows_the_whole_loss():
     sae = SAE(SAEConfig(D, F, BatchTopK(2), (0.25, 0.75), aux=AuxK(k=3, dead_after_tokens=1000))).double()
     sae.tokens_since_fired[10:20] = 5000
     with torch.no_grad():
-        sae.b_enc[10:20] -= 0.5 * sae.pre_activations(x)[:, 10:20].amax(0)  # they fire, but are hardly ever kept
+        sae.b_enc[10:20] -= 0.9 * sae.pre_activations(x)[:, 10:20].amax(0)  # they fire, but are hardly ever kept
     h = sae.pre_activations(x)
     kept = select(h.detach(), 2)
     dead = torch.zeros(F, dtype=torch.bool)
