@@ -30,7 +30,9 @@ class ActivationStream:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be positive, found {batch_size}.")
         if not pool_sizes or sum(size // batch_size for size in pool_sizes) == 0:
-            raise DataError(f"{sum(pool_sizes)} activations do not fill one batch of {batch_size}. Give more text or a smaller batch_size.")
+            raise DataError(
+                f"{sum(pool_sizes)} activations do not fill one batch of {batch_size}. Give more text or a smaller batch_size."
+            )
         self._load, self._sizes = load, list(pool_sizes)
         self.batch_size, self.seed = batch_size, seed
         self._pool, self._batch = 0, 0
@@ -40,11 +42,15 @@ class ActivationStream:
     def from_array(cls, x, *, batch_size: int, seed: int, is_masked=None) -> "ActivationStream":
         """Stream over an array or memory map `x` [n, d]; one pool. Raises DataError for NaN, infinity or a wrong shape."""
         if x.ndim != 2:
-            raise DataError(f"Activations must have shape [tokens, d_model], found {tuple(x.shape)}. Flatten batch and sequence.")
+            raise DataError(
+                f"Activations must have shape [tokens, d_model], found {tuple(x.shape)}. Flatten batch and sequence."
+            )
         x = torch.as_tensor(x)
         mask = torch.zeros(len(x), dtype=torch.bool) if is_masked is None else torch.as_tensor(is_masked)
         if mask.shape != (len(x),):
-            raise DataError(f"is_masked must have one entry per activation ({len(x)}), found shape {tuple(mask.shape)}.")
+            raise DataError(
+                f"is_masked must have one entry per activation ({len(x)}), found shape {tuple(mask.shape)}."
+            )
         return cls(lambda _: (x, mask), [len(x)], batch_size=batch_size, seed=seed)
 
     @property
@@ -97,7 +103,9 @@ class ActivationStream:
                 finite = torch.isfinite(part)
                 if not finite.all():
                     bad = int((~finite).any(1).sum())
-                    raise DataError(f"Pool {number} of the activations holds NaN or infinity in at least {bad} rows. Look at the model's dtype and the hook point.")
+                    raise DataError(
+                        f"Pool {number} of the activations holds NaN or infinity in at least {bad} rows. Look at the model's dtype and the hook point."
+                    )
             self._held = number, (x, is_masked)
         return self._held[1]
 
@@ -128,7 +136,9 @@ def from_model(
             return _read_pool(file)
         start, ids = stretches[number]
         spare = () if bos_id is None else (bos_id,)
-        corrupted, is_masked = mask_tokens(ids, p=p, token_id=token_id, seed=mask_seed, first_sequence=start, spare=spare)
+        corrupted, is_masked = mask_tokens(
+            ids, p=p, token_id=token_id, seed=mask_seed, first_sequence=start, spare=spare
+        )
         label = f"activations, pool {number + 1} of {len(stretches)}" if progress else None
         x = activations(language_model.model, corrupted, block=block, batch=sequences, label=label)[:, first:]
         pool = x.reshape(-1, x.shape[-1]), is_masked[:, first:].reshape(-1)
@@ -158,5 +168,7 @@ def _read_pool(file: Path) -> Pool:
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise DataError(f"The activation scratch file {file} is damaged ({error}). Delete it; it is made again.") from error
+        raise DataError(
+            f"The activation scratch file {file} is damaged ({error}). Delete it; it is made again."
+        ) from error
     return tensors["x"], tensors["is_masked"]

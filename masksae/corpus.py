@@ -80,7 +80,9 @@ def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progre
     wanted = {split: -(-tokens[split] // block_length) for split in SPLITS}
     blocks: dict[str, list] = {split: [] for split in SPLITS}
     documents = 0
-    with tqdm(total=sum(wanted.values()), desc="token blocks", unit="block", disable=not progress, mininterval=1) as bar:
+    with tqdm(
+        total=sum(wanted.values()), desc="token blocks", unit="block", disable=not progress, mininterval=1
+    ) as bar:
         for text in texts:
             documents += 1
             split = "held_out" if is_held_out(text, held_out_share) else "train"
@@ -94,8 +96,14 @@ def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progre
     if documents == 0:
         raise DataError("The text sources hold no document. Check text.sources and the field that is read.")
     if not any(blocks.values()):
-        raise DataError(f"None of {documents} documents fills a block of {block_length} tokens. Lower text.block_length or give longer documents.")
-    short = {split: f"{len(blocks[split])} of {wanted[split]}" for split in SPLITS if len(blocks[split]) < wanted[split]}
+        raise DataError(
+            f"None of {documents} documents fills a block of {block_length} tokens. Lower text.block_length or give longer documents."
+        )
+    short = {
+        split: f"{len(blocks[split])} of {wanted[split]}" for split in SPLITS if len(blocks[split]) < wanted[split]
+    }
     if short:
-        raise DataError(f"The text ran out after {documents} documents, with blocks {short}. Lower text.train_tokens or text.held_out_tokens, or add sources.")
+        raise DataError(
+            f"The text ran out after {documents} documents, with blocks {short}. Lower text.train_tokens or text.held_out_tokens, or add sources."
+        )
     return blocks

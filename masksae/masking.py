@@ -48,18 +48,26 @@ def mask_tokens(
 def _check(ids, p, token_id, seed, first_sequence, vocab_size) -> None:
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise DataError(f"ids must be an int64 tensor of token ids, found {found}. Convert with torch.as_tensor(..., dtype=torch.int64).")
+        raise DataError(
+            f"ids must be an int64 tensor of token ids, found {found}. Convert with torch.as_tensor(..., dtype=torch.int64)."
+        )
     if ids.ndim != 2:
-        raise DataError(f"ids must have shape [sequences, tokens], found {tuple(ids.shape)}. Add a batch dimension with ids[None].")
+        raise DataError(
+            f"ids must have shape [sequences, tokens], found {tuple(ids.shape)}. Add a batch dimension with ids[None]."
+        )
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise ConfigError(f"p is the probability of masking a token and must lie in [0, 1], found {p!r}.")
     for name, value in (("token_id", token_id), ("seed", seed), ("first_sequence", first_sequence)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**63:
             raise ConfigError(f"{name} must be a non-negative integer, found {value!r}.")
     if vocab_size is not None and token_id >= vocab_size:
-        raise ConfigError(f"token_id {token_id} is outside the vocabulary of {vocab_size} tokens. Take the mask token from this model's tokenizer.")
+        raise ConfigError(
+            f"token_id {token_id} is outside the vocabulary of {vocab_size} tokens. Take the mask token from this model's tokenizer."
+        )
     if ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (vocab_size is not None and high >= vocab_size):
             bad = low if low < 0 else high
-            raise DataError(f"token id {bad} is outside the vocabulary (0 to {(vocab_size or 2**63) - 1}). Tokenise with this model's tokenizer.")
+            raise DataError(
+                f"token id {bad} is outside the vocabulary (0 to {(vocab_size or 2**63) - 1}). Tokenise with this model's tokenizer."
+            )

@@ -148,9 +148,13 @@ class Profile(Section):
             if len(set(names)) < len(names):
                 raise ValueError(f"{what}: names must differ, found {names}. Rename one.")
         if self.arms[0].p != 0:
-            raise ValueError(f"arms: the first arm is the baseline of every comparison and needs p = 0, found {self.arms[0].p}.")
+            raise ValueError(
+                f"arms: the first arm is the baseline of every comparison and needs p = 0, found {self.arms[0].p}."
+            )
         if self.text.train_tokens < self.training.batch_size:
-            raise ValueError(f"text.train_tokens ({self.text.train_tokens}) is less than one training.batch_size ({self.training.batch_size}). Raise the first.")
+            raise ValueError(
+                f"text.train_tokens ({self.text.train_tokens}) is less than one training.batch_size ({self.training.batch_size}). Raise the first."
+            )
         return self
 
 

@@ -25,7 +25,10 @@ def norms(run: Run, sequences: int = 32) -> list[dict]:
     for arm in run.profile.arms:
         ids, is_masked = run.corrupt(arm, run.ids("train")[:sequences])
         norm = run.activations(ids).norm(dim=1)
-        rows += [{"arm": arm.name, "masked": m, "norm": round(v, 4)} for m, v in zip(is_masked[:, first:].flatten().tolist(), norm.tolist())]
+        rows += [
+            {"arm": arm.name, "masked": m, "norm": round(v, 4)}
+            for m, v in zip(is_masked[:, first:].flatten().tolist(), norm.tolist())
+        ]
     return rows
 
 
@@ -53,7 +56,9 @@ def reconstruction_scores(run: Run) -> list[dict]:
 
 
 def _cross_entropy(run: Run, ids: Tensor, replace=None) -> float:
-    return cross_entropy(run.language_model.model, ids, block=run.profile.model.block, replace=replace, keep_first=run.bos_id is not None)
+    return cross_entropy(
+        run.language_model.model, ids, block=run.profile.model.block, replace=replace, keep_first=run.bos_id is not None
+    )
 
 
 def word_activations(run: Run) -> tuple[list[str], Tensor]:
@@ -96,6 +101,8 @@ def absorption_scores(run: Run) -> list[dict]:
     for row in tqdm(run.table, desc="absorption", unit="SAE"):
         sae = saes[row["sae"]]
         for mode, threshold in thresholds(run, sae, row["k"]).items():
-            result = first_letter(sae, x, words, probe=probe, seed=task.seed, min_letters=task.min_letters, threshold=threshold)
+            result = first_letter(
+                sae, x, words, probe=probe, seed=task.seed, min_letters=task.min_letters, threshold=threshold
+            )
             rows.append(row | {"mode": mode} | result.to_dict())
     return rows

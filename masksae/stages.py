@@ -30,7 +30,12 @@ def code_id(*modules: str) -> str:
         tree = ast.parse(Path(importlib.util.find_spec(f"masksae.{module}").origin).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            if (
+                isinstance(body, list)
+                and body
+                and isinstance(body[0], ast.Expr)
+                and isinstance(body[0].value, ast.Constant)
+            ):
                 body.pop(0)
         trees[module] = ast.dump(tree)
     return run_id(trees)
@@ -80,7 +85,9 @@ class Run:
         from masksae import corpus, sources
 
         text = self.profile.text
-        key = run_id([self.profile.model.source, self.profile.model.bos_token, text.model_dump(), code_id("corpus", "sources")])
+        key = run_id(
+            [self.profile.model.source, self.profile.model.bos_token, text.model_dump(), code_id("corpus", "sources")]
+        )
         return corpus.build(
             chain.from_iterable(sources.documents(source) for source in text.sources),
             self.language_model.tokenizer,
@@ -204,7 +211,9 @@ class Run:
         for row in self.table:
             path = folder / row["arm"] / row["sae"]
             if not path.exists():
-                raise DataError(f"{path} is missing. Run notebook 02_train with profile {self.profile.name} first (`run.saes` trains what is missing).")
+                raise DataError(
+                    f"{path} is missing. Run notebook 02_train with profile {self.profile.name} first (`run.saes` trains what is missing)."
+                )
             found[row["sae"]] = SAE.load(path)
         return found
 
@@ -216,7 +225,9 @@ class Run:
         """Read results/<profile>/NAME.json. Raises DataError with the remedy if it is not there."""
         path = self.results / f"{name}.json"
         if not path.exists():
-            raise DataError(f"{path} is missing. Run the notebook that writes it with profile {self.profile.name} first, or `make repro PROFILE={self.profile.name}`.")
+            raise DataError(
+                f"{path} is missing. Run the notebook that writes it with profile {self.profile.name} first, or `make repro PROFILE={self.profile.name}`."
+            )
         return read_json(path)
 
     def scratch(self, kind: str, key, code: tuple[str, ...], make) -> dict[str, Tensor]:

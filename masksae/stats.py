@@ -52,7 +52,9 @@ def paired_effect(baseline: Sequence[float], treated: Sequence[float]) -> Effect
 
     n = len(baseline)
     if n == 0 or n != len(treated):
-        raise DataError(f"Paired values are needed, found {n} of the baseline and {len(treated)} of the treated arm. Score both arms with the same seeds.")
+        raise DataError(
+            f"Paired values are needed, found {n} of the baseline and {len(treated)} of the treated arm. Score both arms with the same seeds."
+        )
     if not all(map(math.isfinite, [*baseline, *treated])):
         raise DataError("A score is NaN or infinite. Look at the stage that wrote it.")
     differences = [b - a for a, b in zip(baseline, treated)]

@@ -16,16 +16,24 @@ from masksae.errors import ConfigError, DataError
 def hook_point(model: nn.Module, block: int) -> str:
     """Module path of a decoder block, such as "model.layers.4". Raises ConfigError if the model has no such block."""
     n_blocks = model.config.num_hidden_layers
-    paths = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_blocks]
+    paths = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_blocks
+    ]
     if not paths:
-        raise ConfigError(f"{type(model).__name__} has no list of {n_blocks} blocks, so block {block} cannot be found. Use a decoder-only model.")
+        raise ConfigError(
+            f"{type(model).__name__} has no list of {n_blocks} blocks, so block {block} cannot be found. Use a decoder-only model."
+        )
     if not 0 <= block < n_blocks:
-        raise ConfigError(f"block {block} is outside {type(model).__name__}, whose blocks are numbered 0 to {n_blocks - 1}.")
+        raise ConfigError(
+            f"block {block} is outside {type(model).__name__}, whose blocks are numbered 0 to {n_blocks - 1}."
+        )
     return f"{paths[0]}.{block}"
 
 
 @torch.no_grad()
-def activations(model: nn.Module, ids: Tensor, *, block: int, batch: int = 16, label: str | None = None, cache=None) -> Tensor:
+def activations(
+    model: nn.Module, ids: Tensor, *, block: int, batch: int = 16, label: str | None = None, cache=None
+) -> Tensor:
     """Residual stream after `block`: float [n, s, d] for ids int64 [n, s], on the CPU.
 
     batch   sequences per forward
@@ -52,7 +60,11 @@ def prefix_cache(model: nn.Module, prefix: Tensor, *, block: int):
 
     _check_ids(model, prefix)
     cache = DynamicCache(config=model.config)
-    _run_to(_traced(model), hook_point(model, block), {"input_ids": prefix.to(model.device), "past_key_values": cache, "use_cache": True})
+    _run_to(
+        _traced(model),
+        hook_point(model, block),
+        {"input_ids": prefix.to(model.device), "past_key_values": cache, "use_cache": True},
+    )
     return cache
 
 
@@ -127,4 +139,6 @@ def _check_ids(model: nn.Module, ids: Tensor) -> None:
         raise DataError(f"ids must be int64 [sequences, tokens], found {ids.dtype} {tuple(ids.shape)}.")
     vocabulary = model.get_input_embeddings().num_embeddings
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise DataError(f"Token ids run from {int(ids.min())} to {int(ids.max())}, the model's vocabulary from 0 to {vocabulary - 1}. Tokenise with its own tokenizer.")
+        raise DataError(
+            f"Token ids run from {int(ids.min())} to {int(ids.max())}, the model's vocabulary from 0 to {vocabulary - 1}. Tokenise with its own tokenizer."
+        )

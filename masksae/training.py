@@ -57,7 +57,9 @@ class TrainConfig:
         if self.steps < 1:
             raise ConfigError(f"steps must be positive, found {self.steps}.")
         if not 0 <= self.warmup < self.steps or not 0 <= self.threshold_start < self.steps:
-            raise ConfigError(f"warmup ({self.warmup}) and threshold_start ({self.threshold_start}) must be below steps ({self.steps}). Train longer or lower them.")
+            raise ConfigError(
+                f"warmup ({self.warmup}) and threshold_start ({self.threshold_start}) must be below steps ({self.steps}). Train longer or lower them."
+            )
         if not self.lr > 0 or not 0 <= self.decay <= 1 or not 0 <= self.threshold_ema < 1 or not self.clip > 0:
             raise ConfigError(f"lr and clip must be positive, decay in [0, 1], threshold_ema in [0, 1): found {self}.")
 
@@ -74,7 +76,13 @@ class TrainConfig:
 
 
 def train(
-    sae_configs: list[SAEConfig], stream: ActivationStream, train_config: TrainConfig, *, checkpoint_dir=None, device=None, progress: bool = True
+    sae_configs: list[SAEConfig],
+    stream: ActivationStream,
+    train_config: TrainConfig,
+    *,
+    checkpoint_dir=None,
+    device=None,
+    progress: bool = True,
 ) -> list[SAE]:
     """Train one SAE per config on the batches of `stream`; every SAE sees the same batches.
 
@@ -88,7 +96,12 @@ def train(
 
     folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir) / "checkpoint"
     _check(sae_configs, stream)
-    identity = {"saes": [c.to_dict() for c in sae_configs], "train": train_config.identity(), "batch_size": stream.batch_size, "seed": stream.seed}
+    identity = {
+        "saes": [c.to_dict() for c in sae_configs],
+        "train": train_config.identity(),
+        "batch_size": stream.batch_size,
+        "seed": stream.seed,
+    }
     group = _Group([_Member(SAE(c), train_config) for c in sae_configs], device or torch.device("cpu"))
     if folder is not None:
         recover(folder)
@@ -97,15 +110,29 @@ def train(
     else:
         group.start(stream)
     batches = iter(stream)
-    with tqdm(total=train_config.steps, initial=group.step, desc=f"training {len(group.members)} SAEs", unit="step", disable=not progress, mininterval=1) as bar:
+    with tqdm(
+        total=train_config.steps,
+        initial=group.step,
+        desc=f"training {len(group.members)} SAEs",
+        unit="step",
+        disable=not progress,
+        mininterval=1,
+    ) as bar:
         while group.step < train_config.steps:
             x, _ = next(batches)
             record = group.step % train_config.log_every == 0 or group.step == train_config.steps - 1
             group.advance(x, train_config, record)
             bar.update()
-            if folder is not None and (group.step % train_config.checkpoint_every == 0 or group.step == train_config.steps):
+            if folder is not None and (
+                group.step % train_config.checkpoint_every == 0 or group.step == train_config.steps
+            ):
                 group.save(folder, identity, stream)
-    return [member.sae.rescale_(group.scale).requires_grad_(False).cpu() if device is None else member.sae.rescale_(group.scale) for member in group.members]
+    return [
+        member.sae.rescale_(group.scale).requires_grad_(False).cpu()
+        if device is None
+        else member.sae.rescale_(group.scale)
+        for member in group.members
+    ]
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
@@ -178,7 +205,9 @@ class _Member:
 
     def _record(self, x: Tensor, x_hat: Tensor, kept: Kept, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            raise DataError(f"The loss of SAE {self.sae.config} is {loss} at step {step}. Lower lr, or look at the activations; the last checkpoint is intact.")
+            raise DataError(
+                f"The loss of SAE {self.sae.config} is {loss} at step {step}. Lower lr, or look at the activations; the last checkpoint is intact."
+            )
         unexplained = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
         self.sae.history.append(
             {
@@ -237,8 +266,18 @@ class _Group:
 
         from safetensors.torch import save_file
 
-        tensors = {f"{i}.{name}": value.contiguous() for i, member in enumerate(self.members) for name, value in member.tensors().items()}
-        record = {"schema": SCHEMA, "identity": identity, "step": self.step, "scale": self.scale, "stream": stream.state_dict()}
+        tensors = {
+            f"{i}.{name}": value.contiguous()
+            for i, member in enumerate(self.members)
+            for name, value in member.tensors().items()
+        }
+        record = {
+            "schema": SCHEMA,
+            "identity": identity,
+            "step": self.step,
+            "scale": self.scale,
+            "stream": stream.state_dict(),
+        }
         record["history"] = [member.sae.history for member in self.members]
         with atomic_dir(folder) as tmp:
             save_file(tensors, tmp / "state.safetensors")
@@ -248,10 +287,14 @@ class _Group:
         record, tensors = read_tensors(folder, "state.safetensors", "state.json", SCHEMA)
         if run_id(record["identity"]) != run_id(identity):
             where = [key for key in identity if record["identity"].get(key) != identity[key]]
-            raise CheckpointError(f"The checkpoint in {folder} belongs to another configuration: {', '.join(where)} differ. Use another checkpoint_dir, or delete this one.")
+            raise CheckpointError(
+                f"The checkpoint in {folder} belongs to another configuration: {', '.join(where)} differ. Use another checkpoint_dir, or delete this one."
+            )
         for i, member in enumerate(self.members):
             prefix = f"{i}."
-            member.load({name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}, folder)
+            member.load(
+                {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}, folder
+            )
             member.sae.history = record["history"][i]
         self.step, self.scale = record["step"], record["scale"]
         stream.load_state_dict(record["stream"])
@@ -262,4 +305,6 @@ def _check(sae_configs: list[SAEConfig], stream: ActivationStream) -> None:
         raise ConfigError("sae_configs is empty. Give at least one SAEConfig.")
     for config in sae_configs:
         if config.d_model != stream.d_model:
-            raise ConfigError(f"The SAE reads width {config.d_model}, the stream gives {stream.d_model}. Set d_model to the model's width.")
+            raise ConfigError(
+                f"The SAE reads width {config.d_model}, the stream gives {stream.d_model}. Set d_model to the model's width."
+            )

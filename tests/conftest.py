@@ -12,7 +12,13 @@ def tiny_model(kind: str, layers: int = 3, width: int = 16, seed: int = 0):
     """A random model of an architecture, in eval mode, with no trained weight in it."""
     import transformers as tr
 
-    shape = dict(vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2)
+    shape = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+    )
     config = {
         "llama": lambda: tr.LlamaConfig(**shape, num_key_value_heads=1),
         "gpt_neox": lambda: tr.GPTNeoXConfig(**shape),

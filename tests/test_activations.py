@@ -62,10 +62,22 @@ def test_from_model_gives_the_masked_models_activations(language_model, ids, tmp
     if bos_id is not None:
         ids = ids.clone()
         ids[:, 0] = bos_id
-    options = dict(block=1, p=0.4, token_id=0, mask_seed=5, bos_id=bos_id, batch_size=4, seed=0, pool_tokens=3 * kept, progress=False)
+    options = dict(
+        block=1,
+        p=0.4,
+        token_id=0,
+        mask_seed=5,
+        bos_id=bos_id,
+        batch_size=4,
+        seed=0,
+        pool_tokens=3 * kept,
+        progress=False,
+    )
     corrupted, is_masked = mask_tokens(ids, p=0.4, token_id=0, seed=5, spare=() if bos_id is None else (bos_id,))
     x = activations(language_model.model, corrupted, block=1)[:, 9 - kept :].reshape(-1, 16)
-    expected = Counter((tuple(row.tolist()), bool(m)) for row, m in zip(x.half().float(), is_masked[:, 9 - kept :].flatten()))
+    expected = Counter(
+        (tuple(row.tolist()), bool(m)) for row, m in zip(x.half().float(), is_masked[:, 9 - kept :].flatten())
+    )
     stream = from_model(language_model, ids, scratch=tmp_path, **options)
     assert stream.batches_per_epoch == 4 * (3 * kept // 4)
     taken = islice(stream, stream.batches_per_epoch)
@@ -91,7 +103,9 @@ def test_half_precision_is_left_where_it_would_overflow(tmp_path):
 
 
 def test_damaged_scratch_is_named(tmp_path, language_model, ids):
-    options = dict(block=1, p=0.0, token_id=0, mask_seed=0, bos_id=None, batch_size=4, seed=0, scratch=tmp_path, progress=False)
+    options = dict(
+        block=1, p=0.0, token_id=0, mask_seed=0, bos_id=None, batch_size=4, seed=0, scratch=tmp_path, progress=False
+    )
     next(iter(from_model(language_model, ids, **options)))
     file = next(tmp_path.iterdir())
     file.write_bytes(file.read_bytes()[:100])

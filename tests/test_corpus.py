@@ -21,7 +21,9 @@ def make_documents(n=400, seed=0):
 
 
 def build(tmp_path, documents, name="blocks", **changes):
-    options = dict(tokens={"train": 2000, "held_out": 400}, block_length=16, bos_id=1, held_out_share=0.2, seed=0, progress=False)
+    options = dict(
+        tokens={"train": 2000, "held_out": 400}, block_length=16, bos_id=1, held_out_share=0.2, seed=0, progress=False
+    )
     return corpus.build(documents, tokenizer, tmp_path / name, **(options | changes))
 
 

@@ -15,7 +15,14 @@ def sequences(n, s, seed=0, low=1, high=1000):
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 12), s=st.integers(1, 40), seed=st.integers(0, 2**40), p=st.floats(0, 1), cuts=st.lists(st.integers(0, 12)), start=st.integers(0, 2**40))
+@given(
+    n=st.integers(1, 12),
+    s=st.integers(1, 40),
+    seed=st.integers(0, 2**40),
+    p=st.floats(0, 1),
+    cuts=st.lists(st.integers(0, 12)),
+    start=st.integers(0, 2**40),
+)
 def test_a_sequence_keeps_its_mask_however_it_is_batched(n, s, seed, p, cuts, start):
     ids = sequences(n, s)
     whole, where = mask_tokens(ids, p=p, token_id=0, seed=seed, first_sequence=start)

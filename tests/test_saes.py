@@ -62,7 +62,12 @@ def brute_force_loss(sae, x):
         low += size
         x_hat = sae.b_dec + f[:, :low] @ sae.W_dec[:low]
         total = total + ((x_hat - x) ** 2).sum(1).mean()
-    return total * {"1/G^2": 1 / len(sae.config.group_sizes) ** 2, "mean": 1 / len(sae.config.group_sizes), "sum": 1}[sae.config.prefix_weighting]
+    return (
+        total
+        * {"1/G^2": 1 / len(sae.config.group_sizes) ** 2, "mean": 1 / len(sae.config.group_sizes), "sum": 1}[
+            sae.config.prefix_weighting
+        ]
+    )
 
 
 @pytest.mark.parametrize("prefixes", [(), MATRYOSHKA, (0.25, 0.75)])
@@ -121,11 +126,15 @@ def test_aux_loss_without_dead_with_a_perfect_and_with_a_silent_dead_latent():
     dead = torch.zeros(96, dtype=torch.bool)
     assert aux_loss(sae, x, torch.zeros_like(x), dead) == 0
     dead[0] = True
-    assert aux_loss(sae, x, torch.zeros_like(x), dead).item() == pytest.approx(0, abs=1e-12)  # rows have norm 1 to single precision
+    assert aux_loss(sae, x, torch.zeros_like(x), dead).item() == pytest.approx(
+        0, abs=1e-12
+    )  # rows have norm 1 to single precision
     with torch.no_grad():
         sae.b_enc[0] = -100
     variance = (x - x.mean(0)).square().sum(1).mean()
-    assert aux_loss(sae, x, torch.zeros_like(x), dead).item() == pytest.approx((x.square().sum(1).mean() / variance).item())
+    assert aux_loss(sae, x, torch.zeros_like(x), dead).item() == pytest.approx(
+        (x.square().sum(1).mean() / variance).item()
+    )
 
 
 def test_aux_gradient_reaches_dead_latents_only():
@@ -208,7 +217,12 @@ def test_damaged_files_are_named(tmp_path):
         (lambda: SAEConfig(8, 16, "BatchTopk"), "Did you mean 'BatchTopK'"),
         (lambda: AuxK(k=0), "AuxK.k"),
         (lambda: AuxK(coefficient=-1), "coefficient"),
-        (lambda: SAEConfig.from_dict({"d_model": 8, "n_latents": 16, "selection": {"rule": "TopKK", "k": 1}, "aux": None}), "'TopKK'"),
+        (
+            lambda: SAEConfig.from_dict(
+                {"d_model": 8, "n_latents": 16, "selection": {"rule": "TopKK", "k": 1}, "aux": None}
+            ),
+            "'TopKK'",
+        ),
     ],
 )
 def test_impossible_configurations(make, words):

@@ -40,7 +40,9 @@ def test_prefix_cache_equals_the_whole_prompt(model, ids):
     cache = prefix_cache(model, prefix, block=1)
     for _ in range(2):  # the cache must not grow
         fast = activations(model, words, block=1, batch=5, cache=cache)[:, 0]
-        assert torch.allclose(fast, hooked(model, torch.cat([prefix.expand(len(ids), -1), words], 1), 1)[:, -1], atol=1e-5)
+        assert torch.allclose(
+            fast, hooked(model, torch.cat([prefix.expand(len(ids), -1), words], 1), 1)[:, -1], atol=1e-5
+        )
 
 
 def test_cross_entropy_equals_the_models_own_loss(model, ids):
@@ -63,7 +65,9 @@ def test_keep_first_spares_the_first_position_and_its_prediction(model, ids):
     kept = cross_entropy(model, ids, block=1, replace=lambda x: seen.append(x.shape) or x, keep_first=True, batch=12)
     assert seen == [(12, 8, 16)]
     logits = model(input_ids=ids).logits[:, 1:-1]
-    assert kept == pytest.approx(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 2:].flatten()).item(), rel=1e-5)
+    assert kept == pytest.approx(
+        nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 2:].flatten()).item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("block", [-1, 3, 99])
@@ -72,7 +76,10 @@ def test_hook_point_outside_the_model(model, ids, block):
         activations(model, ids, block=block)
 
 
-@pytest.mark.parametrize("bad, words", [(torch.tensor([[500]]), "500"), (torch.tensor([[1.0]]), "float32"), (torch.tensor([1]), "sequences, tokens")])
+@pytest.mark.parametrize(
+    "bad, words",
+    [(torch.tensor([[500]]), "500"), (torch.tensor([[1.0]]), "float32"), (torch.tensor([1]), "sequences, tokens")],
+)
 def test_bad_ids(model, bad, words):
     with pytest.raises(DataError, match=words):
         activations(model, bad, block=0)

@@ -28,26 +28,42 @@ def stream(seed=0, batch_size=200, **changes):
 
 
 def configs(**changes):
-    return [SAEConfig(D, F, BatchTopK(2), seed=0, **changes), SAEConfig(D, F, BatchTopK(3), (0.25, 0.75), seed=1, **changes)]
+    return [
+        SAEConfig(D, F, BatchTopK(2), seed=0, **changes),
+        SAEConfig(D, F, BatchTopK(3), (0.25, 0.75), seed=1, **changes),
+    ]
 
 
 def train_config(steps=60, **changes):
-    return TrainConfig(**(dict(steps=steps, lr=3e-3, warmup=5, threshold_start=20, threshold_ema=0.9, log_every=7, checkpoint_every=10) | changes))
+    return TrainConfig(
+        **(
+            dict(
+                steps=steps, lr=3e-3, warmup=5, threshold_start=20, threshold_ema=0.9, log_every=7, checkpoint_every=10
+            )
+            | changes
+        )
+    )
 
 
 def run(config=None, sae_configs=None, source=None, **options):
-    return masksae.train(sae_configs or configs(), source or stream(), config or train_config(), progress=False, **options)
+    return masksae.train(
+        sae_configs or configs(), source or stream(), config or train_config(), progress=False, **options
+    )
 
 
 def same(a: list[SAE], b: list[SAE]) -> bool:
-    return all(torch.equal(x.state_dict()[k], y.state_dict()[k]) for x, y in zip(a, b, strict=True) for k in x.state_dict())
+    return all(
+        torch.equal(x.state_dict()[k], y.state_dict()[k]) for x, y in zip(a, b, strict=True) for k in x.state_dict()
+    )
 
 
 def test_recovers_the_directions_that_made_the_data():
     x, directions = sparse_world(40000)
     config = TrainConfig(steps=600, lr=1e-2, warmup=50, threshold_start=200, threshold_ema=0.99)
     source = ActivationStream.from_array(x, batch_size=500, seed=0)
-    sae = masksae.train([SAEConfig(D, F, BatchTopK(2), aux=AuxK(dead_after_tokens=50_000))], source, config, progress=False)[0]
+    sae = masksae.train(
+        [SAEConfig(D, F, BatchTopK(2), aux=AuxK(dead_after_tokens=50_000))], source, config, progress=False
+    )[0]
     assert masksae.metrics.explained_variance(x, sae(x)) > 0.95
     assert (directions @ sae.W_dec.t()).max(1).values.min() > 0.9
     assert (sae.encode(x) > 0).double().sum(1).mean().item() == pytest.approx(2, rel=0.05)
@@ -151,7 +167,9 @@ def test_geometric_median_against_a_minimiser():
 
     x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).double() ** 3
     best = minimize(lambda m: (x - torch.as_tensor(m)).norm(dim=1).sum().item(), x.mean(0).numpy(), tol=1e-10).x
-    torch.testing.assert_close(geometric_median(x, tolerance=1e-12, iterations=1000), torch.as_tensor(best), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        geometric_median(x, tolerance=1e-12, iterations=1000), torch.as_tensor(best), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_learning_rate_by_hand():
@@ -187,12 +205,20 @@ def test_read_only_folder(tmp_path, as_nobody):
 @pytest.mark.parametrize(
     "act, error, words",
     [
-        (lambda: run(sae_configs=[SAEConfig(D + 1, F, BatchTopK(2))]), ConfigError, f"width {D + 1}, the stream gives {D}"),
+        (
+            lambda: run(sae_configs=[SAEConfig(D + 1, F, BatchTopK(2))]),
+            ConfigError,
+            f"width {D + 1}, the stream gives {D}",
+        ),
         (lambda: masksae.train([], stream(), train_config(), progress=False), ConfigError, "empty"),
         (lambda: train_config(steps=0), ConfigError, "steps"),
         (lambda: train_config(steps=4), ConfigError, "warmup"),
         (lambda: train_config(lr=-1.0), ConfigError, "lr"),
-        (lambda: run(source=ActivationStream.from_array(sparse_world()[0] * torch.nan, batch_size=200, seed=0)), DataError, "NaN"),
+        (
+            lambda: run(source=ActivationStream.from_array(sparse_world()[0] * torch.nan, batch_size=200, seed=0)),
+            DataError,
+            "NaN",
+        ),
     ],
 )
 def test_bad_input(act, error, words):

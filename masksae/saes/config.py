@@ -68,16 +68,26 @@ class SAEConfig:
         _positive_int("n_latents", self.n_latents)
         object.__setattr__(self, "prefixes", tuple(self.prefixes))
         if isinstance(self.selection, str) or type(self.selection).__name__ not in SELECTIONS:
-            raise ConfigError(f"selection must be one of the selection configs, such as BatchTopK(20), found {self.selection!r}.{nearest(self.selection, SELECTIONS)}")
+            raise ConfigError(
+                f"selection must be one of the selection configs, such as BatchTopK(20), found {self.selection!r}.{nearest(self.selection, SELECTIONS)}"
+            )
         if self.selection.k > self.n_latents:
-            raise ConfigError(f"k = {self.selection.k} latents cannot be kept of n_latents = {self.n_latents}. Lower k or widen the dictionary.")
+            raise ConfigError(
+                f"k = {self.selection.k} latents cannot be kept of n_latents = {self.n_latents}. Lower k or widen the dictionary."
+            )
         if self.prefix_weighting not in WEIGHTINGS:
-            raise ConfigError(f"prefix_weighting {self.prefix_weighting!r} is unknown.{nearest(self.prefix_weighting, WEIGHTINGS)}")
+            raise ConfigError(
+                f"prefix_weighting {self.prefix_weighting!r} is unknown.{nearest(self.prefix_weighting, WEIGHTINGS)}"
+            )
         if self.prefixes:
             if any(not 0 < share <= 1 for share in self.prefixes) or abs(sum(self.prefixes) - 1) > 1e-6:
-                raise ConfigError(f"prefixes must be positive fractions that sum to 1, found {self.prefixes} with sum {sum(self.prefixes):.6g}.")
+                raise ConfigError(
+                    f"prefixes must be positive fractions that sum to 1, found {self.prefixes} with sum {sum(self.prefixes):.6g}."
+                )
             if min(self.group_sizes) < 1:
-                raise ConfigError(f"prefixes {self.prefixes} leave an empty group in a dictionary of {self.n_latents} latents. Use fewer groups or more latents.")
+                raise ConfigError(
+                    f"prefixes {self.prefixes} leave an empty group in a dictionary of {self.n_latents} latents. Use fewer groups or more latents."
+                )
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -99,7 +109,10 @@ class SAEConfig:
 
     def to_dict(self) -> dict:
         """Plain values for JSON; `from_dict` reads them back."""
-        return asdict(self) | {"selection": {"rule": type(self.selection).__name__} | asdict(self.selection), "prefixes": list(self.prefixes)}
+        return asdict(self) | {
+            "selection": {"rule": type(self.selection).__name__} | asdict(self.selection),
+            "prefixes": list(self.prefixes),
+        }
 
     @classmethod
     def from_dict(cls, values: dict) -> "SAEConfig":

@@ -114,7 +114,9 @@ def sparse_gradients(sae: SAE, x: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
     grad_f = torch.empty_like(kept.value)
     sae.W_dec.grad = torch.zeros_like(sae.W_dec)
     backward = torch.zeros_like(x)
-    for (sub, (low, high)), error, where in reversed(list(zip(groups, errors, _positions(kept, sae.config.group_sizes)))):
+    for (sub, (low, high)), error, where in reversed(
+        list(zip(groups, errors, _positions(kept, sae.config.group_sizes)))
+    ):
         backward = backward + error
         if len(sub.value):
             pattern = _csr(sub.row, sub.col - low, torch.zeros_like(sub.value), (batch, high - low))

@@ -57,7 +57,9 @@ class SAE(nn.Module):
     def pre_activations(self, x: Tensor) -> Tensor:
         """h [..., F], at least 0: what selection sees."""
         if x.shape[-1] != self.config.d_model:
-            raise DataError(f"This SAE reads activations of width {self.config.d_model}, found {x.shape[-1]}. Check model and block.")
+            raise DataError(
+                f"This SAE reads activations of width {self.config.d_model}, found {x.shape[-1]}. Check model and block."
+            )
         return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -85,7 +87,9 @@ class SAE(nn.Module):
         from safetensors.torch import save_file
 
         with atomic_dir(folder) as tmp:
-            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, tmp / "sae.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, tmp / "sae.safetensors"
+            )
             record = {"schema": SCHEMA, "config": self.config.to_dict(), "history": self.history}
             (tmp / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return Path(folder)
@@ -116,14 +120,22 @@ def read_tensors(folder, tensor_file: str, json_file: str, schema: int) -> tuple
     except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"The checkpoint in {folder} is damaged ({error}). {remedy}") from error
     if record.get("schema") != schema:
-        raise CheckpointError(f"The checkpoint in {folder} has schema {record.get('schema')!r}, this version reads {schema}. Use the version that wrote it.")
+        raise CheckpointError(
+            f"The checkpoint in {folder} has schema {record.get('schema')!r}, this version reads {schema}. Use the version that wrote it."
+        )
     return record, tensors
 
 
 def load_state(module: nn.Module, tensors: dict[str, Tensor], folder) -> None:
     """Copy tensors into a module whose names and shapes must match. Raises CheckpointError."""
     expected = module.state_dict()
-    wrong = [name for name in expected.keys() | tensors.keys() if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape]
+    wrong = [
+        name
+        for name in expected.keys() | tensors.keys()
+        if name not in expected or name not in tensors or expected[name].shape != tensors[name].shape
+    ]
     if wrong:
-        raise CheckpointError(f"The checkpoint in {folder} does not fit its configuration: {', '.join(sorted(wrong))} missing, unknown or of another shape.")
+        raise CheckpointError(
+            f"The checkpoint in {folder} does not fit its configuration: {', '.join(sorted(wrong))} missing, unknown or of another shape."
+        )
     module.load_state_dict(tensors)

