@@ -6,9 +6,9 @@ out or not by a hash of its text: duplicates always fall on the same side, whate
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,14 +33,13 @@ def in_order(documents: Iterable[str], seed: int) -> list[str]:
     return sorted(set(documents), key=lambda text: (digest(text, seed + 1), text))
 
 
-def token_blocks(documents: Iterable[str], tokenizer, *, block_length: int, bos_id: int | None) -> Iterator[list[int]]:
-    """Blocks of exactly `block_length` ids, document by document."""
-    start = [] if bos_id is None else [bos_id]
-    body = block_length - len(start)
-    for text in documents:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for low in range(0, len(ids) - body + 1, body):
-            yield start + ids[low : low + body]
+def token_blocks(text: str, tokenizer, *, block_length: int, bos_id: int | None) -> np.ndarray:
+    """The whole blocks of a document: int32 [n, block_length]."""
+    first = 0 if bos_id is None else 1
+    body = block_length - first
+    ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+    whole = ids[: len(ids) // body * body].reshape(-1, body)
+    return whole if bos_id is None else np.pad(whole, ((0, 0), (1, 0)), constant_values=bos_id)
 
 
 def build(
@@ -56,15 +55,15 @@ def build(
     """
     import datasets
 
-    folder = Path(folder)
-    recover(folder)
+    folder = recover(folder)
     if not folder.exists():
         texts = in_order(documents, seed) if ordered else documents
         blocks = _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress)
         with atomic_dir(folder) as tmp:
             features = datasets.Features({"ids": datasets.List(datasets.Value("int32"), length=block_length)})
             for split in SPLITS:
-                datasets.Dataset.from_dict({"ids": blocks[split]}, features=features).save_to_disk(tmp / split)
+                rows = np.concatenate(blocks[split])
+                datasets.Dataset.from_dict({"ids": rows}, features=features).save_to_disk(tmp / split)
     return {split: datasets.load_from_disk(folder / split) for split in SPLITS}
 
 
@@ -73,37 +72,40 @@ def as_tensor(dataset) -> Tensor:
     return torch.from_numpy(dataset.with_format("numpy")[:]["ids"]).long()
 
 
-def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress) -> dict[str, list]:
+def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress) -> dict[str, list[np.ndarray]]:
     """Blocks of both splits, in the order of the documents."""
     from tqdm.auto import tqdm
 
     wanted = {split: -(-tokens[split] // block_length) for split in SPLITS}
-    blocks: dict[str, list] = {split: [] for split in SPLITS}
-    documents = 0
+    blocks: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    found, documents = dict.fromkeys(SPLITS, 0), 0
     with tqdm(
         total=sum(wanted.values()), desc="token blocks", unit="block", disable=not progress, mininterval=1
     ) as bar:
         for text in texts:
             documents += 1
             split = "held_out" if is_held_out(text, held_out_share) else "train"
-            room = wanted[split] - len(blocks[split])
-            if room:
-                new = list(token_blocks([text], tokenizer, block_length=block_length, bos_id=bos_id))[:room]
-                blocks[split] += new
+            if found[split] < wanted[split]:
+                new = token_blocks(text, tokenizer, block_length=block_length, bos_id=bos_id)
+                new = new[: wanted[split] - found[split]]
+                blocks[split].append(new)
+                found[split] += len(new)
                 bar.update(len(new))
-            elif all(len(blocks[s]) == wanted[s] for s in SPLITS):
+            elif found == wanted:
                 return blocks
+    _check_filled(found, wanted, documents, block_length)
+    return blocks
+
+
+def _check_filled(found: dict[str, int], wanted: dict[str, int], documents: int, block_length: int) -> None:
     if documents == 0:
         raise DataError("The text sources hold no document. Check text.sources and the field that is read.")
-    if not any(blocks.values()):
+    if not any(found.values()):
         raise DataError(
             f"None of {documents} documents fills a block of {block_length} tokens. Lower text.block_length or give longer documents."
         )
-    short = {
-        split: f"{len(blocks[split])} of {wanted[split]}" for split in SPLITS if len(blocks[split]) < wanted[split]
-    }
+    short = {split: f"{found[split]} of {wanted[split]}" for split in SPLITS if found[split] < wanted[split]}
     if short:
         raise DataError(
             f"The text ran out after {documents} documents, with blocks {short}. Lower text.train_tokens or text.held_out_tokens, or add sources."
         )
-    return blocks

@@ -72,8 +72,8 @@ def atomic_dir(target):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def recover(target) -> None:
-    """Undo a folder replacement that was interrupted between its two renames."""
+def recover(target) -> Path:
+    """Undo a replacement of the folder `target` that was interrupted between its two renames; returns it."""
     target = Path(target)
     old = target.with_name(f".old-{target.name}")
     if old.exists():
@@ -81,6 +81,7 @@ def recover(target) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(old, target)
+    return target
 
 
 def write_text(path, text: str) -> Path:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from masksae.metrics.absorption import first_letter, icl_prefixes, single_token_words
 from masksae.metrics.probes import letter_probe
-from masksae.metrics.reconstruction import calibrated_threshold, ce_score, encode_at, reconstruction
+from masksae.metrics.reconstruction import calibrated_threshold, ce_score, reconstruction
 from masksae.saes.sae import SAE
 from masksae.stages import Run
 from masksae.tracing import activations, cross_entropy, prefix_cache
@@ -48,7 +48,7 @@ def reconstruction_scores(run: Run) -> list[dict]:
     for row in tqdm(run.table, desc="reconstruction", unit="SAE"):
         sae = saes[row["sae"]]
         for mode, threshold in thresholds(run, sae, row["k"]).items():
-            ce = _cross_entropy(run, ids, lambda x: sae.decode(encode_at(sae, x, threshold)))
+            ce = _cross_entropy(run, ids, lambda x: sae.decode(sae.encode(x, threshold)))
             scores = reconstruction(sae, run.held_out, threshold=threshold).to_dict()
             losses = {"ce_original": original, "ce_zero": zero, "ce_sae": ce, "ce_score": ce_score(original, zero, ce)}
             rows.append(row | {"mode": mode, "threshold": threshold} | scores | losses)
@@ -94,8 +94,7 @@ def absorption_scores(run: Run) -> list[dict]:
 
     task = run.profile.absorption
     words, x = word_activations(run)
-    letters = torch.tensor([ord(word.lower()[0]) - ord("a") for word in words])
-    probe = letter_probe(x, letters, seed=task.seed)
+    probe = letter_probe(x, words, seed=task.seed)
     rows = []
     saes = run.load_saes()
     for row in tqdm(run.table, desc="absorption", unit="SAE"):

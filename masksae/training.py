@@ -4,9 +4,10 @@ The recipe is dictionary_learning's (August 2025) for the unit-norm family: acti
 b_dec from the geometric median of the first batch, loss, decoder gradients without their radial part, gradient clipping, Adam,
 rows of the decoder back to norm 1. State that is not a weight changes in `_update_` only, so logging cannot alter training.
 
-On a CPU with MKL the step is sparse (`saes/loss.py`), elsewhere dense; `benchmarks/train.py` compares.
+On a CPU with MKL the step is sparse (`saes/loss.py`), elsewhere dense.
 """
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,9 +104,7 @@ def train(
         "seed": stream.seed,
     }
     group = _Group([_Member(SAE(c), train_config) for c in sae_configs], device or torch.device("cpu"))
-    if folder is not None:
-        recover(folder)
-    if folder is not None and folder.exists():
+    if folder is not None and recover(folder).exists():
         group.load(folder, identity, stream)
     else:
         group.start(stream)
@@ -123,16 +122,10 @@ def train(
             record = group.step % train_config.log_every == 0 or group.step == train_config.steps - 1
             group.advance(x, train_config, record)
             bar.update()
-            if folder is not None and (
-                group.step % train_config.checkpoint_every == 0 or group.step == train_config.steps
-            ):
+            due = group.step % train_config.checkpoint_every == 0 or group.step == train_config.steps
+            if folder is not None and due:
                 group.save(folder, identity, stream)
-    return [
-        member.sae.rescale_(group.scale).requires_grad_(False).cpu()
-        if device is None
-        else member.sae.rescale_(group.scale)
-        for member in group.members
-    ]
+    return [member.sae.rescale_(group.scale).requires_grad_(False) for member in group.members]
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
@@ -262,8 +255,6 @@ class _Group:
         self.step += 1
 
     def save(self, folder: Path, identity: dict, stream: ActivationStream) -> None:
-        import json
-
         from safetensors.torch import save_file
 
         tensors = {
@@ -271,14 +262,8 @@ class _Group:
             for i, member in enumerate(self.members)
             for name, value in member.tensors().items()
         }
-        record = {
-            "schema": SCHEMA,
-            "identity": identity,
-            "step": self.step,
-            "scale": self.scale,
-            "stream": stream.state_dict(),
-        }
-        record["history"] = [member.sae.history for member in self.members]
+        record = {"schema": SCHEMA, "identity": identity, "step": self.step, "scale": self.scale}
+        record |= {"stream": stream.state_dict(), "history": [member.sae.history for member in self.members]}
         with atomic_dir(folder) as tmp:
             save_file(tensors, tmp / "state.safetensors")
             (tmp / "state.json").write_text(json.dumps(record), encoding="utf-8")

@@ -62,10 +62,10 @@ class SAE(nn.Module):
             )
         return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Latents f [..., F]."""
+    def encode(self, x: Tensor, threshold: float | None = None) -> Tensor:
+        """Latents f [..., F]; `threshold` takes the place of the trained one."""
         h = self.pre_activations(x)
-        return h * (h > self.threshold)
+        return h * (h > (self.threshold if threshold is None else threshold))
 
     def decode(self, f: Tensor) -> Tensor:
         """Reconstruction x_hat [..., d]."""
