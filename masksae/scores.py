@@ -12,7 +12,7 @@ from masksae.metrics.absorption import first_letter, icl_prefixes, single_token_
 from masksae.metrics.probes import letter_probe
 from masksae.metrics.reconstruction import calibrated_threshold, ce_score, reconstruction
 from masksae.saes.sae import SAE
-from masksae.stages import Run
+from masksae.stages import SOURCE_CODE, Run
 from masksae.tracing import activations, cross_entropy, prefix_cache
 
 MODES = ("as_trained", "matched")
@@ -70,7 +70,7 @@ def word_activations(run: Run) -> tuple[list[str], Tensor]:
     words, ids = single_token_words(tokenizer, task.min_word_letters)
     chosen = torch.randperm(len(words), generator=torch.Generator().manual_seed(task.seed))[: task.words].sort().values
     words, ids = [words[i] for i in chosen], torch.as_tensor(ids)[chosen]
-    code = ("sources", "models", "tracing", "metrics.absorption", "scores")
+    code = (*SOURCE_CODE, "tracing", "metrics.absorption")
     return words, run.scratch("words", task.model_dump(), code, lambda: {"x": _word_activations(run, words, ids)})["x"]
 
 

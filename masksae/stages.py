@@ -11,7 +11,6 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from masksae.errors import DataError
@@ -20,6 +19,7 @@ from masksae.profile import Arm, Grid, load_profile
 from masksae.saes.config import SAEConfig
 from masksae.saes.sae import SAE
 
+SOURCE_CODE = ("packages", "sources", "models")
 TRAINING_CODE = ("corpus", "masking", "tracing", "activations", "saes.config", "saes.sae", "saes.loss", "training")
 
 
@@ -86,7 +86,12 @@ class Run:
 
         text = self.profile.text
         key = run_id(
-            [self.profile.model.source, self.profile.model.bos_token, text.model_dump(), code_id("corpus", "sources")]
+            [
+                self.profile.model.source,
+                self.profile.model.bos_token,
+                text.model_dump(),
+                code_id("corpus", *SOURCE_CODE),
+            ]
         )
         return corpus.build(
             chain.from_iterable(sources.documents(source) for source in text.sources),
@@ -167,9 +172,9 @@ class Run:
         profile = self.profile
         stream = [profile.model.model_dump(), profile.text.model_dump(), arm.p, arm.seed, profile.training.pool_tokens]
         if kind == "stream":
-            return run_id([stream, code_id("sources", "models", *TRAINING_CODE[:4])])
+            return run_id([stream, code_id(*SOURCE_CODE, *TRAINING_CODE[:4])])
         grids = [grid.model_dump(mode="json") for grid in profile.saes]
-        return run_id([stream, profile.training.model_dump(), grids, code_id("sources", "models", *TRAINING_CODE)])
+        return run_id([stream, profile.training.model_dump(), grids, code_id(*SOURCE_CODE, *TRAINING_CODE)])
 
     def _group(self, arm: Arm) -> dict[str, SAE]:
         """All SAEs of one arm: read back if finished, else trained (or trained on from the last checkpoint)."""
@@ -245,5 +250,5 @@ class Run:
     def held_out(self) -> Tensor:
         """Clean held-out activations [tokens, d]: every score of every arm is taken on these."""
         key = self.profile.text.model_dump()
-        make = lambda: {"x": self.activations(self.ids("held_out"), label="held-out activations")}  # noqa: E731
-        return self.scratch("held_out", key, ("sources", "models", "corpus", "tracing"), make)["x"]
+        make = lambda: {"x": self.activations(self.ids("held_out"), label="held-out activations")}
+        return self.scratch("held_out", key, (*SOURCE_CODE, "corpus", "tracing"), make)["x"]

@@ -191,7 +191,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="damaged"):
         SAE.load(folder)
     (folder / "sae.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="sae.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"sae\.safetensors is missing"):
         SAE.load(folder)
     folder = random_sae(dtype=torch.float32).save(tmp_path / "other")
     config = (folder / "config.json").read_text()

@@ -119,7 +119,9 @@ def first_letter(
     """
     probe = letter_probe(word_acts, words, seed=seed) if probe is None else probe
     if not len(word_acts) == len(words) == len(probe.is_test):
-        raise DataError(f"{len(word_acts)} activations, {len(words)} words and a probe of {len(probe.is_test)} words do not belong together.")
+        raise DataError(
+            f"{len(word_acts)} activations, {len(words)} words and a probe of {len(probe.is_test)} words do not belong together."
+        )
     passed = gated_letters(probe, min_letters)
     letters, f, recognised = first_letters(words), sae.encode(word_acts, threshold), probe.logits(word_acts) > 0
     ranked = rank_latents(f[~probe.is_test], letters[~probe.is_test], seed=seed)

@@ -39,7 +39,9 @@ def explained_variance(x: Tensor, x_hat: Tensor, kind: str = "centred") -> float
     error = (x - x_hat).square().sum(1)
     spread = (x if kind == "uncentred" else x - x.mean(0)).square().sum(1)
     if not spread.sum() > 0:
-        raise DataError("The activations do not vary, so no share of their variance can be explained. Give other tokens.")
+        raise DataError(
+            "The activations do not vary, so no share of their variance can be explained. Give other tokens."
+        )
     return (1 - (error / spread).mean() if kind == "per_token" else 1 - error.sum() / spread.sum()).item()
 
 
@@ -114,5 +116,7 @@ def ce_score(original: float, zero: float, sae: float) -> float:
     0.875
     """
     if not zero > original:
-        raise DataError(f"Zeros in place of the activations give a loss of {zero}, not above the original {original}. Look at the hook point.")
+        raise DataError(
+            f"Zeros in place of the activations give a loss of {zero}, not above the original {original}. Look at the hook point."
+        )
     return (zero - sae) / (zero - original)
