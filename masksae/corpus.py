@@ -74,7 +74,7 @@ def as_tensor(dataset) -> Tensor:
 
 def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress) -> dict[str, list[np.ndarray]]:
     """Blocks of both splits, in the order of the documents."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     wanted = {split: -(-tokens[split] // block_length) for split in SPLITS}
     blocks: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}

@@ -39,7 +39,7 @@ def thresholds(run: Run, sae: SAE, k: int) -> dict[str, float]:
 
 def reconstruction_scores(run: Run) -> list[dict]:
     """One row per SAE and mode: explained variance in three definitions, L0, CE score, dead latents, ..."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
     original, zero = _cross_entropy(run, ids), _cross_entropy(run, ids, torch.zeros_like)
@@ -90,7 +90,7 @@ def _word_activations(run: Run, words: list[str], ids: Tensor) -> Tensor:
 
 def absorption_scores(run: Run) -> list[dict]:
     """One row per SAE and mode: mean full absorption, absorption fraction, and the table of letters."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     task = run.profile.absorption
     words, x = word_activations(run)

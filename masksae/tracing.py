@@ -40,7 +40,7 @@ def activations(
     label   if given, a progress bar with this text
     cache   a transformers cache that holds a prefix shared by all sequences; it is copied, never changed
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     _check_ids(model, ids)
     traced, path = _traced(model), hook_point(model, block)
@@ -77,7 +77,7 @@ def cross_entropy(
 
     keep_first  position 0 (BOS) keeps its own activation and its prediction does not count, in every kind of run alike
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     _check_ids(model, ids)
     traced, path = _traced(model), None if replace is None else hook_point(model, block)

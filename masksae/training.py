@@ -93,7 +93,7 @@ def train(
 
     Returns SAEs for raw activations (scale folded in), with `history`. Raises ConfigError, DataError, CheckpointError, OutputError.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir) / "checkpoint"
     _check(sae_configs, stream)
