@@ -169,7 +169,10 @@ def profile_path(name_or_path) -> Path:
 
 
 def load_profile(name_or_path) -> Profile:
-    """Read and check a profile, by shipped name ("smoke") or by path of a YAML file. Raises ConfigError naming the key."""
+    """Read and check a profile, by shipped name ("smoke") or by path of a YAML file. Raises ConfigError naming the key.
+
+    The file is called after the profile, and nobody's file after a shipped profile: outputs go into folders of that name.
+    """
     path = profile_path(name_or_path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -177,6 +180,11 @@ def load_profile(name_or_path) -> Profile:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values, found {type(raw).__name__}.")
+    if raw.get("name") != path.stem or (path.resolve().parent != PROFILES and (PROFILES / path.name).exists()):
+        raise ConfigError(
+            f"{path} holds a profile named {raw.get('name')!r}. Outputs are kept apart by name: call the file NAME.yaml and choose "
+            "a NAME that no shipped profile has."
+        )
     try:
         return Profile(**raw)
     except ValidationError as error:

@@ -111,14 +111,16 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 def show(rows, columns: list[str] | None = None):
     """A table for a notebook: chosen columns, numbers to four digits, no index."""
+    from IPython.display import HTML
+
     table = pd.DataFrame(rows)[columns] if columns else pd.DataFrame(rows)
-    return table.style.format(precision=4, na_rep="").hide(axis="index")
+    return HTML(table.to_html(index=False, float_format="{:.4g}".format, na_rep="", border=0))
 
 
 def save_table(path, table: pd.DataFrame, note: str):
     """Write a table as markdown with a note below it; returns it for display."""
     write_text(Path(path), to_markdown(table) + f"\n{note}\n")
-    return table.style.hide(axis="index")
+    return show(table)
 
 
 def norm_table(rows: list[dict]) -> list[dict]:

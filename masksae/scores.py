@@ -39,6 +39,11 @@ def thresholds(run: Run, sae: SAE, k: int) -> dict[str, float]:
 
 def reconstruction_scores(run: Run) -> list[dict]:
     """One row per SAE and mode: explained variance in three definitions, L0, CE score, dead latents, ..."""
+    code = ("metrics.reconstruction", "scores")
+    return run.rows("reconstruction", run.profile.evaluation, code, lambda: _reconstruction_scores(run))
+
+
+def _reconstruction_scores(run: Run) -> list[dict]:
     from tqdm import tqdm
 
     ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
@@ -90,6 +95,11 @@ def _word_activations(run: Run, words: list[str], ids: Tensor) -> Tensor:
 
 def absorption_scores(run: Run) -> list[dict]:
     """One row per SAE and mode: mean full absorption, absorption fraction, and the table of letters."""
+    code = ("metrics.reconstruction", "metrics.probes", "metrics.absorption", "scores")
+    return run.rows("absorption", run.profile.absorption, code, lambda: _absorption_scores(run))
+
+
+def _absorption_scores(run: Run) -> list[dict]:
     from tqdm import tqdm
 
     task = run.profile.absorption

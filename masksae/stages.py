@@ -246,6 +246,14 @@ class Run:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp / "tensors.safetensors")
         return load_file(folder / "tensors.safetensors")
 
+    def rows(self, kind: str, section, code: tuple[str, ...], make) -> list[dict]:
+        """Score rows that `make()` gives, kept in scratch under an id of the SAEs, a section of the profile and the code in `code`."""
+        groups = [self._id("group", arm) for arm in self.profile.arms]
+        file = cache_dir("scores", f"{kind}-{run_id([groups, section.model_dump(), code_id(*code)])}.json")
+        if not file.exists():
+            write_json(file, make())
+        return read_json(file)
+
     @cached_property
     def held_out(self) -> Tensor:
         """Clean held-out activations [tokens, d]: every score of every arm is taken on these."""

@@ -1,0 +1,49 @@
+# Two commands do everything on a bare machine with Python 3.11 or later and make:
+#
+#     make repro [PROFILE=smoke|laptop|overnight|paper|path/to/profile.yaml]
+#     make test
+
+PROFILE ?= laptop
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help setup repro status test lint lab clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: $(READY)  ## make the virtual environment with the pinned packages of requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is %d.%d. Set PYTHON=." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@echo "setting up $(VENV) (once, a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@if git rev-parse --git-dir >/dev/null 2>&1; then \
+	    git config filter.nbstripout.clean '$(VENV)/bin/python -m nbstripout --keep-id'; \
+	    git config filter.nbstripout.smudge cat; \
+	    git config filter.nbstripout.required false; \
+	fi
+	@touch $@
+
+repro: $(READY)  ## bring every result of PROFILE up to date
+	@python -m masksae.pipeline repro "$(PROFILE)"
+
+status: $(READY)  ## what `make repro` would do for PROFILE
+	@python -m masksae.pipeline status "$(PROFILE)"
+
+test: $(READY)  ## unit and property tests, the smoke pipeline, every notebook
+	@python -m pytest -q
+
+lint: $(READY)  ## style
+	@ruff format --check masksae tests benchmarks && ruff check
+
+lab: $(READY)  ## step through the notebooks in JupyterLab
+	@jupyter lab --config jupyter_server_config.py notebooks
+
+clean:  ## remove the environment and everything under build/ (results/ and figures/ stay)
+	rm -rf $(VENV) build .dvc/tmp .dvc/cache

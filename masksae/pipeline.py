@@ -1,0 +1,131 @@
+"""What `dvc.yaml` and the Makefile call: `python -m masksae.pipeline repro PROFILE`, `run NOTEBOOK PROFILE`, `project PROFILE`.
+
+The stages are written once, in the root's dvc.yaml, whose params.yaml names the default profile; a bare `dvc repro` runs that.
+Another profile gets a folder build/NAME/ in which dvc.yaml is a link to the same file and params.yaml names the profile: its
+own lock, its own outputs.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from masksae.errors import ConfigError, MasksaeError
+from masksae.files import ensure_writable, write_json, write_text
+from masksae.profile import load_profile, profile_path
+from masksae.stages import repository
+
+DEFAULT = "laptop"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a stage failed, 2 bad input (said in one line)."""
+    parser = argparse.ArgumentParser(prog="python -m masksae.pipeline", description="Run the notebooks through DVC.")
+    commands = parser.add_subparsers(required=True)
+    repro = commands.add_parser("repro", help="bring every result of a profile up to date")
+    repro.add_argument("profile", nargs="?", default=DEFAULT, help="name or path of a YAML file")
+    repro.set_defaults(run=lambda a: reproduce(a.profile))
+    status = commands.add_parser("status", help="what `repro` would do")
+    status.add_argument("profile", nargs="?", default=DEFAULT)
+    status.set_defaults(run=lambda a: dvc("status", a.profile))
+    run = commands.add_parser("run", help="execute one notebook (a DVC stage)")
+    run.add_argument("notebook", help="such as 03_reconstruction")
+    run.add_argument("profile")
+    run.set_defaults(run=lambda a: execute(a.notebook, a.profile))
+    project = commands.add_parser("project", help="write what matters of each notebook (a DVC stage)")
+    project.add_argument("profile")
+    project.set_defaults(run=lambda a: project_notebooks(a.profile))
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except MasksaeError as error:
+        print(f"masksae: {error}", file=sys.stderr)
+        return 2
+
+
+def reproduce(profile) -> int:
+    """`dvc repro` for a profile; a good profile is checked before, a summary printed after."""
+    status = dvc("repro", profile)
+    if status == 0:
+        name = load_profile(profile).name
+        print(f"\nResults: results/{name}/claims.json, figures/{name}/, build/{name}/*.ipynb (executed notebooks)")
+    return status
+
+
+def dvc(command: str, profile) -> int:
+    """Run a DVC command on a profile's pipeline."""
+    file = pipeline_file(profile)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the stages call `python`
+    command_line = [sys.executable, "-m", "dvc", command, str(file)]
+    return subprocess.run(command_line, cwd=repository(), env=os.environ | {"PATH": path}).returncode
+
+
+def pipeline_file(profile) -> Path:
+    """The dvc.yaml of a profile, made on first use, relative to the project's root. Raises ConfigError."""
+    name, file = load_profile(profile).name, os.path.relpath(profile_path(profile), repository())
+    if name == DEFAULT:
+        return Path("dvc.yaml")
+    folder = ensure_writable(repository() / "build" / name)
+    params = {"profile": name, "profile_file": file, "root": "../.."}
+    if (folder / "params.yaml").exists():
+        made_for = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["profile_file"]
+        if made_for != file:
+            raise ConfigError(
+                f"build/{name} belongs to the profile {made_for}, not to {file}. Rename one of them, or remove build/{name}."
+            )
+    write_text(folder / "params.yaml", yaml.safe_dump(params))
+    if not (folder / "dvc.yaml").is_symlink():
+        (folder / "dvc.yaml").symlink_to("../../dvc.yaml")
+    return Path("build") / name / "dvc.yaml"
+
+
+def project_notebooks(profile) -> None:
+    """Write build/NAME/projection/NN.json for each notebook: type, source and tags of its cells, and nothing that running it alters."""
+    import nbformat
+
+    root = repository()
+    folder = root / "build" / load_profile(profile).name / "projection"
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        kept = [{"type": c.cell_type, "source": c.source, "tags": c.metadata.get("tags", [])} for c in cells]
+        write_json(folder / f"{path.stem}.json", kept)
+
+
+def execute(notebook: str, profile) -> None:
+    """Execute a notebook with papermill into build/NAME/; the same run gives the same bytes.
+
+    Progress goes to the terminal and not into the file. A notebook that fails is kept as NOTEBOOK.failed.ipynb.
+    """
+    import nbformat
+    import papermill
+
+    root = repository()
+    target = root / "build" / load_profile(profile).name / f"{notebook}.ipynb"
+    failed = target.with_suffix(".failed.ipynb")
+    ensure_writable(target.parent)
+    os.environ |= {"PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    papermill.execute_notebook(
+        root / "notebooks" / f"{notebook}.ipynb", failed, parameters={"profile": str(profile)}, cwd=root,
+        kernel_name="python3", progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+    )  # fmt: skip
+    write_text(target, nbformat.writes(_without_times(nbformat.read(failed, as_version=4))))
+    failed.unlink()
+
+
+def _without_times(notebook):
+    """An executed notebook without what differs from run to run: times, paths, ids of papermill, progress bars."""
+    notebook.metadata.pop("papermill", None)
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{i:02d}"
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+    return notebook
+
+
+if __name__ == "__main__":
+    sys.exit(main())
