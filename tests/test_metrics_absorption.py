@@ -1,0 +1,260 @@
+"""Absorption: each clause of the rule at its edge, an independent brute force, planted absorbers, and the probes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+
+from masksae import SAE, BatchTopK, SAEConfig
+from masksae.errors import DataError
+from masksae.metrics import absorption, probes
+from masksae.metrics.absorption import absorbed, first_letter
+
+E1, E2 = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+
+
+def at_cosine(c: float) -> torch.Tensor:
+    return torch.tensor([c, math.sqrt(1 - c * c)])
+
+
+def one_word(f, decoder, a=1.0):
+    """The rule on one word whose activation has component `a` along the probe; latent 0 is the main one."""
+    full, fraction = absorbed(a * E1[None], torch.tensor([f]), torch.stack(decoder), 5 * E1, [0])
+    return bool(full[0]), fraction[0].item()
+
+
+@pytest.mark.parametrize(
+    "f, decoder, a, full, fraction",
+    [
+        ([0.0, 1.0], [E1, at_cosine(0.5)], 1.0, True, 1.0),
+        ([1e-7, 1.0], [E1, at_cosine(0.5)], 1.0, False, 0.5 / (0.5 + 1e-7)),  # the main latent fires a little
+        ([1e-9, 1.0], [E1, at_cosine(0.5)], 1.0, True, 0.5 / (0.5 + 1e-9)),  # ... below 1e-8 it counts as silent
+        ([0.0, 17.0], [E1, at_cosine(0.0249)], 1.0, False, 0.0),  # not aligned
+        ([0.0, 17.0], [E1, at_cosine(0.0251)], 1.0, True, 0.0),  # aligned enough for full, not for the fraction
+        ([0.0, 5.0], [E1, at_cosine(0.0999)], 1.0, True, 0.0),
+        ([0.0, 5.0], [E1, at_cosine(0.1001)], 1.0, True, 1.0),
+        ([0.0, 0.799], [E1, at_cosine(0.5)], 1.0, False, 0.0),  # carries less than .4 of the direction
+        ([0.0, 0.801], [E1, at_cosine(0.5)], 1.0, True, 1.0),
+        ([0.0, 1.0], [E1, at_cosine(0.5)], -1.0, False, 0.0),  # the word has the direction reversed
+        ([1.0, 1.0], [E1, at_cosine(0.5)], 1.0, False, 0.0),  # the main latent carries it all
+        ([0.25, 1.0], [E1, at_cosine(0.5)], 1.0, False, 2 / 3),
+        ([0.75, 1.0], [E1, at_cosine(0.5)], 1.0, False, 0.25),  # absorbers are credited with what is missing only
+        ([0.0, 0.0], [E1, at_cosine(0.5)], 1.0, False, 0.0),
+        ([0.0, 0.3, 0.3, 0.3, 9.0], [E1, E1, E1, E1, E2], 1.0, False, 1.0),  # three small ones together
+        ([0.0, 0.19, 0.1, 0.1, 0.1], [E1, E1, E1, E1, E1], 1.0, False, 0.0),  # a fourth does not count: .39
+        ([0.5, 0.0], [-E1, at_cosine(0.5)], 1.0, False, 0.0),
+    ],
+)
+def test_clauses(f, decoder, a, full, fraction):
+    got = one_word(f, decoder, a)
+    assert got[0] is full and got[1] == pytest.approx(fraction, abs=1e-6)
+
+
+def test_a_word_without_the_direction_is_no_division_by_zero():
+    assert one_word([0.0, 0.0], [E1, E2], a=0.0) == (False, 0.0)
+
+
+def brute(x, f, w_dec, direction, main):
+    """The rule again, word by word in plain Python floats."""
+    p = direction / np.linalg.norm(direction)
+    full, fraction = [], []
+    for word, latents in zip(x, f):
+        a = float(word @ p)
+        cosine = [float(w @ p / np.linalg.norm(w)) for w in w_dec]
+        carried = [v * c for v, c in zip(latents, cosine)]
+        best = max(range(len(carried)), key=lambda j: carried[j])
+        silent = all(latents[j] < 1e-8 for j in main)
+        full.append(silent and cosine[best] >= 0.025 and a > 0 and carried[best] >= 0.4 * a)
+        by_main = sum(carried[j] for j in main)
+        others = [carried[j] for j in range(len(carried)) if j not in main and cosine[j] >= 0.1 and carried[j] > 0]
+        total = sum(sorted(others, reverse=True)[:3])
+        if a <= 0 or by_main >= a or total < 0.4 * a:
+            fraction.append(0.0)
+        elif by_main <= 0:
+            fraction.append(1.0)
+        else:
+            fraction.append(min(total, a - by_main) / (min(total, a - by_main) + by_main))
+    return full, fraction
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), n_main=st.integers(1, 4))
+def test_against_brute_force(seed, n_main):
+    rng = np.random.default_rng(seed)
+    d, n_latents, n = 5, 12, 40
+    x, w_dec, direction = rng.normal(size=(n, d)), rng.normal(size=(n_latents, d)), rng.normal(size=d)
+    w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
+    f = np.maximum(rng.normal(size=(n, n_latents)) - rng.choice([0.0, 1.0]), 0)
+    main = rng.choice(n_latents, n_main, replace=False).tolist()
+    full, fraction = absorbed(*(torch.from_numpy(v) for v in (x, f, w_dec, direction)), main)
+    expected = brute(x, f, w_dec, direction, main)
+    assert full.tolist() == expected[0]
+    np.testing.assert_allclose(fraction.numpy(), expected[1], atol=1e-9)
+
+
+LETTERS = "abcdef"
+
+
+def world(n=1200, absorbed_word=None, seed=0):
+    """Activations with one direction per first letter and one per word, and an SAE that knows both exactly.
+
+    On `absorbed_word` the letter's latent is silent and the word's latent holds the letter's direction as well.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    spelled = [c + tail for c in LETTERS for tail in ("ax", "bex", "cix", "dox", "fux", "gan", "hen", "kin", "lon", "mun")]
+    words = [spelled[i % len(spelled)] for i in range(n)]
+    d = len(LETTERS) + len(spelled)
+    basis = torch.eye(d)
+    sae = SAE(SAEConfig(d, d, BatchTopK(2)))
+    letter = torch.tensor([LETTERS.index(w[0]) for w in words])
+    which = torch.tensor([len(LETTERS) + spelled.index(w) for w in words])
+    x = basis[letter] + basis[which] + 0.01 * torch.randn(n, d, generator=rng)
+    with torch.no_grad():
+        sae.W_dec.copy_(basis)
+        sae.W_enc.copy_(basis)
+        sae.b_enc.fill_(-0.2)
+        if absorbed_word is not None:
+            parent, child = LETTERS.index(absorbed_word[0]), len(LETTERS) + spelled.index(absorbed_word)
+            sae.W_dec[child] = (basis[parent] + basis[child]) / 2**0.5
+            sae.W_enc[child, parent] = -10.0
+            sae.W_enc[child, child] = 2.0
+        sae.threshold.fill_(0.0)
+    return sae.requires_grad_(False), x, words
+
+
+def test_an_sae_without_absorption_scores_zero():
+    sae, x, words = world()
+    result = first_letter(sae, x, words, min_letters=6)
+    assert result.mean_full == result.mean_fraction == 0 and result.mean_split_latents == 1
+    assert [r.main for r in result.letters] == [(i,) for i in range(6)]
+    assert all(r.f1 == 1 and r.probe_f1 == 1 for r in result.letters)
+    assert "".join(r.letter for r in result.letters) == LETTERS and len(result.excluded) == 20
+
+
+def test_a_planted_absorber_is_found_and_only_it():
+    word = "bbex"
+    sae, x, words = world(absorbed_word=word)
+    seed = next(s for s in range(100) if probes.split_words(words, s)[words.index(word)])  # a test word
+    result = first_letter(sae, x, words, min_letters=6, seed=seed)
+    is_test = probes.split_words(words, seed)
+    mine = [w for w, t in zip(words, is_test.tolist()) if t and w[0] == "b"]
+    by_letter = {r.letter: r for r in result.letters}
+    assert by_letter["b"].words == len(mine)
+    assert by_letter["b"].full == pytest.approx(mine.count(word) / len(mine)) and by_letter["b"].full > 0
+    assert all(r.full == 0 for name, r in by_letter.items() if name != "b")
+    assert result.mean_full == pytest.approx(by_letter["b"].full / 6)
+
+
+def test_a_higher_threshold_silences_the_main_latents():
+    sae, x, words = world()
+    assert first_letter(sae, x, words, min_letters=6, threshold=10.0).mean_full == 0  # and nobody carries the letter
+    assert first_letter(sae, x, words, min_letters=6, threshold=0.0) == first_letter(sae, x, words, min_letters=6)
+
+
+def test_errors():
+    sae, x, words = world()
+    with pytest.raises(DataError, match=r"Only 6 letters .* 20 are needed"):
+        first_letter(sae, x, words)
+    with pytest.raises(DataError, match="1199 activations, 1200 words"):
+        first_letter(sae, x[1:], words, probe=probes.letter_probe(x, words))
+    with pytest.raises(DataError, match="one per word"):
+        probes.letter_probe(x[1:], words)
+    with pytest.raises(DataError, match="'9lives' does not start"):
+        probes.first_letters(["cat", "9lives"])
+    with pytest.raises(DataError, match="too few for 2 prefixes"):
+        absorption.icl_prefixes(["cat", "dog"], n_prefixes=2)
+
+
+def test_main_latents_stop_where_a_further_one_adds_too_little():
+    generator = torch.Generator().manual_seed(0)
+    n = 2000
+    positive = torch.rand(n, generator=generator) < 0.5
+    half = torch.rand(n, generator=generator) < 0.5
+    f = torch.rand(n, 5, generator=generator) * 0.01
+    f[:, 0] += (positive & half).float()  # two latents split the feature; a third repeats, a fourth would help
+    f[:, 1] += (positive & ~half).float()
+    f[:, 2] = f[:, 0]
+    is_test = torch.arange(n) % 5 == 0
+    assert absorption.main_latents(f, positive, is_test, [0, 1, 2, 3])[0] == (0, 1)
+    assert absorption.main_latents(f, positive, is_test, [0, 2, 1])[0] == (0,)  # stops at the first failure
+    model = LogisticRegression(class_weight="balanced", max_iter=500).fit(f[~is_test][:, [0]], positive[~is_test])
+    expected = f1_score(positive[is_test], model.decision_function(f[is_test][:, [0]]) > 0)
+    assert absorption.main_latents(f, positive, is_test, [0])[1] == pytest.approx(expected)
+
+
+def noisy_letters(n=4000, d=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    words = [LETTERS[i % 6] + "word" + str(i) for i in range(n)]
+    directions = torch.randn(6, d, generator=generator)
+    return directions[probes.first_letters(words)] + 3 * torch.randn(n, d, generator=generator), words, directions
+
+
+def test_probe_agrees_with_scikit_learn():
+    x, words, _ = noisy_letters()
+    probe = probes.letter_probe(x, words, seed=3)
+    letters, is_test = probes.first_letters(words), probe.is_test.numpy()
+    for letter in range(6):
+        y = (letters == letter).numpy()
+        n, negatives = (~is_test).sum(), (~y[~is_test]).sum()
+        same_objective = 2 * negatives / n**2 / 1e-4  # its C for our weight decay
+        model = LogisticRegression(class_weight="balanced", C=same_objective, max_iter=2000)
+        model.fit(x[~probe.is_test], y[~is_test])
+        weight = torch.from_numpy(model.coef_[0]).float()
+        assert torch.cosine_similarity(weight, probe.weight[letter], dim=0) > 0.99
+        expected = f1_score(y[is_test], model.decision_function(x[probe.is_test]) > 0)
+        assert probe.f1[letter] == pytest.approx(expected, abs=0.02)
+    assert probe.f1[25] == 0
+
+
+def test_probe_has_converged():
+    x, words, _ = noisy_letters(1500)
+    y = torch.nn.functional.one_hot(probes.first_letters(words), 26)[:, :6].float()
+    short, long = (
+        probes.fit_linear(x, y, batch=64, weight_decay=1e-4, seed=0, epochs=epochs)[0] for epochs in (50, 200)
+    )
+    assert torch.cosine_similarity(short, long).min() > 0.995
+
+
+def test_probe_depends_on_the_seed_alone():
+    x, words, _ = noisy_letters(600)
+    one, two, other = (probes.letter_probe(x, words, seed=s) for s in (0, 0, 1))
+    assert torch.equal(one.weight, two.weight) and torch.equal(one.is_test, two.is_test) and one.f1 == two.f1
+    assert not torch.equal(one.is_test, other.is_test)
+
+
+def test_l1_silences_useless_latents():
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.randint(0, 3, (3000,), generator=generator)
+    f = torch.rand(3000, 30, generator=generator)
+    for i in range(3):
+        f[:, i] += 2 * (letters == i)
+    ranked = absorption.rank_latents(f, letters, seed=0)
+    assert ranked[:3, 0].tolist() == [0, 1, 2] and ranked.shape == (26, 10)
+
+
+def test_spellings_stay_on_one_side():
+    words = [form(f"w{chr(97 + i % 26)}{chr(97 + i // 26)}") for i in range(200) for form in (str.lower, str.upper, str.title)]
+    is_test = probes.split_words(words, seed=5)
+    assert is_test.double().mean().item() == pytest.approx(0.2, abs=0.01)
+    assert len({(w.lower(), t) for w, t in zip(words, is_test.tolist())}) == 200
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(30, 60), n_prefixes=st.integers(1, 3), seed=st.integers(0, 50))
+def test_prefixes_never_show_their_own_words(n, n_prefixes, seed):
+    words = [f"{chr(97 + i % 26)}word{chr(97 + i // 26)}" for i in range(n)] if n_prefixes > 1 else []
+    if not words:
+        with pytest.raises(DataError):
+            absorption.icl_prefixes(["only"], n_prefixes=1)
+        return
+    for i, prefix in enumerate(absorption.icl_prefixes(words, n_prefixes=n_prefixes, seed=seed)):
+        shown = [line.split(" has the first letter: ") for line in prefix.strip().split("\n")]
+        assert len(shown) == 10 == len({w for w, _ in shown})
+        assert all(word[0].upper() == letter for word, letter in shown)
+        assert not {w for w, _ in shown} & set(words[i::n_prefixes])
+        assert prefix.startswith("\n") and prefix.endswith("\n")

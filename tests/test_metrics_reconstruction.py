@@ -1,0 +1,125 @@
+"""Reconstruction scores against scikit-learn, against sums written out by hand, and at their edges."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import r2_score
+
+from masksae import SAE, BatchTopK, SAEConfig
+from masksae.errors import ConfigError, DataError
+from masksae.metrics import explained_variance
+from masksae.metrics.reconstruction import calibrated_threshold, ce_score, reconstruction
+
+
+def random_sae(d=6, n_latents=24, seed=0):
+    sae = SAE(SAEConfig(d, n_latents, BatchTopK(3), seed=seed))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        sae.b_dec.copy_(torch.randn(d, generator=generator))
+        sae.threshold.fill_(0.7)
+    return sae.requires_grad_(False)
+
+
+def tokens(n=500, d=6, seed=1):
+    return 2 * torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), offset=st.floats(-100, 100), noise=st.floats(0.01, 3))
+def test_centred_is_sklearns_r2(seed, offset, noise):
+    x = tokens(seed=seed) + offset
+    x_hat = x + noise * tokens(seed=seed + 1)
+    expected = r2_score(x.double().numpy(), x_hat.double().numpy(), multioutput="variance_weighted")
+    assert explained_variance(x, x_hat) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_three_kinds_by_hand():
+    x = torch.tensor([[0.0, 0.0], [4.0, 0.0], [2.0, 6.0]])
+    x_hat = torch.tensor([[0.0, 1.0], [4.0, 0.0], [2.0, 4.0]])
+    spread = [8.0, 8.0, 16.0]  # squared distances from the mean (2, 2)
+    assert explained_variance(x, x_hat) == pytest.approx(1 - 5 / 32)
+    assert explained_variance(x, x_hat, "per_token") == pytest.approx(1 - (1 / spread[0] + 0 + 4 / spread[2]) / 3)
+    assert explained_variance(x, x_hat, "uncentred") == pytest.approx(1 - 5 / 56)
+
+
+def test_predicting_the_mean_explains_nothing():
+    x = tokens()
+    assert explained_variance(x, x.mean(0).expand_as(x)) == pytest.approx(0, abs=1e-6)
+    assert explained_variance(x, x) == explained_variance(x, x, "per_token") == 1
+    assert explained_variance(x, torch.zeros_like(x), "uncentred") == 0
+
+
+def test_sums_are_in_double_precision():
+    x = tokens(n=20000) + 3000  # float32 sums of squares would lose the variance altogether
+    x_hat = x + 1
+    expected = r2_score(x.double().numpy(), x_hat.double().numpy(), multioutput="variance_weighted")
+    assert explained_variance(x, x_hat) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda: explained_variance(tokens(), tokens(), "centered"), ConfigError, "Did you mean 'centred'"),
+        (lambda: explained_variance(tokens(5), tokens(6)), DataError, "(5, 6), x_hat (6, 6)"),
+        (lambda: explained_variance(torch.ones(4, 2), torch.ones(4, 2)), DataError, "do not vary"),
+        (lambda: ce_score(3.0, 2.0, 3.0), DataError, "not above the original 3.0"),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    assert words in str(caught.value)
+
+
+def test_reconstruction_against_numpy():
+    sae, x = random_sae(), tokens(n=9000)  # more than one chunk
+    result = reconstruction(sae, x)
+    w_enc, w_dec, b_enc, b_dec = (t.double().numpy() for t in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
+    a = x.double().numpy()
+    h = np.maximum((a - b_dec) @ w_enc + b_enc, 0)
+    f = np.where(h > 0.7, h, 0)
+    b = f @ w_dec + b_dec
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    assert result.l0 == pytest.approx((f > 0).sum(1).mean(), abs=1e-3)
+    assert result.dead_latents == ((f > 0).sum(0) == 0).sum()
+    assert result.cosine == pytest.approx(((a * b).sum(1) / norms[0] / norms[1]).mean(), abs=1e-6)
+    assert result.l2_ratio == pytest.approx((norms[1] / norms[0]).mean(), abs=1e-6)
+    assert result.relative_bias == pytest.approx((b * b).sum() / (a * b).sum(), abs=1e-6)
+    assert result.ev_centred == pytest.approx(r2_score(a, b, multioutput="variance_weighted"), abs=1e-6)
+    assert result.tokens == 9000
+
+
+def test_dead_latents_are_counted():
+    sae = random_sae()
+    sae.b_enc[[2, 5]] = -1e6
+    before = reconstruction(random_sae(), tokens()).dead_latents
+    assert before == 0 and reconstruction(sae, tokens()).dead_latents == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(k=st.floats(0.05, 12), seed=st.integers(0, 1000), n=st.sampled_from([50, 4096, 9001]))
+def test_calibrated_threshold_gives_exactly_k(k, seed, n):
+    sae, x = random_sae(seed=seed), tokens(n, seed=seed + 1)
+    h = torch.cat([sae.pre_activations(part) for part in x.split(4096)])
+    reachable = int((h > 0).sum())
+    threshold = calibrated_threshold(sae, x, k)
+    assert int((h > threshold).sum()) == min(round(k * n), reachable)
+    positive = h[h > 0].sort(descending=True).values  # the definition: a full sort
+    assert threshold == (positive[round(k * n)].item() if round(k * n) < reachable else 0.0)
+
+
+def test_an_sae_that_cannot_reach_k_gets_threshold_zero():
+    assert calibrated_threshold(random_sae(n_latents=4), tokens(), 4) == 0.0
+
+
+def test_encode_at_another_threshold_leaves_the_sae_alone():
+    sae, x = random_sae(), tokens()
+    f = sae.encode(x, 1.5)
+    assert ((f == 0) | (f > 1.5)).all() and torch.equal(sae.encode(x, 0.7), sae.encode(x))
+    assert sae.threshold.item() == pytest.approx(0.7)
+
+
+def test_ce_score_anchors():
+    assert ce_score(3.0, 11.0, 3.0) == 1 and ce_score(3.0, 11.0, 11.0) == 0 and ce_score(3.0, 11.0, 15.0) == -0.5
