@@ -171,6 +171,7 @@ def draw_letters(rows: list[dict], grid: str):
         hue="arm",
         order=order,
         dodge=True,
+        jitter=False,
         palette=palette(table["arm"].unique()),
         size=4,
         alpha=0.8,

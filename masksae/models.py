@@ -81,6 +81,7 @@ def check_reads_english(model, tokenizer, name: str) -> float:
 
 
 def _from_pretrained(folder, source: str, **options):
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -89,7 +90,7 @@ def _from_pretrained(folder, source: str, **options):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         options.pop("dtype")
         return model, AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SourceError(
             f"Cannot load the model {source!r}: {reason} Check the name and the network, or give a local folder."

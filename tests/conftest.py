@@ -28,6 +28,20 @@ def tiny_model(kind: str, layers: int = 3, width: int = 16, seed: int = 0):
     return tr.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
+def byte_tokenizer():
+    """A real tokenizer with one token per ASCII character, and two special ones: BOS 0, mask 1."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as parts
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if ord(c) < 127 or c in "ĠĊ"]
+    vocabulary = {token: i for i, token in enumerate(["<bos>", "<mask>", "<unk>", *alphabet])}
+    tokenizer = Tokenizer(parts.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", additional_special_tokens=["<mask>"])
+
+
 @pytest.fixture(params=["llama", "gpt_neox", "gemma2"])
 def model(request):
     return tiny_model(request.param)

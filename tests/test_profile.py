@@ -1,0 +1,101 @@
+"""Profiles: the shipped ones are good, and every mistake in one is an error that names the key, before anything else happens."""
+
+import copy
+
+import pytest
+import yaml
+
+from masksae import load_profile
+from masksae.errors import ConfigError
+from masksae.profile import PROFILES
+
+SMOKE = yaml.safe_load((PROFILES / "smoke.yaml").read_text())
+
+
+def written(folder, edit=lambda profile: None, name="mine"):
+    profile = copy.deepcopy(SMOKE) | {"name": name}
+    edit(profile)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PROFILES.glob("*.yaml")))
+def test_shipped_profiles_are_good(name):
+    profile = load_profile(name)
+    assert profile.name == name and profile.arms[0].p == 0 and {grid.name for grid in profile.saes}
+    assert load_profile(PROFILES / f"{name}.yaml") == profile
+
+
+def test_a_users_copy_is_read(tmp_path):
+    profile = load_profile(written(tmp_path))
+    assert profile.name == "mine" and profile.saes == load_profile("smoke").saes
+
+
+def put(*keys, value):
+    def edit(profile):
+        for key in keys[:-1]:
+            profile = profile[key]
+        profile[keys[-1]] = value
+
+    return edit
+
+
+MISTAKES = {
+    "unknown key": (put("text", "block_lenght", value=9), "text.block_lenght", "Did you mean 'block_length'"),
+    "unknown section": (put("trainning", value={}), "trainning", "Did you mean 'training'"),
+    "missing key": (lambda p: p["model"].pop("block"), "model.block", "missing"),
+    "wrong type": (put("training", "lr", value="fast"), "training.lr", "'fast'"),
+    "fraction of a seed": (put("saes", 0, "seeds", value=[0.5]), "saes.0.seeds.0", "0.5"),
+    "p above 1": (put("arms", 1, "p", value=1.5), "arms.1.p", "1.5"),
+    "baseline is masked": (put("arms", 0, "p", value=0.1), "arms", "first arm"),
+    "names twice": (put("arms", 1, "name", value="unmasked"), "arms", "names must differ"),
+    "misspelt selection rule": (put("saes", 0, "selection", "rule", value="batchtopk"), "rule", "'batch_topk'"),
+    "k above n_latents": (put("saes", 0, "selection", "k", value=2000), "saes.0", "n_latents = 1024"),
+    "prefixes that do not sum to 1": (put("saes", 0, "prefixes", value=[0.5, 0.25]), "saes.0", "sum 0.75"),
+    "a prefix without a latent": (put("saes", 0, "prefixes", value=[0.0001, 0.9999]), "saes.0", "empty group"),
+    "no seed": (put("saes", 0, "seeds", value=[]), "saes.0.seeds", "at least 1"),
+    "no text": (put("text", "sources", value=[]), "text.sources", "at least 1"),
+    "less text than a batch": (put("text", "train_tokens", value=500), "text.train_tokens (500)", "batch_size (1024)"),
+    "negative block": (put("model", "block", value=-1), "model.block", "-1"),
+    "a name with a slash": (put("name", value="a/b"), "mine.yaml", "NAME.yaml"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_name_the_key(tmp_path, mistake):
+    edit, *words = MISTAKES[mistake]
+    with pytest.raises(ConfigError) as caught:
+        load_profile(written(tmp_path, edit))
+    for word in [*words, "mine.yaml"]:
+        assert word in str(caught.value)
+
+
+def test_several_mistakes_are_told_at_once(tmp_path):
+    def edit(profile):
+        profile["training"]["lr"] = -1
+        profile["text"]["seeed"] = 1
+
+    with pytest.raises(ConfigError) as caught:
+        load_profile(written(tmp_path, edit))
+    assert "training.lr" in str(caught.value) and "text.seeed" in str(caught.value)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match="no profile 'smok'. Did you mean 'smoke'"):
+        load_profile("smok")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_profile(bad)
+    bad.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        load_profile(bad)
+
+
+def test_nobody_writes_into_the_folders_of_another_profile(tmp_path):
+    with pytest.raises(ConfigError, match="no shipped profile has"):
+        load_profile(written(tmp_path, name="laptop"))
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(SMOKE))
+    with pytest.raises(ConfigError, match="named 'smoke'"):
+        load_profile(tmp_path / "other.yaml")

