@@ -59,10 +59,13 @@ class Run:
 
     @cached_property
     def language_model(self):
-        """The model with its tokenizer."""
+        """The model with its tokenizer; it has the block that the profile names."""
         from masksae.models import load_model
+        from masksae.tracing import hook_point
 
-        return load_model(self.profile.model.source)
+        loaded = load_model(self.profile.model.source)
+        hook_point(loaded.model, self.profile.model.block)
+        return loaded
 
     @cached_property
     def mask_id(self) -> int:

@@ -1,0 +1,45 @@
+"""The committed notebooks: stripped, with stable ids, one parameter, no code that belongs into the module, and a checked number."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+
+FILES = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def notebook(request):
+    book = nbformat.read(request.param, as_version=4)
+    nbformat.validate(book)
+    book.number = request.param.stem[:2]
+    return book
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_stripped(notebook):
+    for cell in code(notebook):
+        assert not cell.outputs and cell.execution_count is None
+    assert [cell.id for cell in notebook.cells] == [f"{notebook.number}-{i:02d}" for i in range(len(notebook.cells))]
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_one_parameter_whose_default_ci_can_run(notebook):
+    tagged = [cell.source for cell in code(notebook) if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == ['profile = "smoke"']
+
+
+def test_begins_with_why_and_checks_a_number(notebook):
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith(f"# {notebook.number} ")
+    assert any(cell.source.startswith(("assert", "for row")) or "\nassert" in cell.source for cell in code(notebook))
+    assert any("save_figure" in cell.source for cell in code(notebook))
+
+
+def test_short_cells_without_functions(notebook):
+    for cell in code(notebook):
+        assert len(cell.source.splitlines()) <= 15
+        assert not [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.FunctionDef | ast.ClassDef)]

@@ -1,0 +1,154 @@
+"""dvc.yaml names what its stages use, notebooks are projected and executed without a trace of when, errors come without a traceback."""
+
+import ast
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from masksae import pipeline
+from masksae.errors import ConfigError
+from masksae.profile import Profile
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+NOTEBOOKS = {stage["cmd"].split()[4]: name for name, stage in STAGES.items() if " run " in stage["cmd"]}
+
+
+def imported(source: str) -> set[str]:
+    """Names in masksae that a source imports anywhere, lazily too: modules, and things inside them."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("masksae"):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith("masksae")}
+    return names | {name.rpartition(".")[0] for name in names if "." in name}  # importing a module runs its package
+
+
+def file_of(name: str) -> Path | None:
+    from masksae import _HOME
+
+    top = name.removeprefix("masksae.")
+    path = ROOT / Path(*_HOME.get(top, name).split("."))
+    return next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.exists()), None)
+
+
+def reachable(source: str) -> set[str]:
+    """Files of masksae that a source can come to run, but for the empty or lazy __init__ files."""
+    found, queue = set(), [source]
+    while queue:
+        for file in filter(None, map(file_of, imported(queue.pop()))):
+            if file not in found:
+                found.add(file)
+                queue.append(file.read_text())
+    skipped = {ROOT / "masksae/__init__.py", ROOT / "masksae/saes/__init__.py"}
+    return {str(file.relative_to(ROOT)) for file in found - skipped}
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_stage_depends_on_the_modules_that_its_notebook_can_reach(notebook):
+    cells = nbformat.read(ROOT / f"notebooks/{notebook}.ipynb", as_version=4).cells
+    source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    stage = STAGES[NOTEBOOKS[notebook]]
+    assert {d for d in stage["deps"] if d.startswith("masksae/")} == reachable(source)
+
+
+def test_every_notebook_has_a_stage_and_every_output_is_of_one_profile():
+    files = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert files == sorted(NOTEBOOKS)
+    assert [f"notebooks/{name}.ipynb" for name in files] == sorted(
+        d for d in STAGES["projection"]["deps"] if d.startswith("notebooks/")
+    )
+    for stage in STAGES.values():
+        for kind in ("outs", "metrics", "plots"):
+            for out in stage.get(kind, []):
+                path, options = next(iter(out.items())) if isinstance(out, dict) else (out, {})
+                assert "/${profile}/" in path
+                assert ("cache" in options) == (kind != "outs")  # elsewhere it would disable the run cache
+        for params in stage.get("params", []):
+            assert set(params["${profile_file}"]) <= set(Profile.model_fields)
+
+
+def test_default_profile():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert params == {"profile": "laptop", "profile_file": "profiles/laptop.yaml", "root": "."}
+    assert pipeline.DEFAULT == "laptop"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").write_text("")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_notebook(folder, *sources, name="01_try", outputs=()):
+    cells = [nbformat.v4.new_code_cell(s, id=f"01-{i:02d}") for i, s in enumerate(sources)]
+    cells[0].metadata["tags"] = ["parameters"]
+    cells[-1].outputs = list(outputs)
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / f"notebooks/{name}.ipynb")
+
+
+def projection(folder):
+    pipeline.project_notebooks("smoke")
+    return (folder / "build/smoke/projection/01_try.json").read_text()
+
+
+def test_projection_sees_sources_and_tags_only(project):
+    write_notebook(project, "profile = 1", "x = 1")
+    plain = projection(project)
+    write_notebook(project, "profile = 1", "x = 1", outputs=[nbformat.v4.new_output("stream", text="ran")])
+    assert projection(project) == plain
+    write_notebook(project, "profile = 1", "x = 2")
+    assert projection(project) != plain
+    assert json.loads(plain)[0] == {"type": "code", "source": "profile = 1", "tags": ["parameters"]}
+
+
+def test_execution_injects_the_profile_and_leaves_no_trace_of_when(project, capfd):
+    source = "import sys, time\nprint(profile)\nprint(time.time(), file=sys.stderr)"
+    write_notebook(project, 'profile = "other"', source)
+    target, contents = project / "build/smoke/01_try.ipynb", []
+    for _ in range(2):
+        pipeline.execute("01_try", "smoke")
+        contents.append(target.read_bytes())
+    assert contents[0] == contents[1]
+    outputs = [o for c in nbformat.read(target, 4).cells if c.cell_type == "code" for o in c.outputs]
+    assert [o.text for o in outputs] == ["smoke\n"] and not list(target.parent.glob("*.failed.ipynb"))
+    assert "smoke" in capfd.readouterr().out  # and the terminal saw it as it went
+
+
+def test_a_notebook_that_fails_is_kept_for_reading(project):
+    write_notebook(project, 'profile = "other"', "assert 1 + 1 == 3, 'arithmetic'")
+    from papermill import PapermillExecutionError
+
+    with pytest.raises(PapermillExecutionError, match="arithmetic"):
+        pipeline.execute("01_try", "smoke")
+    kept = list((project / "build/smoke").glob("*.ipynb"))
+    assert [path.name for path in kept] == ["01_try.failed.ipynb"] and "arithmetic" in kept[0].read_text()
+
+
+def test_each_profile_has_a_pipeline_of_its_own(project):
+    text = (ROOT / "profiles/smoke.yaml").read_text().replace("name: smoke", "name: mine", 1)
+    for folder in ("a", "b"):
+        (project / folder).mkdir()
+        (project / folder / "mine.yaml").write_text(text)
+    assert pipeline.pipeline_file("laptop") == Path("dvc.yaml")
+    assert pipeline.pipeline_file("a/mine.yaml") == Path("build/mine/dvc.yaml")
+    assert (project / "build/mine/dvc.yaml").resolve() == project / "dvc.yaml"
+    params = yaml.safe_load((project / "build/mine/params.yaml").read_text())
+    assert params == {"profile": "mine", "profile_file": "a/mine.yaml", "root": "../.."}
+    assert pipeline.pipeline_file("a/mine.yaml") == Path("build/mine/dvc.yaml")
+    with pytest.raises(ConfigError, match="belongs to the profile a/mine.yaml, not to b/mine.yaml"):
+        pipeline.pipeline_file("b/mine.yaml")
+
+
+@pytest.mark.parametrize("command", ["repro", "status", "project"])
+def test_bad_profiles_are_told_in_a_line(command, capsys, project):
+    assert pipeline.main([command, "smok"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("masksae: There is no profile 'smok'. Did you mean 'smoke'") and "Traceback" not in told

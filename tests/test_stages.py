@@ -1,0 +1,176 @@
+"""The whole road on a tiny local model: text to scores, made once, resumed, kept apart by profile, refused early."""
+
+import random
+
+import pytest
+import torch
+import yaml
+from conftest import byte_tokenizer, tiny_model
+
+from masksae import SAE, Run, scores
+from masksae.errors import ConfigError, DataError
+from masksae.files import cache_dir, read_json
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a tiny model, some text and a profile; the working folder, with a cache of its own."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    words = "the cat sat on a mat while seven dogs ran past it and nobody saw them".split()
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=60)) for _ in range(60)]
+    (tmp_path / "text.jsonl").write_text("\n".join(f'{{"text": "{text}"}}' for text in texts))
+    (tmp_path / "dvc.yaml").write_text("")
+    monkeypatch.setenv("MASKSAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def profile(folder, name="tiny", **changes):
+    values = {
+        "name": name,
+        "description": "a test",
+        "model": {"source": str(folder / "model"), "block": 1, "mask_token": "<mask>", "bos_token": "<bos>"},
+        "text": {
+            "sources": [str(folder / "text.jsonl")],
+            "block_length": 32,
+            "train_tokens": 6400,
+            "held_out_tokens": 640,
+            "held_out_share": 0.15,
+        },
+        "arms": [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.3}],
+        "training": {
+            "epochs": 2,
+            "batch_size": 256,
+            "lr": 3e-3,
+            "warmup": 4,
+            "threshold_start": 10,
+            "threshold_ema": 0.8,
+            "pool_tokens": 2000,
+        },
+        "saes": [
+            {"name": "plain", "selection": {"rule": "batch_topk", "k": 3}, "n_latents": 32, "seeds": [0, 1]},
+            {
+                "name": "matryoshka",
+                "selection": {"rule": "batch_topk", "k": 4},
+                "n_latents": 32,
+                "prefixes": [0.25, 0.75],
+                "seeds": [0],
+            },
+        ],
+        "evaluation": {"ce_tokens": 320},
+        "absorption": {"words": 50},
+    }
+    for key, value in changes.items():
+        values[key] = values[key] | value if isinstance(value, dict) else value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_from_text_to_scores(project):
+    run = Run(profile(project))
+    saes = run.saes
+    assert [row["sae"] for row in run.table] == list(saes) and len(saes) == 6
+    assert list(saes)[0] == "unmasked-plain-s0" and (run.build / "saes/masked/masked-matryoshka-s0").is_dir()
+    rows = scores.reconstruction_scores(run)
+    assert len(rows) == 12
+    for row in rows:
+        assert row["ev_centred"] > 0 and row["ce_zero"] > 0
+        if row["mode"] == "matched":
+            assert row["l0"] == pytest.approx(row["k"], abs=0.01)
+    assert rows[0]["ce_original"] == rows[-1]["ce_original"]
+    unmasked, masked = ([r for r in rows if r["arm"] == arm] for arm in ("unmasked", "masked"))
+    assert [r["seed"] for r in unmasked] == [r["seed"] for r in masked]
+    assert any(a["ev_centred"] != b["ev_centred"] for a, b in zip(unmasked, masked))
+
+
+def test_the_masked_arm_is_trained_on_what_the_model_makes_of_masked_text(project):
+    run = Run(profile(project))
+    arm = run.profile.arms[1]
+    x, is_masked = run.stream(arm)._load(0)
+    ids, where = run.corrupt(arm, run.ids("train"))
+    assert 0.25 < is_masked.double().mean() < 0.35 and torch.equal(is_masked, where[:, 1:].flatten()[: len(x)])
+    assert (ids[:, 0] == run.bos_id).all() and (ids[where] == run.mask_id).all()
+    expected = run.activations(ids[: len(x) // 31])
+    torch.testing.assert_close(x.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_what_is_finished_is_read_back_and_what_is_missing_is_made(project, monkeypatch):
+    path = profile(project)
+    before = {name: sae.W_dec.clone() for name, sae in Run(path).saes.items()}
+    import masksae.training
+
+    monkeypatch.setattr(masksae.training, "train", lambda *_, **__: pytest.fail("trained again"))
+    again = Run(path)
+    assert all(torch.equal(again.saes[name].W_dec, w) for name, w in before.items())
+    assert all(torch.equal(again.load_saes()[name].W_dec, w) for name, w in before.items())
+    monkeypatch.undo()
+    monkeypatch.setenv("MASKSAE_CACHE", str(project / "cache"))
+    for arm in again.profile.arms:
+        group = cache_dir("groups", again._id("group", arm))
+        assert [p.name for p in group.iterdir()] == ["saes"]  # the checkpoint is gone once the SAEs are there
+    monkeypatch.setenv("MASKSAE_CACHE", str(project / "other"))
+    assert all(torch.equal(sae.W_dec, before[name]) for name, sae in Run(path).saes.items())
+
+
+def test_scores_are_made_once(project, monkeypatch):
+    run = Run(profile(project))
+    run.saes
+    rows = scores.reconstruction_scores(run)
+    monkeypatch.setattr(scores, "_reconstruction_scores", lambda _: pytest.fail("scored again"))
+    assert scores.reconstruction_scores(Run(project / "tiny.yaml")) == rows
+
+
+def test_profiles_do_not_touch_each_other(project):
+    first, second = Run(profile(project)), Run(profile(project, "other", training={"lr": 1e-3}))
+    first.saes, second.saes
+    assert first.build != second.build and first.results != second.results and first.figures != second.figures
+    a, b = (SAE.load(run.build / "saes/masked/masked-plain-s0") for run in (first, second))
+    assert not torch.equal(a.W_dec, b.W_dec)
+
+
+def test_results_travel_through_files(project):
+    run = Run(profile(project))
+    run.save_result("facts", {"x": 1})
+    assert Run(project / "tiny.yaml").result("facts") == {"x": 1} == read_json(project / "results/tiny/facts.json")
+    with pytest.raises(DataError, match=r"claims.json is missing. Run the notebook"):
+        run.result("claims")
+    with pytest.raises(DataError, match="Run notebook 02_train"):
+        run.load_saes()
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"model": {"block": 3}}, ConfigError, "block 3 is outside LlamaForCausalLM, whose blocks are numbered 0 to 2"),
+        ({"model": {"mask_token": "<msk>"}}, ConfigError, "'<msk>' is not a token of this model"),
+        ({"model": {"source": "no/such"}}, ConfigError, "neither a known name"),
+        ({"text": {"block_length": 900}}, DataError, "fills a block of 900 tokens"),
+        ({"text": {"train_tokens": 10**6}}, DataError, "ran out"),
+        ({"text": {"sources": ["nowhere.txt"]}}, ConfigError, "'nowhere.txt' is neither"),
+        ({"training": {"warmup": 500}}, ConfigError, "warmup (500)"),
+    ],
+)
+def test_refused_before_the_long_work(project, monkeypatch, changes, error, words):
+    import masksae.training
+
+    monkeypatch.setattr(masksae.training._Group, "advance", lambda *_: pytest.fail("training began"))
+    with pytest.raises(error) as caught:
+        Run(profile(project, **changes)).saes
+    assert words in str(caught.value)
+
+
+def test_an_empty_corpus(project):
+    (project / "text.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(DataError, match="hold no document"):
+        Run(profile(project)).saes
+
+
+def test_read_only_output_folder(project, as_nobody):
+    path = profile(project)
+    project.chmod(0o555)
+    name, message = as_nobody(lambda: Run(path))
+    project.chmod(0o755)
+    assert name == "OutputError" and "results" in message
