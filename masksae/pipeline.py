@@ -110,6 +110,7 @@ def execute(notebook: str, profile) -> None:
     papermill.execute_notebook(
         root / "notebooks" / f"{notebook}.ipynb", failed, parameters={"profile": str(profile)}, cwd=root,
         kernel_name="python3", progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+        extra_arguments=["--log-level=ERROR"],
     )  # fmt: skip
     write_text(target, nbformat.writes(_without_times(nbformat.read(failed, as_version=4))))
     failed.unlink()

@@ -48,7 +48,13 @@ def test_this_environment_is_the_locked_one():
 
 
 def test_what_the_code_imports_is_declared():
-    names = {"sklearn": "scikit-learn", "yaml": "pyyaml", "IPython": "jupyter", "nbformat": "jupyter", "pyarrow": "datasets"}
+    names = {
+        "sklearn": "scikit-learn",
+        "yaml": "pyyaml",
+        "IPython": "jupyter",
+        "nbformat": "jupyter",
+        "pyarrow": "datasets",
+    }
     imported = set()
     for path in [*ROOT.glob("masksae/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

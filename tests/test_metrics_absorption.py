@@ -106,7 +106,9 @@ def world(n=1200, absorbed_word=None, seed=0):
     On `absorbed_word` the letter's latent is silent and the word's latent holds the letter's direction as well.
     """
     rng = torch.Generator().manual_seed(seed)
-    spelled = [c + tail for c in LETTERS for tail in ("ax", "bex", "cix", "dox", "fux", "gan", "hen", "kin", "lon", "mun")]
+    spelled = [
+        c + tail for c in LETTERS for tail in ("ax", "bex", "cix", "dox", "fux", "gan", "hen", "kin", "lon", "mun")
+    ]
     words = [spelled[i % len(spelled)] for i in range(n)]
     d = len(LETTERS) + len(spelled)
     basis = torch.eye(d)
@@ -238,7 +240,11 @@ def test_l1_silences_useless_latents():
 
 
 def test_spellings_stay_on_one_side():
-    words = [form(f"w{chr(97 + i % 26)}{chr(97 + i // 26)}") for i in range(200) for form in (str.lower, str.upper, str.title)]
+    words = [
+        form(f"w{chr(97 + i % 26)}{chr(97 + i // 26)}")
+        for i in range(200)
+        for form in (str.lower, str.upper, str.title)
+    ]
     is_test = probes.split_words(words, seed=5)
     assert is_test.double().mean().item() == pytest.approx(0.2, abs=0.01)
     assert len({(w.lower(), t) for w, t in zip(words, is_test.tolist())}) == 200

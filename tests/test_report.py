@@ -109,7 +109,11 @@ DRAWINGS = {
         {f"{arm}-{grid}": (arm, grid, history()) for arm in ("unmasked", "masked") for grid in ("a", "b")}
     ),
     "norms": lambda: figures.draw_norms(
-        [{"arm": a, "masked": m, "norm": 90.0 + i} for a, m in (("unmasked", False), ("masked", True)) for i in range(5)]
+        [
+            {"arm": a, "masked": m, "norm": 90.0 + i}
+            for a, m in (("unmasked", False), ("masked", True))
+            for i in range(5)
+        ]
     ),
 }
 
