@@ -6,6 +6,7 @@ notebook may be run alone, again, or after a crash: what is finished is read bac
 
 import ast
 import importlib.util
+import os
 import shutil
 from functools import cached_property
 from itertools import chain
@@ -58,12 +59,19 @@ class Run:
             ensure_writable(folder)
 
     @cached_property
+    def device(self) -> str:
+        """Where models run: `$MASKSAE_DEVICE`, else a GPU if there is one."""
+        import torch
+
+        return os.environ.get("MASKSAE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
     def language_model(self):
         """The model with its tokenizer; it has the block that the profile names."""
         from masksae.models import load_model
         from masksae.tracing import hook_point
 
-        loaded = load_model(self.profile.model.source)
+        loaded = load_model(self.profile.model.source, device=self.device)
         hook_point(loaded.model, self.profile.model.block)
         return loaded
 
@@ -192,7 +200,7 @@ class Run:
             shutil.rmtree(kept / "checkpoint", ignore_errors=True)
         with atomic_dir(shown) as tmp:
             shutil.copytree(kept / "saes", tmp, dirs_exist_ok=True)
-        return {name: SAE.load(kept / "saes" / name) for name, _, _ in members}
+        return {name: SAE.load(kept / "saes" / name, device=self.device) for name, _, _ in members}
 
     @property
     def _width(self) -> int:
@@ -211,7 +219,7 @@ class Run:
             threshold_ema=training.threshold_ema,
         )
         print(f"arm {arm.name}: {len(configs)} SAEs, {config.steps} steps of {training.batch_size} tokens", flush=True)
-        return train(configs, stream, config, checkpoint_dir=folder)
+        return train(configs, stream, config, checkpoint_dir=folder, device=self.device)
 
     def load_saes(self) -> dict[str, SAE]:
         """The SAEs that 02_train left in build/. Raises DataError with the remedy if they are not there."""
@@ -222,7 +230,7 @@ class Run:
                 raise DataError(
                     f"{path} is missing. Run notebook 02_train with profile {self.profile.name} first (`run.saes` trains what is missing)."
                 )
-            found[row["sae"]] = SAE.load(path)
+            found[row["sae"]] = SAE.load(path, device=self.device)
         return found
 
     def save_result(self, name: str, value) -> Path:

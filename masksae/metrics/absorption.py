@@ -123,13 +123,14 @@ def first_letter(
             f"{len(word_acts)} activations, {len(words)} words and a probe of {len(probe.is_test)} words do not belong together."
         )
     passed = gated_letters(probe, min_letters)
-    letters, f, recognised = first_letters(words), sae.encode(word_acts, threshold), probe.logits(word_acts) > 0
+    letters, recognised = first_letters(words), probe.logits(word_acts) > 0
+    f, w_dec = sae.encode(word_acts.to(sae.device), threshold).cpu(), sae.W_dec.cpu()
     ranked = rank_latents(f[~probe.is_test], letters[~probe.is_test], seed=seed)
     results = []
     for letter in passed:
         main, score = main_latents(f, letters == letter, probe.is_test, ranked[letter].tolist())
         mine = probe.is_test & (letters == letter) & recognised[:, letter]
-        full, fraction = absorbed(word_acts[mine], f[mine], sae.W_dec, probe.weight[letter], main)
+        full, fraction = absorbed(word_acts[mine], f[mine], w_dec, probe.weight[letter], main)
         means = full.double().mean().item(), fraction.double().mean().item()
         results.append(LetterResult(_name(letter), int(mine.sum()), *means, main, score, probe.f1[letter]))
     return AbsorptionResult(
