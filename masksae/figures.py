@@ -77,21 +77,17 @@ def masked_text_html(tokenizer, ids, is_masked, tokens: int = 90) -> str:
 def draw_norms(rows: list[dict]):
     """Norm of the residual stream at ordinary and masked positions, per arm."""
     import matplotlib.pyplot as plt
-    import seaborn as sns
 
-    table = pd.DataFrame(rows)
-    table["position"] = table["arm"] + table["masked"].map({True: ", masked position", False: ", ordinary position"})
     figure, axis = plt.subplots(figsize=(7, 3.4))
-    sns.ecdfplot(
-        table,
-        x="norm",
-        hue="position",
-        palette=["#0072b2", "#56b4e9", "#d55e00"][: table["position"].nunique()],
-        ax=axis,
-        linewidth=2,
-    )
+    table = pd.DataFrame(rows)
+    for (arm, masked), part in table.groupby(["arm", "masked"], sort=False):
+        label = f"{arm} arm, {'masked' if masked else 'ordinary'} positions"
+        look = dict(color=palette(table["arm"].unique())[arm], linewidth=2, linestyle="--" if masked else "-")
+        axis.ecdf(part["norm"], label=label, **look)
     axis.set(xscale="log", xlabel="norm of the residual stream (log scale)", ylabel="share of positions below")
-    sns.move_legend(axis, "lower right", title=None)
+    for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        ticks("{x:g}")
+    axis.legend(loc="lower right")
     return figure
 
 
@@ -120,6 +116,7 @@ def draw_training(histories: dict[str, tuple[str, str, list[dict]]]):
             options = dict(units="sae", estimator=None, palette=palette(table["arm"].unique()), linewidth=1, alpha=0.8)
             sns.lineplot(part, x="step", y=y, hue="arm", ax=axis, legend=axis is axes[0, -1], **options)
             axis.set(ylabel=label)
+        column[1].set_ylim(bottom=0)
         column[0].set(title=grid, ylim=(max(-0.2, table["explained_variance"].quantile(0.02)), 1))
     if axes[0, -1].get_legend():
         sns.move_legend(axes[0, -1], "lower right", title=None)

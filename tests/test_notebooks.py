@@ -1,6 +1,8 @@
 """The committed notebooks: stripped, with stable ids, one parameter, no code that belongs into the module, and a checked number."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -19,6 +21,13 @@ def notebook(request):
 
 def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_git_filter_leaves_them_as_they_are(path):
+    command = [sys.executable, "-m", "nbstripout", "--keep-id"]
+    stripped = subprocess.run(command, stdin=path.open("rb"), capture_output=True, check=True).stdout
+    assert stripped == path.read_bytes()
 
 
 def test_stripped(notebook):

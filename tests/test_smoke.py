@@ -55,6 +55,6 @@ def test_notebooks_validate(smoke):
 
 
 def test_nothing_is_dirty_afterwards(smoke):
-    assert git_status() == smoke
+    assert git_status() == smoke  # in a fresh clone: both empty
     status = run(sys.executable, "-m", "masksae.pipeline", "status", "smoke")
     assert status.returncode == 0 and "up to date" in status.stdout, status.stdout
