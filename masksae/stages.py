@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import os
 import shutil
+import sys
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -218,7 +219,11 @@ class Run:
             threshold_start=training.threshold_start,
             threshold_ema=training.threshold_ema,
         )
-        print(f"arm {arm.name}: {len(configs)} SAEs, {config.steps} steps of {training.batch_size} tokens", flush=True)
+        print(
+            f"arm {arm.name}: {len(configs)} SAEs, {config.steps} steps of {training.batch_size} tokens",
+            file=sys.stderr,
+            flush=True,
+        )
         return train(configs, stream, config, checkpoint_dir=folder, device=self.device)
 
     def load_saes(self) -> dict[str, SAE]:

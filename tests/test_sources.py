@@ -68,7 +68,7 @@ def test_a_damaged_file_is_fetched_again(index, capsys):
     path = fetch()
     good = path.read_bytes()
     path.write_bytes(good[:-10])
-    assert fetch().read_bytes() == good and "damaged" in capsys.readouterr().out
+    assert fetch().read_bytes() == good and "damaged" in capsys.readouterr().err
 
 
 def test_wrong_hash(index, monkeypatch):
