@@ -2,7 +2,8 @@
 
 A block is the BOS token (if the profile names one) and the next block_length - 1 tokens of one document; the rest of a document
 that does not fill a block is left out, so no block spans two documents and no separator token is needed. A document is held
-out or not by a hash of its text: duplicates always fall on the same side, whatever the sources, their order and the amount.
+out or not by a hash of its text: duplicates always fall on the same side, whatever the sources, their order and the amount. Other
+documents may quote one another, so a held-out block that shares 24 consecutive tokens with the training blocks is dropped.
 """
 
 import hashlib
@@ -16,6 +17,9 @@ from masksae.errors import DataError
 from masksae.files import atomic_dir, recover
 
 SPLITS = ("train", "held_out")
+
+REPEAT = 24
+"""Consecutive tokens that two blocks must share for one to repeat the other."""
 
 
 def digest(text: str, seed: int = 0) -> int:
@@ -48,7 +52,8 @@ def build(
 ) -> dict:  # fmt: skip
     """Both splits as `datasets.Dataset`s of blocks, saved under `folder` and read back: {"train": ..., "held_out": ...}.
 
-    tokens    wanted size of each split; documents are read until both are full, so a stream need not end
+    tokens    wanted size of each split; documents are read until both are full, so a stream need not end. Held-out blocks that
+              repeat training text are dropped then (a few per cent where sources quote each other)
     ordered   read all documents first and take them in a seeded order; False takes a stream as it comes
 
     Raises DataError if there is no text, if no document fills a block, or if the text runs out too early.
@@ -59,12 +64,35 @@ def build(
     if not folder.exists():
         texts = in_order(documents, seed) if ordered else documents
         blocks = _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress)
+        first = 0 if bos_id is None else 1
+        repeated = repeats(blocks["held_out"][:, first:], blocks["train"][:, first:])
+        if repeated.all():
+            raise DataError(
+                "Every held-out block repeats training text. Give text that is less alike, or another text.seed."
+            )
+        blocks["held_out"] = blocks["held_out"][~repeated]
         with atomic_dir(folder) as tmp:
             features = datasets.Features({"ids": datasets.List(datasets.Value("int32"), length=block_length)})
             for split in SPLITS:
-                rows = np.concatenate(blocks[split])
-                datasets.Dataset.from_dict({"ids": rows}, features=features).save_to_disk(tmp / split)
+                datasets.Dataset.from_dict({"ids": blocks[split]}, features=features).save_to_disk(tmp / split)
     return {split: datasets.load_from_disk(folder / split) for split in SPLITS}
+
+
+def repeats(blocks: np.ndarray, others: np.ndarray, run: int = REPEAT) -> np.ndarray:
+    """bool [n]: which of `blocks` [n, s] share `run` consecutive ids (all, if s is less) with any of `others` [m, s]."""
+    run = min(run, blocks.shape[1])
+    mine = _fingerprints(blocks, run)
+    found = np.zeros(mine.shape, dtype=bool)
+    for low in range(0, len(others), 4096):
+        found |= np.isin(mine, _fingerprints(others[low : low + 4096], run))
+    return found.any(1)
+
+
+def _fingerprints(blocks: np.ndarray, run: int) -> np.ndarray:
+    """A 64-bit hash of every stretch of `run` ids: uint64 [n, s - run + 1]."""
+    weights = np.random.Generator(np.random.Philox(run)).integers(2**64, size=run, dtype=np.uint64)
+    windows = np.lib.stride_tricks.sliding_window_view(blocks.astype(np.uint64), run, axis=1)
+    return (windows * weights).sum(-1, dtype=np.uint64)
 
 
 def as_tensor(dataset) -> Tensor:
@@ -72,7 +100,7 @@ def as_tensor(dataset) -> Tensor:
     return torch.from_numpy(dataset.with_format("numpy")[:]["ids"]).long()
 
 
-def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress) -> dict[str, list[np.ndarray]]:
+def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress) -> dict[str, np.ndarray]:
     """Blocks of both splits, in the order of the documents."""
     from tqdm import tqdm
 
@@ -92,9 +120,9 @@ def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progre
                 found[split] += len(new)
                 bar.update(len(new))
             elif found == wanted:
-                return blocks
+                break
     _check_filled(found, wanted, documents, block_length)
-    return blocks
+    return {split: np.concatenate(blocks[split]) for split in SPLITS}
 
 
 def _check_filled(found: dict[str, int], wanted: dict[str, int], documents: int, block_length: int) -> None:

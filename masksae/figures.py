@@ -5,7 +5,6 @@ both work, SVG and PNG without dates or random ids, so that the same results giv
 """
 
 import html
-from pathlib import Path
 
 import pandas as pd
 
@@ -43,10 +42,10 @@ def style() -> None:
     )
 
 
-def save_figure(figure, path, caption: str) -> None:
-    """Write PATH.svg, PATH.png and the caption PATH.txt; the same figure gives the same bytes."""
-    path = Path(path)
-    write_text(path.with_suffix(".txt"), caption + "\n")
+def save_figure(run, name: str, figure, caption: str) -> None:
+    """Write figures/<profile>/NAME.svg, .png and the caption with its scale as .txt; the same figure gives the same bytes."""
+    path = run.figures / name
+    write_text(path.with_suffix(".txt"), f"{caption} {scale_note(run.profile)}\n")
     for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
         figure.savefig(path.with_suffix(suffix), metadata=metadata, transparent=True, bbox_inches="tight", dpi=150)
 

@@ -3,8 +3,11 @@
 import random
 from itertools import count
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from masksae import corpus
 from masksae.errors import DataError
@@ -99,3 +102,33 @@ def test_bad_text(tmp_path, documents, changes, words):
     with pytest.raises(DataError, match=words):
         build(tmp_path, documents, **changes)
     assert not (tmp_path / "blocks").exists()
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), run=st.integers(1, 6), n=st.integers(1, 6), m=st.integers(1, 6))
+def test_repeats_against_brute_force(seed, run, n, m):
+    rng = np.random.default_rng(seed)
+    blocks, others = rng.integers(0, 4, (n, 5)), rng.integers(0, 4, (m, 5))
+    run_ = min(run, 5)
+    stretches = lambda rows: [{tuple(row[i : i + run_]) for i in range(5 - run_ + 1)} for row in rows.tolist()]
+    everything = set().union(*stretches(others))
+    expected = [bool(mine & everything) for mine in stretches(blocks)]
+    assert corpus.repeats(blocks, others, run).tolist() == expected
+
+
+def test_held_out_blocks_that_quote_training_text_are_dropped(tmp_path, monkeypatch):
+    documents = make_documents()
+    plain = build(tmp_path, documents, "plain", block_length=32)
+    quoted = texts(plain["train"])[0][2:30]  # at another offset than in its own document
+    quoting = [d for d in (f"{quoted}{'x' * i}" for i in range(4, 60)) if corpus.is_held_out(d, 0.2)]
+    found = lambda name: [
+        quoted in text for text in texts(build(tmp_path, documents + quoting, name, block_length=32)["held_out"])
+    ]
+    assert not any(found("checked"))
+    monkeypatch.setattr(corpus, "repeats", lambda blocks, others: np.zeros(len(blocks), dtype=bool))
+    assert any(found("unchecked"))
+
+
+def test_text_that_only_repeats_itself(tmp_path):
+    with pytest.raises(DataError, match="Every held-out block repeats training text"):
+        build(tmp_path, ["a" * (40 + i) for i in range(300)], "same")

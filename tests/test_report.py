@@ -1,12 +1,14 @@
 """Paired statistics against scipy, verdicts on planted effects, tables and pictures."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from masksae import figures, report
+from masksae import figures, load_profile, report
 from masksae.errors import DataError
 from masksae.stats import combine, paired_effect
 
@@ -126,11 +128,13 @@ def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
     figures.style()
     for folder in ("a", "b"):
         figure = DRAWINGS[name]()
-        figures.save_figure(figure, tmp_path / folder / name, "A caption.")
+        run = SimpleNamespace(figures=tmp_path / folder, profile=load_profile("smoke"))
+        figures.save_figure(run, name, figure, "A caption.")
         matplotlib.pyplot.close(figure)
     for suffix in (".svg", ".png", ".txt"):
         first, second = (tmp_path / folder / f"{name}{suffix}" for folder in ("a", "b"))
         assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5
+    assert (tmp_path / "a" / f"{name}.txt").read_text().startswith("A caption. Profile smoke: smollm2-135m, ")
     legend = {text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()}
     assert any(text.startswith("unmasked") for text in legend) and any(text.startswith("masked") for text in legend)
     assert all(axis.get_ylabel() for axis in figure.axes[:1])
