@@ -120,7 +120,7 @@ def test_held_out_blocks_that_quote_training_text_are_dropped(tmp_path, monkeypa
     documents = make_documents()
     plain = build(tmp_path, documents, "plain", block_length=32)
     quoted = texts(plain["train"])[0][2:30]  # at another offset than in its own document
-    quoting = [d for d in (f"{quoted}{'x' * i}" for i in range(4, 60)) if corpus.is_held_out(d, 0.2)]
+    quoting = [d for d in (f"{quoted}{i:04d}" for i in range(400)) if corpus.is_held_out(d, 0.2)]
     found = lambda name: [
         quoted in text for text in texts(build(tmp_path, documents + quoting, name, block_length=32)["held_out"])
     ]
