@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -52,3 +53,17 @@ def test_short_cells_without_functions(notebook):
     for cell in code(notebook):
         assert len(cell.source.splitlines()) <= 15
         assert not [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+
+
+def test_jupyterlab_saves_without_outputs():
+    """The hook of jupyter_server_config.py on a notebook as JupyterLab hands it over."""
+    settings = SimpleNamespace(ContentsManager=SimpleNamespace())
+    exec((FILES[0].parents[1] / "jupyter_server_config.py").read_text(), {"get_config": lambda: settings})
+    clean = nbformat.read(FILES[0], as_version=4)
+    ran = nbformat.read(FILES[0], as_version=4)
+    for number, cell in enumerate(code(ran)):
+        cell.execution_count = number + 1
+        cell.outputs = [nbformat.v4.new_output("stream", text="ran")]
+    settings.ContentsManager.pre_save_hook(model={"type": "notebook", "content": ran}, path="x", contents_manager=None)
+    assert nbformat.writes(ran) == nbformat.writes(clean)
+    settings.ContentsManager.pre_save_hook(model={"type": "file", "content": "x"}, path="x", contents_manager=None)
