@@ -84,6 +84,7 @@ def claims(scores: pd.DataFrame, arm: str) -> dict:
             "score": "mean full absorption",
             "grid": grids[0],
             **absorption[grids[0]].to_dict(),
+            "dense_absorbers": dense_absorbers(scores, grids[0]),
         },
         "C2": not_measured,
         "C3": {"verdict": "not measured", "reason": "No out-of-distribution stage in this version."},
@@ -100,6 +101,12 @@ def claims(scores: pd.DataFrame, arm: str) -> dict:
         },
     }
     return {key: {"claim": CLAIMS[key], **value} for key, value in result.items()}
+
+
+def dense_absorbers(scores: pd.DataFrame, grid: str) -> dict[str, float | None]:
+    """Per arm, the mean share of absorbed words that are credited to a latent of no particular word; None if none is absorbed."""
+    means = scores[scores["grid"] == grid].groupby("arm", sort=False)["dense_absorbers"].mean()
+    return {arm: None if pd.isna(mean) else mean for arm, mean in means.items()}
 
 
 def to_markdown(table: pd.DataFrame) -> str:

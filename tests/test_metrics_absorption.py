@@ -239,6 +239,34 @@ def test_l1_silences_useless_latents():
     assert ranked[:3, 0].tolist() == [0, 1, 2] and ranked.shape == (26, 10)
 
 
+def test_rare_latents_do_not_crowd_out_the_good_one():
+    """The letter shows in how strongly a dense latent fires; rare latents fire twenty times harder on eight words each."""
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.randint(0, 3, (6000,), generator=generator)
+    dense, rare = (20 + 3 * torch.randn(6000, 60, generator=generator)).clamp(min=0), torch.zeros(6000, 300)
+    for i in range(3):
+        here = (letters == i).nonzero().squeeze(1)
+        dense[here, i] += 3
+        for j in range(100):
+            rare[here[torch.randperm(len(here), generator=generator)[:8]], 100 * i + j] = 20
+    f, y = torch.cat([dense, rare], dim=1), torch.nn.functional.one_hot(letters, 26).float()
+    assert absorption.rank_latents(f, letters, seed=0)[:3, 0].tolist() == [0, 1, 2]
+    early, _ = probes.fit_linear(f, y, batch=4096, weight_decay=1e-6, l1=0.01, seed=0)  # SAEBench's batch
+    assert (early[:3].argmax(1) >= 60).all()
+
+
+def test_dense_absorbers_are_told_apart():
+    word = "bbex"
+    sae, x, words = world(absorbed_word=word)
+    seed = next(s for s in range(100) if probes.split_words(words, s)[words.index(word)])
+    assert first_letter(sae, x, words, min_letters=6, seed=seed).dense_absorbers == 0
+    assert first_letter(*world(), min_letters=6, seed=seed).dense_absorbers is None
+    sae, x, words = world()
+    sae.W_enc[:, 1], sae.b_enc[1] = 0, 1  # the latent for b fires on every word now, so it is no main latent any more
+    result = first_letter(sae, x, words, min_letters=6, seed=seed)
+    assert {r.letter: r.full for r in result.letters}["b"] == 1 and result.dense_absorbers == 1
+
+
 def test_spellings_stay_on_one_side():
     words = [
         form(f"w{chr(97 + i % 26)}{chr(97 + i // 26)}")

@@ -68,6 +68,7 @@ def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2))
                     reconstruction.append(key | more)
                     letters = [{"letter": c, "full": base + moved} for c in "abc"]
                     more = {"mean_full": base + moved, "mean_fraction": 0.1, "mean_split_latents": 1.0}
+                    more |= {"dense_absorbers": None if seed == 0 else 0.5 + 0.1 * seed * (p > 0)}
                     absorption.append(key | more | {"letters": letters, "excluded": ["x"]})
     return reconstruction, absorption
 
@@ -75,6 +76,7 @@ def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2))
 def test_planted_effects_give_the_right_verdicts():
     claims = report.claims(report.merge(*planted(-0.1)), "masked")
     assert claims["C1"]["verdict"] == "supported" and claims["C1"]["difference"] == pytest.approx(-0.1, abs=0.01)
+    assert claims["C1"]["dense_absorbers"] == pytest.approx({"unmasked": 0.5, "masked": 0.65})  # of those that have any
     assert claims["C5"]["verdict"] == "supported" and claims["C5"]["difference"] == pytest.approx(-0.05, abs=0.01)
     assert claims["C4"]["grids"]["batchtopk20"] == "inconclusive" and claims["C4"]["verdict"] == "inconclusive"
     assert claims["C2"]["verdict"] == claims["C3"]["verdict"] == "not measured"

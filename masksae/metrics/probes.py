@@ -77,7 +77,7 @@ def fit_linear(
     Binary cross-entropy in which a positive weighs (negatives / positives), Adam with a learning rate that falls exponentially
     from lr[0] to lr[1], and `l1` times the mean over columns of sum |w|.
     """
-    positives = y.sum(0).clamp(min=1)
+    x, positives = x.detach(), y.sum(0).clamp(min=1)
     loss = torch.nn.BCEWithLogitsLoss(pos_weight=(len(y) - positives) / positives)
     weight, bias = torch.zeros(y.shape[1], x.shape[1], requires_grad=True), torch.zeros(y.shape[1], requires_grad=True)
     adam = torch.optim.Adam([weight, bias], lr=lr[0], weight_decay=weight_decay, fused=True)

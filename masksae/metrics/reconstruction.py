@@ -35,8 +35,12 @@ def explained_variance(x: Tensor, x_hat: Tensor, kind: str = "centred") -> float
         raise ConfigError(f"explained variance has no kind {kind!r}.{nearest(kind, KINDS)}")
     if x.shape != x_hat.shape:
         raise DataError(f"x has shape {tuple(x.shape)}, x_hat {tuple(x_hat.shape)}; they must be the same.")
-    x, x_hat = (t.reshape(-1, t.shape[-1]).double() for t in (x, x_hat))
-    error = (x - x_hat).square().sum(1)
+    x, x_hat = (t.detach().reshape(-1, t.shape[-1]).double() for t in (x, x_hat))
+    return _explained(x, (x - x_hat).square().sum(1), kind)
+
+
+def _explained(x: Tensor, error: Tensor, kind: str) -> float:
+    """Explained variance from x float64 [n, d] and the squared errors [n]."""
     spread = (x if kind == "uncentred" else x - x.mean(0)).square().sum(1)
     if not spread.sum() > 0:
         raise DataError(
@@ -78,9 +82,9 @@ def reconstruction(sae: SAE, x: Tensor, *, threshold: float | None = None) -> Re
         x_hat[low : low + CHUNK] = sae.decode(f).to(x)
         active += (f > 0).sum(0).cpu()
     a, b = x.double(), x_hat.double()
-    dot, norm_a, norm_b = (a * b).sum(1), a.norm(dim=1), b.norm(dim=1)
+    dot, norm_a, norm_b, error = (a * b).sum(1), a.norm(dim=1), b.norm(dim=1), (a - b).square().sum(1)
     return Reconstruction(
-        **{f"ev_{kind}": explained_variance(x, x_hat, kind) for kind in KINDS},
+        **{f"ev_{kind}": _explained(a, error, kind) for kind in KINDS},
         cosine=(dot / (norm_a * norm_b)).mean().item(),
         l2_ratio=(norm_b / norm_a).mean().item(),
         relative_bias=(norm_b.square().sum() / dot.sum()).item(),
