@@ -76,6 +76,7 @@ def masked_text_html(tokenizer, ids, is_masked, tokens: int = 90) -> str:
 def draw_norms(rows: list[dict]):
     """Norm of the residual stream at ordinary and masked positions, per arm."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axis = plt.subplots(figsize=(7, 3.4))
     table = pd.DataFrame(rows)
@@ -84,8 +85,9 @@ def draw_norms(rows: list[dict]):
         look = dict(color=palette(table["arm"].unique())[arm], linewidth=2, linestyle="--" if masked else "-")
         axis.ecdf(part["norm"], label=label, **look)
     axis.set(xscale="log", xlabel="norm of the residual stream (log scale)", ylabel="share of positions below")
-    for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        ticks("{x:g}")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
     axis.legend(loc="lower right")
     return figure
 
@@ -115,8 +117,9 @@ def draw_training(histories: dict[str, tuple[str, str, list[dict]]]):
             options = dict(units="sae", estimator=None, palette=palette(table["arm"].unique()), linewidth=1, alpha=0.8)
             sns.lineplot(part, x="step", y=y, hue="arm", ax=axis, legend=axis is axes[0, -1], **options)
             axis.set(ylabel=label)
-        column[1].set_ylim(bottom=0)
-        column[0].set(title=grid, ylim=(max(-0.2, table["explained_variance"].quantile(0.02)), 1))
+        column[0].set(title=grid)
+    axes[0, 0].set_ylim(0, 1)
+    axes[1, 0].set_ylim(bottom=0)
     if axes[0, -1].get_legend():
         sns.move_legend(axes[0, -1], "lower right", title=None)
     figure.tight_layout()
