@@ -198,8 +198,9 @@ def _dots(panels, share: bool = False, bottom=None):
                 [grids.index(g) + place[arm] for g in part["grid"]], part["y"], color=colour, s=26, label=arm, zorder=2
             )
         axis.set(xticks=range(len(grids)), xticklabels=grids, ylabel=label, xlim=(-0.6, len(grids) - 0.4))
-        axis.set_ylim(bottom=bottom)
         axis.tick_params(axis="x", rotation=20 if len(grids) > 1 else 0)
+    for axis in axes[0]:
+        axis.set_ylim(bottom=bottom)
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure

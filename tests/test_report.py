@@ -56,7 +56,7 @@ def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2))
     reconstruction, absorption = [], []
     for grid in grids:
         for seed in seeds:
-            base = 0.15 + 0.02 * seed
+            base = (0.15 if grid == grids[0] else 0.4) + 0.02 * seed
             for arm, p in (("unmasked", 0.0), ("masked", 0.3)):
                 moved = (effect if grid == grids[0] else 0.0) * (p > 0) + 0.002 * rng.normal()
                 for mode in ("as_trained", "matched"):
@@ -67,7 +67,11 @@ def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2))
                     more = {"l0": l0, "ev_centred": ev, "ce_score": 0.97, "dead_latents": 3}
                     reconstruction.append(key | more)
                     letters = [{"letter": c, "full": base + moved} for c in "abc"]
-                    more = {"mean_full": base + moved, "mean_fraction": 0.1, "mean_split_latents": 1.0}
+                    more = {
+                        "mean_full": base + moved + 0.3 * (mode == "matched"),
+                        "mean_fraction": 0.1,
+                        "mean_split_latents": 1.0,
+                    }
                     more |= {"dense_absorbers": None if seed == 0 else 0.5 + 0.1 * seed * (p > 0)}
                     absorption.append(key | more | {"letters": letters, "excluded": ["x"]})
     return reconstruction, absorption
@@ -100,8 +104,8 @@ def test_comparison_table():
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
 
 
-def history(n=5):
-    return [{"step": 10 * i, "explained_variance": 0.5 + 0.1 * i, "silent": 50 - 10 * i} for i in range(n)]
+def history(scale=1, n=5):
+    return [{"step": 10 * i, "explained_variance": 0.5 + 0.1 * i, "silent": 10 * i * scale} for i in range(n)]
 
 
 DRAWINGS = {
@@ -110,7 +114,7 @@ DRAWINGS = {
     "letters": lambda: figures.draw_letters(planted()[1], "matryoshka20"),
     "summary": lambda: figures.draw_summary(report.merge(*planted())),
     "training": lambda: figures.draw_training(
-        {f"{arm}-{grid}": (arm, grid, history()) for arm in ("unmasked", "masked") for grid in ("a", "b")}
+        {f"{arm}-{g}": (arm, g, history(scale)) for arm in ("unmasked", "masked") for g, scale in (("a", 1), ("b", 9))}
     ),
     "norms": lambda: figures.draw_norms(
         [
@@ -137,6 +141,11 @@ def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
         first, second = (tmp_path / folder / f"{name}{suffix}" for folder in ("a", "b"))
         assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5
     assert (tmp_path / "a" / f"{name}.txt").read_text().startswith("A caption. Profile smoke: smollm2-135m, ")
+    for axis in figure.axes:  # every dot and every line's end is inside its panel
+        low, high = axis.get_ylim()
+        dots = [y for part in axis.collections for y in part.get_offsets()[:, 1]]
+        ends = [line.get_ydata()[-1] for line in axis.lines if len(line.get_ydata())]
+        assert all(low <= y <= high for y in [*dots, *ends]) and dots + ends
     legend = {text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()}
     assert any(text.startswith("unmasked") for text in legend) and any(text.startswith("masked") for text in legend)
     assert all(axis.get_ylabel() for axis in figure.axes[:1])
