@@ -1,0 +1,48 @@
+"""The README's numbers are those of the committed results, its code runs, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from masksae import report
+from masksae.files import read_json
+from masksae.stats import Effect
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def verdict_rows(claims: dict) -> list[str]:
+    rows = []
+    for key, claim in claims.items():
+        effect = "–"
+        if "difference" in claim:
+            effect = report.describe(Effect(**{name: claim[name] for name in Effect.__dataclass_fields__}))
+        elif "grids" in claim:
+            effect = ", ".join(f"{grid}: {verdict}" for grid, verdict in claim["grids"].items())
+        rows.append(f"| {key} {claim['claim']} | {claim['verdict']} | {effect} |")
+    return rows
+
+
+def test_verdicts_are_those_of_the_results():
+    for row in verdict_rows(read_json(ROOT / "results/laptop/claims.json")):
+        assert row in README
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_links_lead_somewhere(target):
+    assert target.startswith("https://") or (ROOT / target).exists()
+
+
+def test_every_profile_is_described():
+    for path in (ROOT / "profiles").glob("*.yaml"):
+        assert f"| `{path.stem}` |" in README or f"| `{path.stem}` (default) |" in README
