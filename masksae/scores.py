@@ -15,8 +15,6 @@ from masksae.saes.sae import SAE
 from masksae.stages import SOURCE_CODE, Run
 from masksae.tracing import activations, cross_entropy, prefix_cache
 
-MODES = ("as_trained", "matched")
-
 
 def norms(run: Run, sequences: int = 32) -> list[dict]:
     """Norm of the residual stream at every position of some training blocks, by arm and by whether the position is masked."""

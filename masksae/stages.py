@@ -191,7 +191,7 @@ class Run:
     def _group(self, arm: Arm) -> dict[str, SAE]:
         """All SAEs of one arm: read back if finished, else trained (or trained on from the last checkpoint)."""
         members = self.members(arm)
-        kept, shown = cache_dir("groups", self._id("group", arm)), self.build / "saes" / arm.name
+        kept, shown = cache_dir("groups", self._id("group", arm), arm.name), self.build / "saes" / arm.name
         if not (kept / "saes").exists():
             ensure_writable(kept)
             saes = self._train(arm, [grid.config(self._width, seed) for _, grid, seed in members], kept)
@@ -265,7 +265,8 @@ class Run:
     def rows(self, kind: str, section, code: tuple[str, ...], make) -> list[dict]:
         """Score rows that `make()` gives, kept in scratch under an id of the SAEs, a section of the profile and the code in `code`."""
         groups = [self._id("group", arm) for arm in self.profile.arms]
-        file = cache_dir("scores", f"{kind}-{run_id([groups, section.model_dump(), code_id(*code)])}.json")
+        key = [self.table, groups, section.model_dump(), code_id(*code)]
+        file = cache_dir("scores", f"{kind}-{run_id(key)}.json")
         if not file.exists():
             write_json(file, make())
         return read_json(file)

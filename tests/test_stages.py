@@ -109,7 +109,7 @@ def test_what_is_finished_is_read_back_and_what_is_missing_is_made(project, monk
     monkeypatch.undo()
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "cache"))
     for arm in again.profile.arms:
-        group = cache_dir("groups", again._id("group", arm))
+        group = cache_dir("groups", again._id("group", arm), arm.name)
         assert [p.name for p in group.iterdir()] == ["saes"]  # the checkpoint is gone once the SAEs are there
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "other"))
     assert all(torch.equal(sae.W_dec, before[name]) for name, sae in Run(path).saes.items())
@@ -121,6 +121,17 @@ def test_scores_are_made_once(project, monkeypatch):
     rows = scores.reconstruction_scores(run)
     monkeypatch.setattr(scores, "_reconstruction_scores", lambda _: pytest.fail("scored again"))
     assert scores.reconstruction_scores(Run(project / "tiny.yaml")) == rows
+
+
+def test_an_arm_may_be_renamed(project):
+    first = Run(profile(project))
+    rows = first.saes and scores.reconstruction_scores(first)
+    arms = [{"name": "clean", "p": 0.0}, {"name": "corrupted", "p": 0.3}]
+    second = Run(profile(project, "renamed", arms=arms))
+    assert [name.split("-")[0] for name in second.saes] == 3 * ["clean"] + 3 * ["corrupted"]
+    renamed = scores.reconstruction_scores(second)
+    assert [r["arm"] for r in renamed] == [{"unmasked": "clean", "masked": "corrupted"}[r["arm"]] for r in rows]
+    assert [r["ev_centred"] for r in renamed] == [r["ev_centred"] for r in rows]
 
 
 def test_profiles_do_not_touch_each_other(project):
