@@ -118,14 +118,21 @@ def execute(notebook: str, profile) -> None:
 
 def _without_times(notebook):
     """An executed notebook without what differs from run to run: times, paths, ids of papermill, progress bars."""
-    notebook.metadata.pop("papermill", None)
+    for key in ("papermill", "widgets"):
+        notebook.metadata.pop(key, None)
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i:02d}"
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
     return notebook
+
+
+def _is_progress(output) -> bool:
+    """Whether an output is a progress bar or a message on stderr."""
+    is_stderr = output.output_type == "stream" and output.name == "stderr"
+    return is_stderr or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 if __name__ == "__main__":

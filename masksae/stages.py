@@ -238,9 +238,9 @@ class Run:
             found[row["sae"]] = SAE.load(path, device=self.device)
         return found
 
-    def save_result(self, name: str, value) -> Path:
+    def save_result(self, name: str, value) -> None:
         """Write results/<profile>/NAME.json."""
-        return write_json(self.results / f"{name}.json", value)
+        write_json(self.results / f"{name}.json", value)
 
     def result(self, name: str):
         """Read results/<profile>/NAME.json. Raises DataError with the remedy if it is not there."""

@@ -110,7 +110,8 @@ def test_projection_sees_sources_and_tags_only(project):
 
 
 def test_execution_injects_the_profile_and_leaves_no_trace_of_when(project, capfd):
-    source = "import sys, time\nprint(profile)\nprint(time.time(), file=sys.stderr)"
+    source = "import sys, time\nfrom tqdm.notebook import tqdm\nprint(profile)\nprint(time.time(), file=sys.stderr)"
+    source += "\nfor _ in tqdm(range(3)): pass"
     write_notebook(project, 'profile = "other"', source)
     target, contents = project / "build/smoke/01_try.ipynb", []
     for _ in range(2):
