@@ -149,7 +149,7 @@ def draw_absorption(rows: list[dict]):
 
 
 def draw_letters(rows: list[dict], grid: str):
-    """Full absorption per letter at matched clean L0, mean over seeds, both arms."""
+    """Full absorption per letter at matched clean L0, one dot per SAE, both arms."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
