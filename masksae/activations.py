@@ -3,9 +3,13 @@
 Activations come in pools (a slice of an array, or the output of one stretch of forwards). Each visit of a pool draws its own
 permutation from (seed, number of the visit), so resuming needs no shuffle buffer: `state_dict()` is {"pool", "batch"}. Tokens
 that do not fill a last batch of a pool are left out of that visit; another visit leaves out others.
+
+One pool serves several views at once: orders of different seeds, and masked positions kept or dropped. Where masked positions are
+dropped the others come round again within the visit, so that every view has full batches and as many of them.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from masksae.errors import ConfigError, DataError
-from masksae.files import ensure_writable
+from masksae.files import atomic_file, ensure_writable, save_tensors
 
 Pool = tuple[Tensor, Tensor]
 """Activations [n, d] (any float type) and is_masked bool [n]."""
@@ -24,9 +28,12 @@ class ActivationStream:
 
     load        pool number -> (x [n, d], is_masked [n]); called for 0 .. n_pools - 1, again in every epoch
     pool_sizes  rows of each pool
+    prefetch    call `load` for the next pool in a thread while the current one is used; memory for two pools
     """
 
-    def __init__(self, load: Callable[[int], Pool], pool_sizes: list[int], *, batch_size: int, seed: int):
+    def __init__(
+        self, load: Callable[[int], Pool], pool_sizes: list[int], *, batch_size: int, seed: int, prefetch: bool = False
+    ):
         if batch_size < 1:
             raise ConfigError(f"batch_size must be positive, found {batch_size}.")
         if not pool_sizes or sum(size // batch_size for size in pool_sizes) == 0:
@@ -37,6 +44,8 @@ class ActivationStream:
         self.batch_size, self.seed = batch_size, seed
         self._pool, self._batch = 0, 0
         self._held: tuple[int, Pool] | None = None
+        self._ahead: tuple[int, Future] | None = None
+        self._worker = ThreadPoolExecutor(1, "next-pool") if prefetch and len(pool_sizes) > 1 else None
 
     @classmethod
     def from_array(cls, x, *, batch_size: int, seed: int, is_masked=None) -> "ActivationStream":
@@ -64,19 +73,24 @@ class ActivationStream:
         return self._current()[0].shape[1]
 
     def __iter__(self) -> Iterator[Pool]:
+        return (views[0] for views in self.batches([(self.seed, False)]))
+
+    def batches(self, views: list[tuple[int, bool]]) -> Iterator[list[Pool]]:
+        """One batch per view (seed of the order, whether masked positions are dropped), again and again; moves the position."""
         while True:
-            (x, is_masked), order = self._current(), self._order()
-            while (self._batch + 1) * self.batch_size <= len(order):
-                rows = order[self._batch * self.batch_size : (self._batch + 1) * self.batch_size]
+            x, is_masked = self._current()
+            orders = [self._order(seed, is_masked if dropped else None) for seed, dropped in views]
+            while (self._batch + 1) * self.batch_size <= len(orders[0]):
+                part = slice(self._batch * self.batch_size, (self._batch + 1) * self.batch_size)
                 self._batch += 1
-                yield x[rows].float(), is_masked[rows]
+                yield [(x[order[part]].float(), is_masked[order[part]]) for order in orders]
             self._pool, self._batch = self._pool + 1, 0
 
     def scale(self, batches: int = 100) -> float:
         """Root mean square norm over the first `batches` batches of the first pool; the stream does not move."""
         position = self.state_dict()
         self.load_state_dict({"pool": 0, "batch": 0})
-        x, order = self._current()[0], self._order()[: batches * self.batch_size]
+        x, order = self._current()[0], self._order(self.seed)[: batches * self.batch_size]
         total = sum(x[rows].double().square().sum().item() for rows in order.split(8192))
         self.load_state_dict(position)
         return (total / len(order)) ** 0.5
@@ -89,25 +103,39 @@ class ActivationStream:
         """Continue at a position that `state_dict` gave."""
         self._pool, self._batch = int(state["pool"]), int(state["batch"])
 
-    def _order(self) -> Tensor:
-        key = np.array([self.seed, self._pool], dtype=np.uint64)
+    def _order(self, seed: int, dropped: Tensor | None = None) -> Tensor:
+        """Rows of the current pool in the order of a seed; without the `dropped` ones, the others repeated to the same number."""
+        key = np.array([seed, self._pool], dtype=np.uint64)
         size = self._sizes[self._pool % len(self._sizes)]
-        return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).permutation(size))
+        order = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).permutation(size))
+        if dropped is None:
+            return order
+        order = order[~dropped[order]]
+        if len(order) == 0:
+            raise DataError("Every position of a pool of activations is masked: dropping them leaves nothing. Lower p.")
+        return order.repeat(-(-size // len(order)))[:size]
 
     def _current(self) -> Pool:
         number = self._pool % len(self._sizes)
         if self._held is None or self._held[0] != number:
             self._held = None
-            x, is_masked = self._load(number)
-            for part in x.split(65536):
-                finite = torch.isfinite(part)
-                if not finite.all():
-                    bad = int((~finite).any(1).sum())
-                    raise DataError(
-                        f"Pool {number} of the activations holds NaN or infinity in at least {bad} rows. Look at the model's dtype and the hook point."
-                    )
-            self._held = number, (x, is_masked)
+            ahead, self._ahead = self._ahead, None
+            self._held = number, ahead[1].result() if ahead and ahead[0] == number else self._read(number)
+            if self._worker:
+                following = (number + 1) % len(self._sizes)
+                self._ahead = following, self._worker.submit(self._read, following)
         return self._held[1]
+
+    def _read(self, number: int) -> Pool:
+        x, is_masked = self._load(number)
+        for part in x.split(65536):
+            finite = torch.isfinite(part)
+            if not finite.all():
+                bad = int((~finite).any(1).sum())
+                raise DataError(
+                    f"Pool {number} of the activations holds NaN or infinity in at least {bad} rows. Look at the model's dtype and the hook point."
+                )
+        return x, is_masked
 
 
 def from_model(
@@ -147,18 +175,16 @@ def from_model(
             return _read_pool(file)
         return pool
 
-    return ActivationStream(load, [len(ids) * kept for _, ids in stretches], batch_size=batch_size, seed=seed)
+    sizes, ahead = [len(ids) * kept for _, ids in stretches], language_model.model.device.type == "cuda"
+    return ActivationStream(load, sizes, batch_size=batch_size, seed=seed, prefetch=ahead)
 
 
 def _write_pool(file: Path, pool: Pool) -> None:
     """Half precision where the values fit into it, else single; atomically."""
-    from safetensors.torch import save_file
-
     x, is_masked = pool
     dtype = torch.float16 if x.abs().max() < 6e4 else torch.float32
-    tmp = file.with_suffix(".tmp")
-    save_file({"x": x.to(dtype).contiguous(), "is_masked": is_masked.contiguous()}, tmp)
-    tmp.replace(file)
+    with atomic_file(file) as tmp:
+        save_tensors({"x": x.to(dtype), "is_masked": is_masked}, tmp)
 
 
 def _read_pool(file: Path) -> Pool:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -84,22 +85,42 @@ def recover(target) -> Path:
     return target
 
 
-def write_text(path, text: str) -> Path:
-    """Write `text` to `path` atomically, with LF line ends."""
+@contextlib.contextmanager
+def atomic_file(path):
+    """Yield a temporary path; the file written there becomes `path` when the block ends without an error."""
     path = Path(path)
     ensure_writable(path.parent)
-    fd, tmp = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
+    fd, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
+    os.close(fd)
     try:
-        with _explained(path), os.fdopen(fd, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(tmp, 0o644)
-        os.replace(tmp, path)
+        with _explained(path):
+            yield Path(name)
+            _sync(Path(name))
+            os.chmod(name, 0o644)
+            os.replace(name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(tmp)
-    return path
+            os.unlink(name)
+
+
+def write_text(path, text: str) -> Path:
+    """Write `text` to `path` atomically, with LF line ends."""
+    with atomic_file(path) as tmp:
+        tmp.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def save_tensors(tensors: dict, path) -> None:
+    """Write a safetensors file inside `atomic_dir` or `atomic_file`; its I/O errors become the OSErrors that those explain."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), str(error)) from error
+        raise
 
 
 def write_json(path, value) -> Path:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from masksae.errors import ConfigError, nearest
-from masksae.saes.config import AuxK, BatchTopK, SAEConfig
+from masksae.saes.config import AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, Selection, TopK
 
 PROFILES = Path(__file__).resolve().parents[1] / "profiles"
 
@@ -72,17 +72,41 @@ class Training(Section):
     lr: Annotated[float, Field(gt=0)] = 3e-4
     warmup: Annotated[int, Field(ge=0)] = 1000
     decay: Share = 0.2
+    sparsity_warmup: Annotated[int, Field(ge=0)] | None = None
     threshold_start: Annotated[int, Field(ge=0)] = 1000
     threshold_ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     pool_tokens: Positive = 131_072
     """Tokens that are shuffled together."""
 
 
-class Rule(Section):
-    """A selection rule by name and its parameters."""
+RULES = {"topk": TopK, "batch_topk": BatchTopK, "jump_relu": JumpReLU, "relu": ReLU, "gated": Gated}
 
-    rule: Literal["batch_topk"]
-    k: Positive
+
+class Rule(Section):
+    """A selection rule by name and its parameters; see `masksae.saes.config`. Every rule states the L0 it aims at."""
+
+    rule: Literal["topk", "batch_topk", "jump_relu", "relu", "gated"]
+    k: Positive | None = None
+    """Of topk and batch_topk."""
+    target_l0: Annotated[float, Field(gt=0)] | None = None
+    """Of jump_relu, relu and gated; for the last two a controller adapts l1 to it."""
+    l1: Annotated[float, Field(gt=0)] | None = None
+    """First L1 coefficient of relu and gated."""
+
+    @property
+    def config(self) -> Selection:
+        """The selection config."""
+        return RULES[self.rule](**self.model_dump(exclude={"rule"}, exclude_none=True))
+
+    @model_validator(mode="after")
+    def _complete(self):
+        wanted = {"topk": {"k"}, "batch_topk": {"k"}, "jump_relu": {"target_l0"}}.get(self.rule, {"l1", "target_l0"})
+        found = set(self.model_dump(exclude={"rule"}, exclude_none=True))
+        if found != wanted:
+            raise ValueError(
+                f"{self.rule} takes exactly {' and '.join(sorted(wanted))}, found {', '.join(sorted(found)) or 'nothing'}."
+            )
+        return self
 
 
 class Grid(Section):
@@ -94,13 +118,23 @@ class Grid(Section):
     prefixes: tuple[float, ...] = ()
     """Matryoshka group fractions, summing to 1; empty: one group."""
     dead_after_tokens: Positive = 10_000_000
-    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss."""
+    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (TopK kinds)."""
+    drop_masked: bool = False
+    """Train on ordinary positions only."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
     def config(self, d_model: int, seed: int) -> SAEConfig:
         """The SAE's configuration for a model of width `d_model`."""
-        aux = AuxK(dead_after_tokens=self.dead_after_tokens)
-        return SAEConfig(d_model, self.n_latents, BatchTopK(self.selection.k), self.prefixes, aux=aux, seed=seed)
+        aux = AuxK(dead_after_tokens=self.dead_after_tokens) if "topk" in self.selection.rule else None
+        return SAEConfig(
+            d_model,
+            self.n_latents,
+            self.selection.config,
+            self.prefixes,
+            aux=aux,
+            seed=seed,
+            drop_masked=self.drop_masked,
+        )
 
     @model_validator(mode="after")
     def _possible(self):

@@ -11,6 +11,7 @@ from torch import Tensor
 from masksae.metrics.absorption import first_letter, icl_prefixes, single_token_words
 from masksae.metrics.probes import letter_probe
 from masksae.metrics.reconstruction import calibrated_threshold, ce_score, reconstruction
+from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
 from masksae.stages import SOURCE_CODE, Run
 from masksae.tracing import activations, cross_entropy, prefix_cache
@@ -30,8 +31,10 @@ def norms(run: Run, sequences: int = 32) -> list[dict]:
     return rows
 
 
-def thresholds(run: Run, sae: SAE, k: int) -> dict[str, float]:
-    """Inference threshold in each mode."""
+def thresholds(run: Run, sae: SAE, k: float) -> dict[str, float | None]:
+    """Inference threshold in each mode; TopK needs none, it keeps k latents of every token anyway."""
+    if type(sae.config.selection) is TopK:
+        return {"as_trained": None, "matched": None}
     return {"as_trained": sae.threshold.item(), "matched": calibrated_threshold(sae, run.held_out, k)}
 
 

@@ -16,13 +16,15 @@ from pathlib import Path
 from torch import Tensor
 
 from masksae.errors import DataError
-from masksae.files import atomic_dir, cache_dir, ensure_writable, read_json, run_id, write_json
+from masksae.files import atomic_dir, cache_dir, ensure_writable, read_json, run_id, save_tensors, write_json
 from masksae.profile import Arm, Grid, load_profile
 from masksae.saes.config import SAEConfig
 from masksae.saes.sae import SAE
 
 SOURCE_CODE = ("packages", "sources", "models")
-TRAINING_CODE = ("corpus", "masking", "tracing", "activations", "saes.config", "saes.sae", "saes.loss", "training")
+STREAM_CODE = ("corpus", "masking", "tracing", "activations")
+SAE_CODE = ("saes.config", "saes.sae", "saes.rules", "saes.loss", "saes.sparse")
+TRAINING_CODE = (*STREAM_CODE, *SAE_CODE, "recipe", "member", "training")
 
 
 def code_id(*modules: str) -> str:
@@ -174,7 +176,7 @@ class Run:
     def table(self) -> list[dict]:
         """One row per SAE: what it is, without scores."""
         return [
-            {"sae": name, "arm": arm.name, "p": arm.p, "grid": grid.name, "k": grid.selection.k, "seed": seed}
+            {"sae": name, "arm": arm.name, "p": arm.p, "grid": grid.name, "k": grid.selection.config.goal, "seed": seed}
             for arm in self.profile.arms
             for name, grid, seed in self.members(arm)
         ]
@@ -184,7 +186,7 @@ class Run:
         profile = self.profile
         stream = [profile.model.model_dump(), profile.text.model_dump(), arm.p, arm.seed, profile.training.pool_tokens]
         if kind == "stream":
-            return run_id([stream, code_id(*SOURCE_CODE, *TRAINING_CODE[:4])])
+            return run_id([stream, code_id(*SOURCE_CODE, *STREAM_CODE)])
         grids = [grid.model_dump(mode="json") for grid in profile.saes]
         return run_id([stream, profile.training.model_dump(), grids, code_id(*SOURCE_CODE, *TRAINING_CODE)])
 
@@ -208,7 +210,8 @@ class Run:
         return self.language_model.model.config.hidden_size
 
     def _train(self, arm: Arm, configs: list[SAEConfig], folder: Path) -> list[SAE]:
-        from masksae.training import TrainConfig, train
+        from masksae.recipe import TrainConfig
+        from masksae.training import train
 
         training, stream = self.profile.training, self.stream(arm)
         config = TrainConfig(
@@ -216,6 +219,7 @@ class Run:
             lr=training.lr,
             warmup=training.warmup,
             decay=training.decay,
+            sparsity_warmup=training.sparsity_warmup,
             threshold_start=training.threshold_start,
             threshold_ema=training.threshold_ema,
         )
@@ -253,13 +257,13 @@ class Run:
 
     def scratch(self, kind: str, key, code: tuple[str, ...], make) -> dict[str, Tensor]:
         """Tensors that `make()` gives, kept in scratch under an id of `key` and of the code in `code`."""
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
 
         folder = cache_dir(kind, run_id([self.profile.model.model_dump(), key, code_id(*code)]))
         if not folder.exists():
             tensors = make()
             with atomic_dir(folder) as tmp:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp / "tensors.safetensors")
+                save_tensors(tensors, tmp / "tensors.safetensors")
         return load_file(folder / "tensors.safetensors")
 
     def rows(self, kind: str, section, code: tuple[str, ...], make) -> list[dict]:

@@ -1,15 +1,12 @@
 """Train several SAEs on one activation stream; kill it at any moment and it goes on where the last checkpoint was.
 
-The recipe is dictionary_learning's (August 2025) for the unit-norm family: activations divided by their root mean square norm,
-b_dec from the geometric median of the first batch, loss, decoder gradients without their radial part, gradient clipping, Adam,
-rows of the decoder back to norm 1. State that is not a weight changes in `_update_` only, so logging cannot alter training.
-
-On a CPU with MKL the step is sparse (`saes/loss.py`), elsewhere dense.
+The recipe is dictionary_learning's (August 2025): activations divided by their root mean square norm, b_dec from the geometric
+median of the first batch (TopK kinds), loss, decoder gradients without their radial part, gradient clipping, Adam, rows of the
+decoder back to norm 1. The step itself is in `member.py`; here are the schedule, the group, its checkpoints and its snapshots.
 """
 
+import copy
 import json
-import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,63 +14,15 @@ from torch import Tensor
 
 from masksae.activations import ActivationStream
 from masksae.errors import CheckpointError, ConfigError, DataError
-from masksae.files import atomic_dir, ensure_writable, recover, run_id
+from masksae.files import atomic_dir, ensure_writable, read_json, recover, run_id, save_tensors, write_json
+from masksae.member import EXPLODED, Member
+from masksae.memory import check_memory
+from masksae.recipe import TrainConfig
 from masksae.saes.config import SAEConfig
-from masksae.saes.loss import Kept, aux_loss, dense_loss, select, sparse_gradients
-from masksae.saes.sae import SAE, load_state, read_tensors
+from masksae.saes.sae import SAE, read_tensors
 
-SCHEMA = 1
-"""Version of the checkpoint's form."""
-
-BETAS, EPS = (0.9, 0.999), 1e-8
-
-SILENT_BATCHES = 100
-"""`history` counts as silent the latents that fired in none of so many batches."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What the SAEs of a group share."""
-
-    steps: int
-    """Optimiser steps."""
-    lr: float = 3e-4
-    """Peak learning rate of Adam."""
-    warmup: int = 1000
-    """Steps of linear warm-up."""
-    decay: float = 0.2
-    """Share of the steps, at the end, over which the learning rate falls linearly to 0."""
-    clip: float = 1.0
-    """Largest norm of an SAE's gradient."""
-    threshold_start: int = 1000
-    """Step after which the inference threshold is estimated."""
-    threshold_ema: float = 0.999
-    """Memory of the threshold's running mean, per step."""
-    log_every: int = 20
-    """Steps between records of `SAE.history`; changes no result."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints; changes no result."""
-
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ConfigError(f"steps must be positive, found {self.steps}.")
-        if not 0 <= self.warmup < self.steps or not 0 <= self.threshold_start < self.steps:
-            raise ConfigError(
-                f"warmup ({self.warmup}) and threshold_start ({self.threshold_start}) must be below steps ({self.steps}). Train longer or lower them."
-            )
-        if not self.lr > 0 or not 0 <= self.decay <= 1 or not 0 <= self.threshold_ema < 1 or not self.clip > 0:
-            raise ConfigError(f"lr and clip must be positive, decay in [0, 1], threshold_ema in [0, 1): found {self}.")
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..., steps - 1."""
-        up = (step + 1) / self.warmup if step < self.warmup else 1.0
-        left = self.steps - step
-        down = min(1.0, left / (self.decay * self.steps)) if self.decay else 1.0
-        return self.lr * min(up, down)
-
-    def identity(self) -> dict:
-        """The values that change results."""
-        return {name: value for name, value in asdict(self).items() if name not in ("log_every", "checkpoint_every")}
+SCHEMAS = (1, 2)
+"""Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the configs."""
 
 
 def train(
@@ -85,47 +34,41 @@ def train(
     device=None,
     progress: bool = True,
 ) -> list[SAE]:
-    """Train one SAE per config on the batches of `stream`; every SAE sees the same batches.
+    """Train one SAE per config on the batches of `stream`; every SAE sees the same batches, unless its config says otherwise.
 
-    checkpoint_dir  where to keep the state (overwritten atomically); training resumes from it by itself, and the result is the
-                    same bytes as without the interruption on the same device
+    checkpoint_dir  where to keep the state (overwritten atomically) and the snapshots; training resumes from it by itself, and the
+                    result is the same bytes as without the interruption on the same device
     device          of the SAEs; None: the CPU
 
-    Returns SAEs for raw activations (scale folded in), with `history`. Raises ConfigError, DataError, CheckpointError, OutputError.
+    Returns SAEs for raw activations (scale and decoder norms folded in), with `history`.
+    Raises ConfigError, DataError, CheckpointError, OutputError.
     """
+    folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir)
+    device = torch.device(device or "cpu")
+    _check(sae_configs, stream, train_config, folder)
+    branch = train_config.snapshot_decay and bool(train_config.snapshots)
+    sparse = device.type == "cpu" and train_config.precision == "float32"
+    check_memory(sae_configs, stream.batch_size, device, sparse=sparse, branch=branch)
+    group = Group(sae_configs, stream, train_config, device)
+    if folder is not None and recover(folder / "checkpoint").exists():
+        group.load(folder / "checkpoint")
+    else:
+        group.start()
+    with _bar(train_config.steps, group.step, f"training {len(sae_configs)} SAEs", progress) as bar:
+        group.run(train_config, bar.update, folder)
+    return group.finished()
+
+
+def load_snapshots(checkpoint_dir, *, device=None) -> dict[int, list[SAE]]:
+    """The SAEs that `train` saved along the way, by step, in the order of its configs. Raises CheckpointError for a damaged one."""
+    folders = sorted(Path(checkpoint_dir).glob("snapshots/step-*"))
+    return {int(f.name[5:]): [SAE.load(path, device=device) for path in sorted(f.glob("sae-*"))] for f in folders}
+
+
+def _bar(total: int, initial: int, label: str, shown: bool):
     from tqdm import tqdm
 
-    folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir) / "checkpoint"
-    _check(sae_configs, stream)
-    identity = {
-        "saes": [c.to_dict() for c in sae_configs],
-        "train": train_config.identity(),
-        "batch_size": stream.batch_size,
-        "seed": stream.seed,
-    }
-    group = _Group([_Member(SAE(c), train_config) for c in sae_configs], device or torch.device("cpu"))
-    if folder is not None and recover(folder).exists():
-        group.load(folder, identity, stream)
-    else:
-        group.start(stream)
-    batches = iter(stream)
-    with tqdm(
-        total=train_config.steps,
-        initial=group.step,
-        desc=f"training {len(group.members)} SAEs",
-        unit="step",
-        disable=not progress,
-        mininterval=1,
-    ) as bar:
-        while group.step < train_config.steps:
-            x, _ = next(batches)
-            record = group.step % train_config.log_every == 0 or group.step == train_config.steps - 1
-            group.advance(x, train_config, record)
-            bar.update()
-            due = group.step % train_config.checkpoint_every == 0 or group.step == train_config.steps
-            if folder is not None and due:
-                group.save(folder, identity, stream)
-    return [member.sae.rescale_(group.scale).requires_grad_(False) for member in group.members]
+    return tqdm(total=total, initial=initial, desc=label, unit="step", disable=not shown, mininterval=1)
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
@@ -140,138 +83,131 @@ def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) 
     return guess
 
 
-class _Member:
-    """One SAE in training, with its optimiser."""
-
-    def __init__(self, sae: SAE, config: TrainConfig):
-        self.sae, self.config = sae, config
-
-    def to(self, device):
-        self.sae.to(device)
-        self.sparse = torch.device(device).type == "cpu" and torch.backends.mkl.is_available()
-        self.adam = torch.optim.Adam(self.sae.parameters(), lr=self.config.lr, betas=BETAS, eps=EPS, fused=True)
-
-    def step(self, x: Tensor, step: int, record: bool) -> None:
-        """One update on a scaled batch x [B, d]."""
-        sae = self.sae
-        with torch.set_grad_enabled(not self.sparse):
-            h = sae.pre_activations(x)
-        kept = select(h.detach(), sae.config.selection.k)
-        self._update_(kept, len(x), step)
-        dead = None if sae.config.aux is None else sae.tokens_since_fired >= sae.config.aux.dead_after_tokens
-        self.adam.zero_grad(set_to_none=True)
-        if self.sparse:
-            loss, x_hat = sparse_gradients(sae, x, kept)
-            if dead is not None and dead.any():
-                extra = aux_loss(sae, x, x_hat, dead)
-                if extra.requires_grad:
-                    extra.backward()
-                loss = loss + extra.detach()
-        else:
-            loss, x_hat = dense_loss(sae, x, kept, h, dead)
-            loss.backward()
-        if record:
-            self._record(x, x_hat, kept, loss.item(), step)
-        self._descend(self.config.lr_at(step))
-
-    @torch.no_grad()
-    def _update_(self, kept: Kept, batch: int, step: int) -> None:
-        """Threshold and firing counters; the only place where they change."""
-        sae, config = self.sae, self.config
-        strongest = kept.value.new_zeros(sae.config.n_latents).scatter_reduce_(0, kept.col, kept.value, "amax")
-        sae.tokens_since_fired.add_(batch).masked_fill_(strongest > 0, 0)
-        if step > config.threshold_start and len(kept.value):
-            smallest = torch.where(kept.value > 0, kept.value, torch.inf).min().nan_to_num(posinf=0.0)
-            mixed = config.threshold_ema * sae.threshold + (1 - config.threshold_ema) * smallest
-            sae.threshold.copy_(torch.where(sae.threshold < 0, smallest, mixed))
-
-    @torch.no_grad()
-    def _descend(self, lr: float) -> None:
-        """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1."""
-        w_dec = self.sae.W_dec
-        w_dec.grad -= (w_dec.grad * w_dec).sum(1, keepdim=True) * w_dec
-        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        w_dec /= w_dec.norm(dim=1, keepdim=True)
-
-    def _record(self, x: Tensor, x_hat: Tensor, kept: Kept, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise DataError(
-                f"The loss of SAE {self.sae.config} is {loss} at step {step}. Lower lr, or look at the activations; the last checkpoint is intact."
-            )
-        unexplained = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
-        self.sae.history.append(
-            {
-                "step": step,
-                "loss": loss,
-                "explained_variance": 1 - unexplained.item(),
-                "l0": (kept.value > 0).sum().item() / len(x),
-                "silent": int((self.sae.tokens_since_fired >= SILENT_BATCHES * len(x)).sum()),
-                "threshold": self.sae.threshold.item(),
-            }
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that must survive, by name."""
-        result = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        for name, parameter in self.sae.named_parameters():
-            result |= {f"adam.{name}.{key}": value for key, value in self.adam.state[parameter].items()}
-        return result
-
-    def load(self, tensors: dict[str, Tensor], folder) -> None:
-        load_state(self.sae, {name[4:]: value for name, value in tensors.items() if name.startswith("sae.")}, folder)
-        for name, parameter in self.sae.named_parameters():
-            state = {"step": tensors[f"adam.{name}.step"].clone()}
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"adam.{name}.{key}"])
-            self.adam.state[parameter] = state
-
-
-class _Group:
+class Group:
     """All SAEs of one stream, and the step they have reached."""
 
-    def __init__(self, members: list[_Member], device):
-        self.members, self.device = members, device
-        self.step, self.scale = 0, 1.0
-        for member in members:
-            member.to(device)
+    def __init__(self, configs: list[SAEConfig], stream: ActivationStream, config: TrainConfig, device):
+        buffers: dict = {}
+        self.members = [Member(SAE(c), config, device, buffers) for c in configs]
+        self.stream, self.device, self.step, self.scale = stream, device, 0, 1.0
+        self.saved: int | None = None
+        self.views = list(dict.fromkeys(view_of(c, stream) for c in configs))
+        self.identity = {
+            "saes": [c.to_dict() for c in configs],
+            "train": config.identity(),
+            "batch_size": stream.batch_size,
+            "seed": stream.seed,
+        }
 
-    def start(self, stream: ActivationStream) -> None:
+    def start(self) -> None:
         """Scale and b_dec from the first batches."""
-        position = stream.state_dict()
-        self.scale = stream.scale()
-        median = geometric_median(next(iter(stream))[0].to(self.device) / self.scale)
-        stream.load_state_dict(position)
+        position = self.stream.state_dict()
+        self.scale = self.stream.scale()
+        first = next(self.stream.batches(self.views))
+        self.stream.load_state_dict(position)
+        medians = [geometric_median(x.to(self.device) / self.scale) for x, _ in first]
         with torch.no_grad():
             for member in self.members:
-                member.sae.b_dec.copy_(median)
+                if member.sae.config.selection.median_start:
+                    member.sae.b_dec.copy_(medians[self.views.index(view_of(member.sae.config, self.stream))])
 
-    def advance(self, x: Tensor, config: TrainConfig, record: bool) -> None:
-        x = x.to(self.device) / self.scale
+    def run(self, config: TrainConfig, tick=lambda: None, folder: Path | None = None) -> None:
+        """Go on to the last step of `config`, with checkpoints and snapshots if there is a folder."""
         for member in self.members:
-            member.step(x, self.step, record)
-        self.step += 1
+            member.config = config
+        due = {} if folder is None else self._snapshots(config, folder)
+        batches = self.stream.batches(self.views)
+        while self.step < config.steps:
+            for n, target in due.pop(self.step, []):
+                self._snapshot(config, n, target)
+                batches = self.stream.batches(self.views)
+            xs = [x.to(self.device) / self.scale for x, _ in next(batches)]
+            record = self.step % config.log_every == 0 or self.step == config.steps - 1
+            for member in self.members:
+                member.step(xs[self.views.index(view_of(member.sae.config, self.stream))], self.step, record)
+            self.step += 1
+            tick()
+            if record:
+                self.check()
+            if folder is not None and (self.step % config.checkpoint_every == 0 or self.step == config.steps):
+                self.save(folder / "checkpoint")
+        self.check()
+        for n, target in due.pop(self.step, []):
+            self._snapshot(config, n, target)
 
-    def save(self, folder: Path, identity: dict, stream: ActivationStream) -> None:
-        from safetensors.torch import save_file
+    def _snapshots(self, config: TrainConfig, folder: Path) -> dict[int, list[tuple[int, Path]]]:
+        """Step at which to leave the trunk -> (step n of the snapshot, where it goes), for those that are not there yet."""
+        due: dict = {}
+        for n in config.snapshot_steps:
+            target = folder / "snapshots" / f"step-{n:08d}"
+            if recover(target).exists():
+                known = read_json(target / "identity.json")
+                if known != run_id(self.identity):
+                    raise CheckpointError(
+                        f"{target} belongs to another configuration. Use another checkpoint_dir, or delete it."
+                    )
+                continue
+            leave = int(n - config.decay * n) if config.snapshot_decay and n < config.steps else n
+            if leave < self.step:
+                raise CheckpointError(
+                    f"The snapshot of step {n} would have to leave at step {leave}, and training is at step {self.step} already. "
+                    "Use another checkpoint_dir, or leave this snapshot out."
+                )
+            due.setdefault(leave, []).append((n, target))
+        return due
 
+    def _snapshot(self, config: TrainConfig, n: int, target: Path) -> None:
+        """Save the SAEs of step n, after going there on a branch; the trunk does not notice."""
+        trunk = [{name: value.clone() for name, value in member.tensors().items()} for member in self.members]
+        history = [list(member.sae.history) for member in self.members]
+        step, position = self.step, self.stream.state_dict()
+        if n > step:
+            self.run(config.branch(n))
+        with atomic_dir(target) as tmp:
+            write_json(tmp / "identity.json", run_id(self.identity))
+            for i, sae in enumerate(self.finished()):
+                sae.save(tmp / f"sae-{i:04d}")
+        self.step = step
+        self.stream.load_state_dict(position)
+        for member, tensors, records in zip(self.members, trunk, history):
+            member.config = config
+            member.load(tensors)
+            member.sae.history = records
+
+    def finished(self) -> list[SAE]:
+        """Copies of the SAEs for raw activations."""
+        saes = [copy.deepcopy(member.sae).requires_grad_(False) for member in self.members]
+        return [(s if s.config.selection.unit_rows else s.normalise_()).rescale_(self.scale) for s in saes]
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint, of a sane state only."""
+        self.check()
         tensors = {
-            f"{i}.{name}": value.contiguous()
-            for i, member in enumerate(self.members)
-            for name, value in member.tensors().items()
+            f"{i}.{name}": value for i, member in enumerate(self.members) for name, value in member.tensors().items()
         }
-        record = {"schema": SCHEMA, "identity": identity, "step": self.step, "scale": self.scale}
-        record |= {"stream": stream.state_dict(), "history": [member.sae.history for member in self.members]}
+        record = {"schema": SCHEMAS[-1], "identity": self.identity, "step": self.step, "scale": self.scale}
+        record |= {"stream": self.stream.state_dict(), "history": [member.sae.history for member in self.members]}
         with atomic_dir(folder) as tmp:
-            save_file(tensors, tmp / "state.safetensors")
+            save_tensors(tensors, tmp / "state.safetensors")
             (tmp / "state.json").write_text(json.dumps(record), encoding="utf-8")
+        self.saved = self.step
 
-    def load(self, folder: Path, identity: dict, stream: ActivationStream) -> None:
-        record, tensors = read_tensors(folder, "state.safetensors", "state.json", SCHEMA)
-        if run_id(record["identity"]) != run_id(identity):
-            where = [key for key in identity if record["identity"].get(key) != identity[key]]
+    def check(self) -> None:
+        """Raise DataError if the loss of some SAE was NaN, infinite or beyond reason at some step."""
+        for i, member in enumerate(self.members):
+            if (step := member.failed.item()) >= 0:
+                kept = "No checkpoint" if self.saved is None else f"The checkpoint of step {self.saved}"
+                raise DataError(
+                    f"SAE {i} ({member.sae.config}): the loss was NaN or above {EXPLODED:g} at step {step}. {kept} was kept from before. "
+                    "Lower lr, or look at the activations."
+                )
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint. Raises CheckpointError if it is damaged or of another configuration."""
+        record, tensors = read_tensors(folder, "state.safetensors", "state.json", SCHEMAS)
+        found = _upgraded(record["identity"])
+        if run_id(found) != run_id(self.identity):
+            where = [key for key in self.identity if found.get(key) != self.identity[key]]
             raise CheckpointError(
                 f"The checkpoint in {folder} belongs to another configuration: {', '.join(where)} differ. Use another checkpoint_dir, or delete this one."
             )
@@ -282,14 +218,28 @@ class _Group:
             )
             member.sae.history = record["history"][i]
         self.step, self.scale = record["step"], record["scale"]
-        stream.load_state_dict(record["stream"])
+        self.saved = self.step
+        self.stream.load_state_dict(record["stream"])
 
 
-def _check(sae_configs: list[SAEConfig], stream: ActivationStream) -> None:
+def view_of(config: SAEConfig, stream: ActivationStream) -> tuple[int, bool]:
+    """(seed of the order, whether masked positions are dropped): the view of the stream that an SAE trains on."""
+    return (config.seed if config.own_order else stream.seed), config.drop_masked
+
+
+def _upgraded(identity: dict) -> dict:
+    """An identity of any schema with the keys of the present one: what was added later stood at its default."""
+    saes = [SAEConfig.from_dict(values).to_dict() for values in identity["saes"]]
+    return identity | {"saes": saes, "train": TrainConfig(**identity["train"]).identity()}
+
+
+def _check(sae_configs: list[SAEConfig], stream: ActivationStream, config: TrainConfig, folder) -> None:
     if not sae_configs:
         raise ConfigError("sae_configs is empty. Give at least one SAEConfig.")
-    for config in sae_configs:
-        if config.d_model != stream.d_model:
+    if config.snapshots and folder is None:
+        raise ConfigError("Snapshots need a place: give checkpoint_dir, or leave TrainConfig.snapshots empty.")
+    for sae in sae_configs:
+        if sae.d_model != stream.d_model:
             raise ConfigError(
-                f"The SAE reads width {config.d_model}, the stream gives {stream.d_model}. Set d_model to the model's width."
+                f"The SAE reads width {sae.d_model}, the stream gives {stream.d_model}. Set d_model to the model's width."
             )

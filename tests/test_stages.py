@@ -167,7 +167,7 @@ def test_results_travel_through_files(project):
 def test_refused_before_the_long_work(project, monkeypatch, changes, error, words):
     import masksae.training
 
-    monkeypatch.setattr(masksae.training._Group, "advance", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(masksae.training.Group, "run", lambda *_: pytest.fail("training began"))
     with pytest.raises(error) as caught:
         Run(profile(project, **changes)).saes
     assert words in str(caught.value)

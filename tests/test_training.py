@@ -1,12 +1,19 @@
 """Training: learns a known dictionary, resumes bit for bit, logs without touching anything, refuses what cannot work."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import masksae
-from masksae import MATRYOSHKA, ActivationStream, AuxK, BatchTopK, SAEConfig, TrainConfig
+from masksae import (
+    ActivationStream, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig, load_snapshots,
+)  # fmt: skip
 from masksae.errors import CheckpointError, ConfigError, DataError
 from masksae.saes.sae import SAE
 from masksae.training import geometric_median
@@ -24,7 +31,18 @@ def sparse_world(n=6000, seed=0):
 
 
 def stream(seed=0, batch_size=200, **changes):
-    return ActivationStream.from_array(sparse_world(**changes)[0], batch_size=batch_size, seed=seed)
+    x = sparse_world(**changes)[0]
+    return ActivationStream.from_array(x, batch_size=batch_size, seed=seed, is_masked=torch.arange(len(x)) % 3 == 0)
+
+
+EVERY = [
+    SAEConfig(D, F, TopK(2), seed=0),
+    SAEConfig(D, F, BatchTopK(3), (0.25, 0.75), seed=1, own_order=True, aux=AuxK(dead_after_tokens=3000)),
+    SAEConfig(D, F, JumpReLU(3.0), seed=2, drop_masked=True),
+    SAEConfig(D, F, ReLU(0.05, target_l0=3.0), (0.5, 0.5), seed=3),
+    SAEConfig(D, F, Gated(0.05), seed=4),
+]
+"""One SAE of each architecture, with every option in use."""
 
 
 def configs(**changes):
@@ -71,18 +89,19 @@ def test_recovers_the_directions_that_made_the_data():
 
 
 def test_same_call_same_bytes():
-    assert same(run(), run())
+    assert same(run(sae_configs=EVERY), run(sae_configs=EVERY))
 
 
 def test_each_sae_is_the_same_alone_and_in_company():
-    together = run()
-    for config, sae in zip(configs(), together):
+    together = run(sae_configs=EVERY)
+    for config, sae in zip(EVERY, together):
         assert same(run(sae_configs=[config]), [sae])
 
 
 def test_logging_and_checkpoints_change_nothing(tmp_path):
-    quiet = run(train_config(log_every=10_000, checkpoint_every=10_000))
-    assert same(quiet, run(train_config(log_every=1, checkpoint_every=1), checkpoint_dir=tmp_path))
+    quiet = run(train_config(log_every=10_000, checkpoint_every=10_000), EVERY)
+    busy = train_config(log_every=1, checkpoint_every=1, snapshots="log")
+    assert same(quiet, run(busy, EVERY, checkpoint_dir=tmp_path))
 
 
 @pytest.mark.parametrize("stop_at", [1, 10, 27, 59])
@@ -91,20 +110,180 @@ def test_resumes_to_the_same_bytes(tmp_path, stop_at):
         pass
 
     class Stopping(ActivationStream):
-        def __iter__(self):
-            for i, batch in enumerate(super().__iter__()):
+        def batches(self, views):
+            for i, batch in enumerate(super().batches(views)):
                 if i == stop_at:
                     raise Stop
                 yield batch
 
-    broken = Stopping.from_array(sparse_world()[0], batch_size=200, seed=0)
+    source = stream()
+    source.__class__ = Stopping
     with pytest.raises(Stop):
-        run(source=broken, checkpoint_dir=tmp_path)
+        run(sae_configs=EVERY, source=source, checkpoint_dir=tmp_path)
     assert stop_at < 10 or json.loads((tmp_path / "checkpoint/state.json").read_text())["step"] == stop_at // 10 * 10
-    resumed = run(checkpoint_dir=tmp_path)
-    assert same(resumed, run())
+    resumed = run(sae_configs=EVERY, checkpoint_dir=tmp_path)
+    assert same(resumed, run(sae_configs=EVERY))
     assert [r["step"] for r in resumed[0].history] == [0, 7, 14, 21, 28, 35, 42, 49, 56, 59]
-    assert same(run(checkpoint_dir=tmp_path), resumed)  # finished: nothing is trained again
+    assert same(run(sae_configs=EVERY, checkpoint_dir=tmp_path), resumed)  # finished: nothing is trained again
+
+
+KILLED = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+import masksae.files
+from test_training import EVERY, run, train_config
+countdown = {countdown}
+def dying(function):
+    def call(*args):
+        global countdown
+        countdown -= 1
+        if countdown == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return call
+os.replace, os.fsync = dying(os.replace), dying(os.fsync)
+run(train_config(checkpoint_every=3, snapshots=(20, 40)), EVERY, checkpoint_dir={folder!r})
+print("finished")
+"""
+
+
+def test_killed_again_and_again_at_every_kind_of_moment(tmp_path):
+    """SIGKILL before the n-th rename or flush, n from a seeded list: in checkpoints, snapshots and between two renames."""
+    generator, kills = torch.Generator().manual_seed(0), 0
+    for attempt in range(12):
+        countdown = int(torch.randint(1, 30, (), generator=generator)) if attempt < 5 else 10**9
+        code = KILLED.format(tests=str(Path(__file__).parent), countdown=countdown, folder=str(tmp_path / "run"))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9, done.stderr
+        kills += 1
+    assert kills >= 3 and done.stdout == "finished\n"
+    undisturbed = train_config(checkpoint_every=3, snapshots=(20, 40))
+    assert same(
+        run(undisturbed, EVERY, checkpoint_dir=tmp_path / "run"),
+        run(undisturbed, EVERY, checkpoint_dir=tmp_path / "other"),
+    )
+    a, b = load_snapshots(tmp_path / "run"), load_snapshots(tmp_path / "other")
+    assert list(a) == list(b) == [20, 40] and all(same(a[n], b[n]) for n in a)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 400 kB; without the right to mount one, the test is run by a user who has it (CI is root)."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_keeps_the_last_checkpoint(small_disk):
+    from masksae.errors import OutputError
+
+    filler = small_disk / "filler"
+    run(train_config(steps=30), EVERY, checkpoint_dir=small_disk / "run")
+    shutil.rmtree(small_disk / "run")
+    with pytest.raises(OutputError, match="disk is full.*finished before is kept"):
+
+        class Filling(ActivationStream):
+            def batches(self, views):
+                for i, batch in enumerate(super().batches(views)):
+                    if i == 25:
+                        filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 8192))
+                    yield batch
+
+        source = stream()
+        source.__class__ = Filling
+        run(sae_configs=EVERY, source=source, checkpoint_dir=small_disk / "run")
+    assert json.loads((small_disk / "run/checkpoint/state.json").read_text())["step"] == 20
+    assert os.listdir(small_disk / "run") == ["checkpoint"]
+    filler.unlink()
+    assert same(run(sae_configs=EVERY, checkpoint_dir=small_disk / "run"), run(sae_configs=EVERY))
+
+
+@pytest.mark.parametrize("n", [16, 30, 47, 60])
+def test_a_snapshot_is_the_sae_of_a_shorter_run(tmp_path, n):
+    config = train_config(snapshots=(16, 30, 47, 60), warmup=5, sparsity_warmup=12)
+    run(config, EVERY, checkpoint_dir=tmp_path)
+    alone = run(train_config(steps=n, warmup=5, threshold_start=min(20, n - 1), sparsity_warmup=12), EVERY)
+    if n > 20:  # a run of 16 steps may not begin its threshold at step 20
+        assert same(load_snapshots(tmp_path)[n], alone)
+    assert list(load_snapshots(tmp_path)) == [16, 30, 47, 60]
+
+
+def test_snapshots_without_a_branch_are_the_trunk(tmp_path):
+    config = train_config(snapshots=(30, 60), snapshot_decay=False, decay=0.0)
+    saes = run(config, EVERY, checkpoint_dir=tmp_path)
+    found = load_snapshots(tmp_path)
+    assert same(found[60], saes)
+    assert same(found[30], run(train_config(steps=30, decay=0.0), EVERY))
+
+
+@pytest.mark.parametrize("config", EVERY, ids=lambda c: type(c.selection).__name__)
+def test_every_snapshot_has_unit_rows_and_takes_raw_activations(tmp_path, config):
+    """Scale and norms are folded in: the SAE of activations 64 times as large is that SAE, 64 times as large."""
+    x = sparse_world()[0]
+    for size in (1, 64):
+        source = ActivationStream.from_array(x * size, batch_size=200, seed=0)
+        run(train_config(snapshots="log"), [config], source, checkpoint_dir=tmp_path / str(size))
+    small, large = load_snapshots(tmp_path / "1"), load_snapshots(tmp_path / "64")
+    assert list(small) == list(large) == [30, 60]
+    for n in small:
+        (a,), (b,) = small[n], large[n]
+        torch.testing.assert_close(a.W_dec.norm(dim=1), torch.ones(F))
+        if isinstance(config.selection, TopK):
+            assert a.threshold > 0
+            assert b.threshold / a.threshold == pytest.approx(64, rel=1e-3)
+        error = (b(64 * x) - 64 * a(x)).norm() / (64 * a(x)).norm()
+        assert error < 1e-3
+
+
+def test_snapshots_of_another_configuration_or_of_the_past(tmp_path):
+    with pytest.raises(ConfigError, match="give checkpoint_dir"):
+        run(train_config(snapshots="log"))
+    run(train_config(snapshots=(30,)), checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match="step 40 would have to leave at step 32, and training is at step 60"):
+        run(train_config(snapshots=(30, 40)), checkpoint_dir=tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="another configuration"):
+        run(train_config(snapshots=(30,), lr=1e-3), checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize("config", EVERY[:4], ids=lambda c: type(c.selection).__name__)
+def test_each_architecture_meets_its_target(config):
+    from dataclasses import replace
+
+    steps = 1500
+    config = replace(config, own_order=False, drop_masked=False)
+    recipe = TrainConfig(steps=steps, lr=3e-3, warmup=50, threshold_start=200, threshold_ema=0.99, sparsity_warmup=100)
+    x = sparse_world(40000)[0]
+    sae = masksae.train([config], ActivationStream.from_array(x, batch_size=500, seed=0), recipe, progress=False)[0]
+    l0 = (sae.encode(x) > 0).double().sum(1).mean().item()
+    assert l0 == pytest.approx(config.selection.goal, rel=0.15)
+    assert masksae.metrics.explained_variance(x, sae(x)) > 0.6
+
+
+def test_a_larger_coefficient_makes_a_gated_sae_sparser():
+    l0 = []
+    for l1 in (0.02, 0.2):
+        recipe = train_config(steps=600, sparsity_warmup=50)
+        sae = run(recipe, [SAEConfig(D, F, Gated(l1))])[0]
+        l0.append((sae.encode(sparse_world()[0]) > 0).double().sum(1).mean().item())
+    assert l0[1] < 0.7 * l0[0]
+
+
+def test_a_checkpoint_of_the_first_schema_is_trained_on(tmp_path):
+    shutil.copytree(Path(__file__).parent / "data/checkpoint-schema-1", tmp_path / "checkpoint")
+    source = ActivationStream.from_array(sparse_world()[0], batch_size=200, seed=0)
+    resumed = run(source=source, checkpoint_dir=tmp_path)
+    assert [r["step"] for r in resumed[0].history] == [0, 7, 14, 21, 28, 35, 42, 49, 56, 59]
+    for a, b in zip(resumed, run(source=ActivationStream.from_array(sparse_world()[0], batch_size=200, seed=0))):
+        torch.testing.assert_close(a.W_dec, b.W_dec, rtol=1e-3, atol=1e-3)
 
 
 def test_interrupted_between_the_two_renames(tmp_path):
@@ -119,41 +298,6 @@ def test_history_measures_what_it_names():
     assert last["loss"] < first["loss"] and last["explained_variance"] > first["explained_variance"]
     assert all(record["l0"] == 2 for record in sae.history)
     assert first["threshold"] < 0 < last["threshold"]
-
-
-def test_trained_on_scaled_activations_saved_for_raw_ones():
-    x = sparse_world()[0]
-    small, large = (run(source=ActivationStream.from_array(x * s, batch_size=200, seed=0))[0] for s in (1.0, 64.0))
-    torch.testing.assert_close(large(64 * x), 64 * small(x), rtol=1e-4, atol=1e-2)
-
-
-def test_a_step_with_dead_latents_follows_the_whole_loss():
-    """The sparse gradient plus that of AuxK equals autograd on the definition of both."""
-    from masksae.saes.loss import dense_loss, select
-    from masksae.training import _Member
-
-    x = sparse_world()[0][:300].double()
-    x = (x - x.mean(0)) / x.norm(dim=1).mean()
-    sae = SAE(SAEConfig(D, F, BatchTopK(2), (0.25, 0.75), aux=AuxK(k=3, dead_after_tokens=1000))).double()
-    sae.tokens_since_fired[10:20] = 5000
-    with torch.no_grad():
-        sae.b_enc[10:20] -= 0.9 * sae.pre_activations(x)[:, 10:20].amax(0)  # they fire, but are hardly ever kept
-    h = sae.pre_activations(x)
-    kept = select(h.detach(), 2)
-    dead = torch.zeros(F, dtype=torch.bool)
-    dead[10:20] = True
-    dead[kept.col] = False
-    assert dead.any()
-    expected = torch.autograd.grad(dense_loss(sae, x, kept, h, dead)[0], list(sae.parameters()))
-    without = torch.autograd.grad(dense_loss(sae, x, kept, sae.pre_activations(x))[0], list(sae.parameters()))
-    assert not torch.allclose(expected[0], without[0])
-    member = _Member(sae, train_config(lr=1e-12))
-    member.to("cpu")
-    seen = []
-    member._descend = lambda lr: seen.extend(p.grad.clone() for p in sae.parameters())
-    member.step(x, step=0, record=False)
-    for got, want in zip(seen, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 def test_threshold_follows_the_smallest_kept_value():
@@ -226,12 +370,18 @@ def test_bad_input(act, error, words):
         act()
 
 
-def test_exploding_loss_stops_with_the_step(tmp_path):
-    with pytest.raises(DataError, match="at step"):
-        run(train_config(lr=1e30, warmup=0, log_every=1), checkpoint_dir=tmp_path)
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_exploding_loss_stops_with_the_step_the_sae_and_the_last_checkpoint(tmp_path, log_every):
+    """The culprit is named by the step at which it happened, however rarely the device is asked."""
 
+    class Poisoned(ActivationStream):
+        def batches(self, views):
+            for i, batch in enumerate(super().batches(views)):
+                yield [(x * 1e6 if i == 24 else x, m) for x, m in batch]
 
-def test_matryoshka_trains(tmp_path):
-    sae = run(sae_configs=[SAEConfig(D, F, BatchTopK(2), (0.25, 0.25, 0.5))])[0]
-    assert sae.history[-1]["explained_variance"] > 0.3
-    assert MATRYOSHKA[0] == 1 / 32
+    source = stream()
+    source.__class__ = Poisoned
+    with pytest.raises(DataError, match=r"SAE 0 \(SAEConfig.*at step 24\. The checkpoint of step 20 was kept"):
+        run(train_config(log_every=log_every), source=source, checkpoint_dir=tmp_path)
+    assert json.loads((tmp_path / "checkpoint/state.json").read_text())["step"] == 20
+    assert same(run(checkpoint_dir=tmp_path), run())

@@ -96,20 +96,23 @@ def reconstruction(sae: SAE, x: Tensor, *, threshold: float | None = None) -> Re
 
 @torch.no_grad()
 def calibrated_threshold(sae: SAE, x: Tensor, k: float) -> float:
-    """The threshold at which L0 on x [n, d] is k: round(k n) pre-activations lie above it, exactly (ties apart).
+    """The threshold at which L0 on x [n, d] is k: round(k n) margins (`SAE.margins`) lie above it, exactly (ties apart).
 
-    It is the next largest pre-activation, or 0 if no more than that are positive; then L0 is as high as this SAE can reach.
-    Needs memory for 2 k n numbers, not for F n.
+    It is the next largest margin of a latent that can be active, or the lowest threshold that means anything if there is no such;
+    then L0 is as high as this SAE can reach. Needs memory for 2 k n numbers, not for F n.
     """
     wanted = round(k * len(x)) + 1
-    best, bound = torch.empty(0), 0.0
+    best, bound = torch.empty(0), -torch.inf
     for part in x.split(CHUNK):
-        h = sae.pre_activations(part.to(sae.device)).cpu()
-        best = torch.cat([best, h[h > bound]])
+        pre = sae.pre_activations(part.to(sae.device))
+        margins = sae.margins(pre)
+        best = torch.cat([best, margins[(margins > bound) & (sae.magnitudes(pre) > 0)].cpu()])
         if len(best) >= 2 * wanted:
             best = best.topk(wanted, sorted=False).values
             bound = best.min().item()
-    return 0.0 if len(best) < wanted else best.topk(wanted, sorted=False).values.min().item()
+    if len(best) < wanted:
+        return sae.margins(torch.zeros_like(pre[:1])).min().item()
+    return best.topk(wanted, sorted=False).values.min().item()
 
 
 def ce_score(original: float, zero: float, sae: float) -> float:

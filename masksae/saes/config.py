@@ -1,10 +1,12 @@
 """Architectures as data: SAE = selection rule x prefixes x auxiliary loss. Each part is a small frozen config.
 
-"Matryoshka BatchTopK" is `SAEConfig(d, n, BatchTopK(20), prefixes=MATRYOSHKA)`. Impossible combinations raise ConfigError
-here, so nothing that follows needs to check again.
+"Matryoshka BatchTopK" is `SAEConfig(d, n, BatchTopK(20), prefixes=MATRYOSHKA)`; any rule takes prefixes. What a rule computes is in
+`saes/rules.py`; what dictionary_learning's recipe fixes for it (Adam's betas, clipping, norms) stands here as class constants.
+Impossible combinations raise ConfigError here, so nothing that follows needs to check again.
 """
 
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 from masksae.errors import ConfigError, nearest
 
@@ -15,14 +17,113 @@ WEIGHTINGS = ("1/G^2", "mean", "sum")
 
 
 @dataclass(frozen=True)
-class BatchTopK:
-    """Keep the k x batch largest pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410)."""
+class Selection:
+    """Base of the selection rules: which latents stay active."""
+
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    """Of Adam."""
+    clipped: ClassVar[bool] = True
+    """Gradients are clipped (`TrainConfig.clip`)."""
+    unit_rows: ClassVar[bool] = True
+    """Decoder rows have norm 1 all through training; otherwise their norms are folded away at the end."""
+    decoder_norm: ClassVar[float] = 1.0
+    """Norm of the initial decoder rows."""
+    centred: ClassVar[bool] = True
+    """The encoder reads x - b_dec, not x."""
+    median_start: ClassVar[bool] = False
+    """b_dec starts at the geometric median of the first batch, not at 0."""
+
+    @property
+    def goal(self) -> float | None:
+        """Mean number of active latents per token that the rule aims at; None if a coefficient decides."""
+        return None
+
+
+@dataclass(frozen=True)
+class TopK(Selection):
+    """Keep the k largest pre-activations of each token (Gao et al. 2024, arXiv 2406.04093)."""
 
     k: int
-    """Mean number of latents kept per token. At inference a threshold takes over: the running mean of the smallest kept."""
+    """Latents kept per token, at inference too."""
+
+    median_start = True
 
     def __post_init__(self):
-        _positive_int("BatchTopK.k", self.k)
+        _positive_int(f"{type(self).__name__}.k", self.k)
+
+    @property
+    def goal(self) -> float:
+        return self.k
+
+
+@dataclass(frozen=True)
+class BatchTopK(TopK):
+    """Keep the k x batch largest pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
+
+    At inference a threshold takes over: the running mean of the smallest value kept.
+    """
+
+
+@dataclass(frozen=True)
+class JumpReLU(Selection):
+    """Keep what exceeds a threshold that each latent learns (Rajamanoharan et al. 2024, arXiv 2407.14435).
+
+    The step's derivative is a rectangle of width `bandwidth`; the loss (L0 / target_l0 - 1)^2 steers the thresholds.
+    """
+
+    target_l0: float
+    """Mean number of active latents per token."""
+    bandwidth: float = 0.001
+    """Width of the rectangle, in units of the scaled activations (root mean square norm 1)."""
+    initial_threshold: float = 0.001
+    """In the same units."""
+
+    betas = (0.0, 0.999)
+    centred = False
+
+    def __post_init__(self):
+        _positive("JumpReLU.target_l0", self.target_l0)
+        _positive("JumpReLU.bandwidth", self.bandwidth)
+        _positive("JumpReLU.initial_threshold", self.initial_threshold)
+
+    @property
+    def goal(self) -> float:
+        return self.target_l0
+
+
+@dataclass(frozen=True)
+class ReLU(Selection):
+    """Keep what is positive; an L1 penalty weighted by decoder norms keeps it little (Anthropic, April 2024 update)."""
+
+    l1: float
+    """Coefficient of mean_b sum_j f_j |d_j|, in units of the scaled activations."""
+    target_l0: float | None = None
+    """If given, a controller multiplies `l1` until the training L0 is this; None: `l1` stays as it is."""
+
+    decoder_norm = 0.1
+    unit_rows = False
+
+    def __post_init__(self):
+        _positive(f"{type(self).__name__}.l1", self.l1)
+        if self.target_l0 is not None:
+            _positive(f"{type(self).__name__}.target_l0", self.target_l0)
+
+    @property
+    def goal(self) -> float | None:
+        return self.target_l0
+
+
+@dataclass(frozen=True)
+class Gated(ReLU):
+    """A gate decides which latents are active, a tied magnitude how much (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+
+    betas = (0.0, 0.999)
+    clipped = False
+    decoder_norm = 1.0
+    unit_rows = True
+
+
+SELECTIONS = {rule.__name__: rule for rule in (TopK, BatchTopK, JumpReLU, ReLU, Gated)}
 
 
 @dataclass(frozen=True)
@@ -52,7 +153,7 @@ class SAEConfig:
     """Width of the activations."""
     n_latents: int
     """Width of the dictionary, F."""
-    selection: BatchTopK
+    selection: Selection
     """Which latents stay active."""
     prefixes: tuple[float, ...] = ()
     """Matryoshka group fractions in dictionary order, summing to 1 (Bussmann et al. 2025, arXiv 2503.17547). () is off."""
@@ -62,18 +163,22 @@ class SAEConfig:
     """Auxiliary loss; None is off."""
     seed: int = 0
     """Of the initial decoder directions."""
+    drop_masked: bool = False
+    """Train on ordinary positions only: the place of a masked one is taken by another ordinary one of the same pool."""
+    own_order: bool = False
+    """Draw the order of the tokens from this SAE's seed; otherwise all SAEs of a group see the same batches."""
 
     def __post_init__(self):
         _positive_int("d_model", self.d_model)
         _positive_int("n_latents", self.n_latents)
         object.__setattr__(self, "prefixes", tuple(self.prefixes))
-        if isinstance(self.selection, str) or type(self.selection).__name__ not in SELECTIONS:
+        if not isinstance(self.selection, tuple(SELECTIONS.values())):
             raise ConfigError(
                 f"selection must be one of the selection configs, such as BatchTopK(20), found {self.selection!r}.{nearest(self.selection, SELECTIONS)}"
             )
-        if self.selection.k > self.n_latents:
+        if (self.selection.goal or 0) > self.n_latents:
             raise ConfigError(
-                f"k = {self.selection.k} latents cannot be kept of n_latents = {self.n_latents}. Lower k or widen the dictionary."
+                f"k = {self.selection.goal} latents cannot be kept of n_latents = {self.n_latents}. Lower k or widen the dictionary."
             )
         if self.prefix_weighting not in WEIGHTINGS:
             raise ConfigError(
@@ -126,9 +231,11 @@ class SAEConfig:
         return cls(selection=SELECTIONS[rule](**selection), aux=AuxK(**aux) if aux else None, **values)
 
 
-SELECTIONS = {"BatchTopK": BatchTopK}
-
-
 def _positive_int(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be a positive integer, found {value!r}.")
+
+
+def _positive(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConfigError(f"{name} must be a positive number, found {value!r}.")

@@ -1,8 +1,11 @@
-"""The SAE: four weights, three buffers, and the two files it is saved as.
+"""The SAE of every architecture: its weights, what they mean at inference, and the two files it is saved as.
 
-    h = ReLU((x - b_dec) W_enc + b_enc)      pre-activations
-    f = h where h > threshold, else 0        latents (inference; training selects by rank in the batch instead)
-    x_hat = f W_dec + b_dec                  reconstruction
+    pre = (x - b_dec) W_enc + b_enc             pre-activations (JumpReLU: x W_enc + b_enc)
+    f = ReLU(pre) where it is selected, else 0  latents (Gated: ReLU(exp(r_mag) (pre - b_enc) + b_mag) where pre, the gate, is)
+    x_hat = f W_dec + b_dec                     reconstruction
+
+Selected is what exceeds the threshold: a running mean of the smallest value kept for BatchTopK, one number per latent for
+JumpReLU, 0 for ReLU and Gated; TopK keeps the k largest of each token.
 
 `W_enc` has shape [d, F] but is stored latent by latent, as `W_dec` is: the gradient of a sparse step arrives in that order.
 """
@@ -14,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from masksae.errors import CheckpointError, DataError
-from masksae.files import atomic_dir
-from masksae.saes.config import SAEConfig
+from masksae.files import atomic_dir, save_tensors
+from masksae.saes.config import Gated, JumpReLU, SAEConfig, TopK
 
 SCHEMA = 1
 """Version of the saved form; raise it when the files change meaning."""
@@ -24,7 +27,8 @@ SCHEMA = 1
 class SAE(nn.Module):
     """A sparse autoencoder. Inputs may be [n, d] or [batch, sequence, d]; latents are dense [..., F].
 
-    Buffers: `threshold` (in units of the input; -1 before it was estimated), `tokens_since_fired` int64 [F].
+    Parameters: `W_enc` [d, F], `b_enc` [F], `W_dec` [F, d], `b_dec` [d]; JumpReLU also `thresholds` [F], Gated `r_mag` and `b_mag` [F].
+    Buffers: `threshold` (in units of the input; -1 before it was estimated, 0 where the rule needs none), `tokens_since_fired` int64 [F].
     `history` holds the records of training (empty for an SAE that was not trained here).
     """
 
@@ -32,15 +36,20 @@ class SAE(nn.Module):
         super().__init__()
         self.config = config
         self.history: list[dict] = []
+        rule, n = config.selection, config.n_latents
         generator = torch.Generator().manual_seed(config.seed)
-        directions = torch.randn(config.n_latents, config.d_model, generator=generator)
-        directions /= directions.norm(dim=1, keepdim=True)
+        directions = torch.randn(n, config.d_model, generator=generator)
+        directions *= rule.decoder_norm / directions.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(directions.clone())
         self.W_enc = nn.Parameter(directions.t())
-        self.b_enc = nn.Parameter(torch.zeros(config.n_latents))
+        self.b_enc = nn.Parameter(torch.zeros(n))
         self.b_dec = nn.Parameter(torch.zeros(config.d_model))
-        self.register_buffer("threshold", torch.tensor(-1.0))
-        self.register_buffer("tokens_since_fired", torch.zeros(config.n_latents, dtype=torch.int64))
+        if isinstance(rule, JumpReLU):
+            self.thresholds = nn.Parameter(torch.full((n,), rule.initial_threshold))
+        if isinstance(rule, Gated):
+            self.r_mag, self.b_mag = nn.Parameter(torch.zeros(n)), nn.Parameter(torch.zeros(n))
+        self.register_buffer("threshold", torch.tensor(-1.0 if isinstance(rule, TopK) else 0.0))
+        self.register_buffer("tokens_since_fired", torch.zeros(n, dtype=torch.int64))
         if device is not None:
             self.to(device)
 
@@ -54,18 +63,36 @@ class SAE(nn.Module):
         """Type of the weights."""
         return self.W_dec.dtype
 
-    def pre_activations(self, x: Tensor) -> Tensor:
-        """h [..., F], at least 0: what selection sees."""
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """What the encoder's product reads [..., d]: x - b_dec, or x. Raises DataError for another width."""
         if x.shape[-1] != self.config.d_model:
             raise DataError(
                 f"This SAE reads activations of width {self.config.d_model}, found {x.shape[-1]}. Check model and block."
             )
-        return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+        return x - self.b_dec if self.config.selection.centred else x
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """pre [..., F]; of a Gated SAE, those of the gate."""
+        return self.encoder_input(x) @ self.W_enc + self.b_enc
+
+    def magnitudes(self, pre: Tensor) -> Tensor:
+        """Value [..., F] that each latent has if it is selected, at least 0."""
+        if isinstance(self.config.selection, Gated):
+            pre = self.r_mag.exp() * (pre - self.b_enc) + self.b_mag
+        return torch.relu(pre)
+
+    def margins(self, pre: Tensor) -> Tensor:
+        """What is compared with the inference threshold [..., F]: pre, for JumpReLU less each latent's own threshold."""
+        return pre - self.thresholds if isinstance(self.config.selection, JumpReLU) else pre
 
     def encode(self, x: Tensor, threshold: float | None = None) -> Tensor:
-        """Latents f [..., F]; `threshold` takes the place of the trained one."""
-        h = self.pre_activations(x)
-        return h * (h > (self.threshold if threshold is None else threshold))
+        """Latents f [..., F]. `threshold` takes the place of the trained one (of ranks for TopK; JumpReLU: is added to its own)."""
+        pre = self.pre_activations(x)
+        if type(self.config.selection) is TopK and threshold is None:
+            value, index = torch.relu(pre).topk(self.config.selection.k, dim=-1, sorted=False)
+            return torch.zeros_like(pre).scatter(-1, index, value)
+        cut = self.threshold if threshold is None else threshold
+        return self.magnitudes(pre) * (self.margins(pre) > cut)
 
     def decode(self, f: Tensor) -> Tensor:
         """Reconstruction x_hat [..., d]."""
@@ -77,19 +104,37 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def rescale_(self, scale: float) -> "SAE":
-        """Make an SAE that was trained on x / scale take x: biases and threshold grow by `scale`, directions stay."""
-        for tensor in (self.b_enc, self.b_dec, self.threshold):
-            tensor.mul_(scale)
+        """Make an SAE that was trained on x / scale take x: biases and thresholds grow by `scale`, directions stay."""
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if name.startswith(("b_", "threshold")):
+                tensor.mul_(scale)
         return self
+
+    @torch.no_grad()
+    def normalise_(self) -> "SAE":
+        """Give decoder rows norm 1 and latents the norms instead: f_j |d_j| for f_j, same reconstruction (for `ReLU`)."""
+        norm = self.W_dec.norm(dim=1).clamp(min=1e-12)
+        self.W_dec /= norm[:, None]
+        self.W_enc *= norm
+        self.b_enc *= norm
+        return self
+
+    def to_saelens(self, folder, **metadata) -> Path:
+        """Write as a SAELens folder; see `masksae.export.to_saelens`."""
+        from masksae.export import to_saelens
+
+        return to_saelens(self, folder, **metadata)
+
+    def to_dictionary_learning(self, folder, **metadata) -> Path:
+        """Write as a dictionary_learning folder; see `masksae.export.to_dictionary_learning`."""
+        from masksae.export import to_dictionary_learning
+
+        return to_dictionary_learning(self, folder, **metadata)
 
     def save(self, folder) -> Path:
         """Write `sae.safetensors` and `config.json` into `folder`, atomically. `SAE.load` reads them back bit for bit."""
-        from safetensors.torch import save_file
-
         with atomic_dir(folder) as tmp:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, tmp / "sae.safetensors"
-            )
+            save_tensors(self.state_dict(), tmp / "sae.safetensors")
             record = {"schema": SCHEMA, "config": self.config.to_dict(), "history": self.history}
             (tmp / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return Path(folder)
@@ -97,14 +142,14 @@ class SAE(nn.Module):
     @classmethod
     def load(cls, folder, *, device=None) -> "SAE":
         """Read an SAE that `save` wrote. Raises CheckpointError if files are missing, damaged or of another schema."""
-        record, tensors = read_tensors(folder, "sae.safetensors", "config.json", SCHEMA)
+        record, tensors = read_tensors(folder, "sae.safetensors", "config.json", (SCHEMA,))
         sae = cls(SAEConfig.from_dict(record["config"]))
         load_state(sae, tensors, folder)
         sae.history = record["history"]
         return sae.to(device) if device is not None else sae
 
 
-def read_tensors(folder, tensor_file: str, json_file: str, schema: int) -> tuple[dict, dict[str, Tensor]]:
+def read_tensors(folder, tensor_file: str, json_file: str, schemas: tuple[int, ...]) -> tuple[dict, dict[str, Tensor]]:
     """The JSON record and the tensors of a saved folder, checked. Raises CheckpointError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -119,9 +164,9 @@ def read_tensors(folder, tensor_file: str, json_file: str, schema: int) -> tuple
         tensors = load_file(folder / tensor_file)
     except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"The checkpoint in {folder} is damaged ({error}). {remedy}") from error
-    if record.get("schema") != schema:
+    if record.get("schema") not in schemas:
         raise CheckpointError(
-            f"The checkpoint in {folder} has schema {record.get('schema')!r}, this version reads {schema}. Use the version that wrote it."
+            f"The checkpoint in {folder} has schema {record.get('schema')!r}, this version reads {', '.join(map(str, schemas))}. Use the version that wrote it."
         )
     return record, tensors
 

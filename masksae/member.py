@@ -1,0 +1,172 @@
+"""One SAE in training: its step, its optimiser, and the state that is not a weight.
+
+A step never waits for the device: thresholds, counters, the dead, the controller and the check of the loss are tensors there, and
+what depends on the step's number only is decided on the host. That state changes in `_update_` alone, so logging cannot alter training.
+"""
+
+import contextlib
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from masksae.saes.config import JumpReLU, ReLU, TopK
+from masksae.saes.loss import Outcome, aux_loss, dead_latents, dense_step
+from masksae.saes.rules import rule_of
+from masksae.saes.sae import SAE, load_state
+from masksae.saes.sparse import DENSE_SHARE, sparse_step
+
+EPS = 1e-8
+
+SILENT_BATCHES = 100
+"""`history` counts as silent the latents that fired in none of so many batches."""
+
+EXPLODED = 1e4
+"""A loss beyond this is an error; activations are scaled to a mean squared norm of 1, so it starts near 1."""
+
+GAIN = 0.03
+"""The controller multiplies the L1 coefficient by (L0 / target)^GAIN, at most twofold, after each step past the sparsity warm-up."""
+
+
+class Member:
+    """An SAE with its optimiser. `config` is the group's TrainConfig; `buffers` holds work space shared with other members."""
+
+    def __init__(self, sae: SAE, config, device="cpu", buffers: dict | None = None):
+        self.sae, self.config = sae.to(device), config
+        self.buffers = {} if buffers is None else buffers
+        device, rule = torch.device(device), sae.config.selection
+        self.sparse = device.type == "cpu" and torch.backends.mkl.is_available() and config.precision == "float32"
+        self.adam = torch.optim.Adam(
+            sae.parameters(), lr=config.lr, betas=rule.betas, eps=EPS, fused=device.type in ("cpu", "cuda")
+        )
+        self.controlled = isinstance(rule, ReLU) and rule.target_l0 is not None
+        self.coefficient = torch.tensor(getattr(rule, "l1", 1.0), dtype=sae.dtype, device=device)
+        self.failed = torch.tensor(-1, device=device)
+
+    def step(self, x: Tensor, step: int, record: bool = False) -> None:
+        """One update on a scaled batch x [B, d]; `record` appends to the SAE's history."""
+        outcome = self.gradients(x, step)
+        self._update_(outcome, len(x), step)
+        self._descend(self.config.lr_at(step))
+        if record:
+            self._record(x, outcome, step)
+
+    @torch.no_grad()
+    def gradients(self, x: Tensor, step: int) -> Outcome:
+        """Fill every parameter's `.grad` and change nothing else."""
+        sae = self.sae
+        estimate = isinstance(sae.config.selection, TopK) and step > self.config.threshold_start
+        revive, weight = self._revive(len(x), step), self._weight(step)
+        with self._autocast():
+            xc = sae.encoder_input(x)
+            pre = self._pre_activations(xc)
+            index = rule_of(sae.config).support(sae, pre) if self.sparse else None
+            if index is None or len(index) > DENSE_SHARE * pre.numel():
+                self.adam.zero_grad(set_to_none=True)
+                return dense_step(sae, x, xc, pre, weight, revive, estimate)
+        outcome = sparse_step(sae, x, xc, pre, index, weight, estimate)
+        if revive:
+            dead = dead_latents(sae, outcome.fired, len(x))
+            if dead.any():
+                with torch.enable_grad():
+                    extra = aux_loss(sae, x, outcome.residual, dead)
+                    extra.backward()
+                outcome = replace(outcome, loss=outcome.loss + extra.detach())
+        return outcome
+
+    def _pre_activations(self, xc: Tensor) -> Tensor:
+        """pre [B, F], on a CPU in a buffer: fresh memory of this size costs a third of the product."""
+        sae = self.sae
+        if not self.sparse:
+            return xc @ sae.W_enc + sae.b_enc
+        key = (len(xc), sae.config.n_latents, sae.dtype)
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty(key[:2], dtype=sae.dtype)
+        return torch.addmm(sae.b_enc, xc, sae.W_enc, out=self.buffers[key])
+
+    def _autocast(self):
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.sae.device.type, dtype=torch.bfloat16)
+
+    def _revive(self, batch: int, step: int) -> bool:
+        """Whether some latent can be dead: on a CPU by looking, elsewhere by the tokens seen, which needs no waiting."""
+        aux = self.sae.config.aux
+        if aux is None:
+            return False
+        silent = self.sae.tokens_since_fired.max().item() if self.sparse else step * batch
+        return silent + batch >= aux.dead_after_tokens
+
+    def _weight(self, step: int):
+        """Sparsity coefficient of this step."""
+        if isinstance(self.sae.config.selection, TopK):
+            return 0.0
+        warmup = self.config.sparsity_steps
+        return self.coefficient * (min(step / warmup, 1.0) if warmup else 1.0)
+
+    @torch.no_grad()
+    def _update_(self, outcome: Outcome, batch: int, step: int) -> None:
+        """Counters, threshold, controller and the watch on the loss; the only place where they change."""
+        sae, config = self.sae, self.config
+        sae.tokens_since_fired.add_(batch).masked_fill_(outcome.fired, 0)
+        if outcome.smallest is not None:
+            smallest = outcome.smallest.to(sae.threshold.dtype)
+            mixed = config.threshold_ema * sae.threshold + (1 - config.threshold_ema) * smallest
+            sae.threshold.copy_(torch.where(sae.threshold < 0, smallest, mixed))
+        if self.controlled and step >= config.sparsity_steps:
+            ratio = (outcome.l0 / sae.config.selection.target_l0).clamp(1e-6, 1e6)
+            self.coefficient.mul_(ratio.pow(GAIN).clamp(0.5, 2.0))
+        first = (self.failed < 0) & ~(outcome.loss.abs() < EXPLODED)
+        self.failed.copy_(torch.where(first, step, self.failed))
+
+    @torch.no_grad()
+    def _descend(self, lr: float) -> None:
+        """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1, thresholds not below 0."""
+        sae, rule = self.sae, self.sae.config.selection
+        if rule.unit_rows:
+            sae.W_dec.grad.addcmul_(sae.W_dec, (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True), value=-1)
+        if rule.clipped:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        if rule.unit_rows:
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        if isinstance(rule, JumpReLU):
+            sae.thresholds.clamp_(min=0)
+
+    def _record(self, x: Tensor, outcome: Outcome, step: int) -> None:
+        unexplained = outcome.residual.square().sum() / (x - x.mean(0)).square().sum()
+        record = {
+            "step": step,
+            "loss": outcome.loss.item(),
+            "explained_variance": 1 - unexplained.item(),
+            "l0": outcome.l0.item(),
+            "silent": int((self.sae.tokens_since_fired >= SILENT_BATCHES * len(x)).sum()),
+            "threshold": self.sae.threshold.item(),
+        }
+        if isinstance(self.sae.config.selection, ReLU):
+            record["l1"] = self.coefficient.item()
+        self.sae.history.append(record)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that must survive, by name."""
+        result = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        for name, parameter in self.sae.named_parameters():
+            result |= {f"adam.{name}.{key}": value for key, value in self.adam.state[parameter].items()}
+        return result | {"coefficient": self.coefficient}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], folder=None) -> None:
+        """Take over what `tensors` gave. Raises CheckpointError."""
+        load_state(self.sae, {name[4:]: value for name, value in tensors.items() if name.startswith("sae.")}, folder)
+        for name, parameter in self.sae.named_parameters():
+            if f"adam.{name}.step" not in tensors:  # a start, before the first step
+                self.adam.state.pop(parameter, None)
+                continue
+            state = {"step": tensors[f"adam.{name}.step"].clone()}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"adam.{name}.{key}"])
+            self.adam.state[parameter] = state
+        if "coefficient" in tensors:  # schema 1 knew no L1 kinds
+            self.coefficient.copy_(tensors["coefficient"])

@@ -1,0 +1,69 @@
+"""How much memory training needs, by formula, and whether it is there: asked before the start, not found out in the night."""
+
+import os
+
+import torch
+
+from masksae.errors import ConfigError
+from masksae.saes.config import SAEConfig
+
+ADAM_AND_WEIGHTS = 3
+"""Numbers kept per parameter: the weight and Adam's two moments. Gradients exist for one SAE at a time."""
+
+
+def parameters(config: SAEConfig) -> int:
+    """Numbers in an SAE's weights.
+
+    >>> from masksae import BatchTopK
+    >>> parameters(SAEConfig(768, 4096, BatchTopK(20)))
+    6296320
+    """
+    d, n = config.d_model, config.n_latents
+    extra = {"JumpReLU": n, "Gated": 2 * n}.get(type(config.selection).__name__, 0)
+    return 2 * d * n + n + d + extra
+
+
+def training_bytes(configs: list[SAEConfig], batch_size: int, *, sparse: bool = True, branch: bool = False) -> int:
+    """Peak memory of training these SAEs together, in bytes, without the activations themselves and the language model.
+
+    sparse  the step of `saes/sparse.py` with few active entries, else the dense one; L1 kinds start dense
+    branch  a second copy of all state, for snapshots with a branch
+    """
+    state = ADAM_AND_WEIGHTS * sum(parameters(c) for c in configs) * (2 if branch else 1)
+    return 4 * (state + max(_step(c, batch_size, sparse) for c in configs))
+
+
+def _step(config: SAEConfig, batch: int, sparse: bool) -> int:
+    """Numbers that live during one SAE's step: gradients, pre-activations, errors of each prefix, active entries."""
+    d, n, groups = config.d_model, config.n_latents, len(config.group_sizes)
+    kinds = type(config.selection).__name__
+    work = parameters(config) + batch * n + batch * d * (groups + 4) + d * n
+    if sparse and kinds in ("TopK", "BatchTopK"):
+        return int(work + batch * n / 2 + 16 * config.selection.k * batch)
+    return work + {"Gated": 9}.get(kinds, 6) * batch * n
+
+
+def available_bytes(device) -> int | None:
+    """Memory that is free on a device; None where that cannot be told."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu":
+        try:
+            with open("/proc/meminfo", encoding="ascii") as file:
+                return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        except (OSError, StopIteration):
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    return None
+
+
+def check_memory(
+    configs: list[SAEConfig], batch_size: int, device, *, sparse: bool = True, branch: bool = False
+) -> None:
+    """Raise ConfigError if training cannot fit on the device."""
+    needed, free = training_bytes(configs, batch_size, sparse=sparse, branch=branch), available_bytes(device)
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"Training {len(configs)} SAEs needs about {needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free. Train fewer at "
+            "once (one group per run), lower n_latents or batch_size, or use a device with more memory."
+        )

@@ -1,0 +1,193 @@
+"""What each selection rule computes in training, twice: dense with autograd (the definition), and on its few active entries.
+
+    dense(sae, pre, weight) -> (f [B, F], gate [B, F] or None, penalty)
+    support(sae, pre)       -> flat indices, ascending, of the entries of pre that can have a gradient
+    sparse(sae, e)          -> (f, gate or None) at the entries `e`
+    backward(sae, e, f, grad_f, grad_gate, weight) -> (gradient of pre at the entries, penalty); sets the gradients of a rule's own
+                               parameters and adds to those of the decoder
+    smallest(f, row, B)     -> what the inference threshold follows (TopK kinds)
+
+`weight` is the sparsity coefficient of the step (warm-up and controller included). A gate is a second set of latents whose
+reconstruction is also trained, through a frozen decoder. The formulas are those of dictionary_learning 0.1.0.
+"""
+
+import torch
+from torch import Tensor
+
+from masksae.saes.config import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
+
+
+class ReLURule:
+    """f = ReLU(pre); penalty weight x mean_b sum_j f_j |d_j|."""
+
+    def dense(self, sae, pre: Tensor, weight):
+        f = torch.relu(pre)
+        return f, None, weight * (f @ sae.W_dec.norm(dim=1)).mean()
+
+    def support(self, sae, pre: Tensor) -> Tensor:
+        return (pre > 0).view(-1).nonzero().squeeze(1)
+
+    def sparse(self, sae, e):
+        return e.pre, None
+
+    def backward(self, sae, e, f: Tensor, grad_f: Tensor, grad_gate, weight):
+        norm, batch = sae.W_dec.norm(dim=1), e.shape[0]
+        total = e.per_latent(f)
+        sae.W_dec.grad.addcmul_(sae.W_dec, (weight / batch * total / norm.clamp(min=1e-12))[:, None])
+        return grad_f + (weight / batch * norm)[e.col], weight / batch * (total @ norm)
+
+
+class GatedRule:
+    """f = ReLU(exp(r_mag) z + b_mag) where the gate pre = z + b_enc is open; penalty weight x mean_b sum_j ReLU(pre_j)."""
+
+    def dense(self, sae, pre: Tensor, weight):
+        gate = torch.relu(pre)
+        return sae.magnitudes(pre) * (pre > 0), gate, weight * gate.sum(1).mean()
+
+    support = ReLURule.support
+
+    def sparse(self, sae, e):
+        z = e.pre - sae.b_enc[e.col]
+        return torch.relu(sae.r_mag.exp()[e.col] * z + sae.b_mag[e.col]), e.pre
+
+    def backward(self, sae, e, f: Tensor, grad_f: Tensor, grad_gate: Tensor, weight):
+        grad_f = grad_f * (f > 0)
+        scaled = grad_f * sae.r_mag.exp()[e.col]
+        sae.b_mag.grad = e.per_latent(grad_f)
+        sae.r_mag.grad = e.per_latent(scaled * (e.pre - sae.b_enc[e.col]))
+        grad_gate = grad_gate + weight / e.shape[0]
+        sae.b_enc.grad = -e.per_latent(
+            scaled
+        )  # the magnitude does not see b_enc; the caller adds all of the pre-activation's
+        return scaled + grad_gate, weight * e.pre.sum() / e.shape[0]
+
+
+class JumpReLURule:
+    """f = pre where pre > threshold; penalty weight x (L0 / target - 1)^2; rectangles in place of the step's derivative.
+
+    As in dictionary_learning the step of L0 is taken of f, not of pre: values just above a threshold move it, values below don't.
+    """
+
+    def dense(self, sae, pre: Tensor, weight):
+        rule = sae.config.selection
+        f, active = _Jump.apply(pre, sae.thresholds, rule.bandwidth)
+        return f, None, weight * (active.sum(1).mean() / rule.target_l0 - 1).square()
+
+    def support(self, sae, pre: Tensor) -> Tensor:
+        return (pre > sae.thresholds - 0.5 * sae.config.selection.bandwidth).view(-1).nonzero().squeeze(1)
+
+    def sparse(self, sae, e):
+        return e.pre * (e.pre > sae.thresholds[e.col]), None
+
+    def backward(self, sae, e, f: Tensor, grad_f: Tensor, grad_gate, weight):
+        rule, batch = sae.config.selection, e.shape[0]
+        theta, width = sae.thresholds, rule.bandwidth
+        active = e.pre > theta[e.col]
+        count = e.per_latent(active.to(f.dtype))
+        excess = count.sum() / batch / rule.target_l0 - 1
+        step = (
+            2 * weight * excess / (rule.target_l0 * batch)
+        )  # derivative of the penalty with respect to each entry's step
+        near, near_f = _window(e.pre - theta[e.col], width), _window(f - theta[e.col], width) & active
+        grad = -(theta / width) * e.per_latent(near * grad_f) - step / width * e.per_latent(near_f.to(f.dtype))
+        sae.thresholds.grad = grad - step / width * (batch - count) * _window(theta, width)  # silent entries have f = 0
+        return grad_f * active, weight * excess.square()
+
+
+class TopKRule:
+    """f = ReLU(pre) at the k largest of each token."""
+
+    def dense(self, sae, pre: Tensor, weight):
+        h = torch.relu(pre)
+        index = h.detach().topk(sae.config.selection.k, dim=1, sorted=False).indices
+        return h * torch.zeros_like(h, dtype=torch.bool).scatter(1, index, True), None, 0.0
+
+    def support(self, sae, pre: Tensor) -> Tensor:
+        value, index = pre.topk(sae.config.selection.k, dim=1, sorted=False)
+        index = torch.where(value > 0, index, -1).sort(dim=1).values
+        kept = index >= 0
+        return (index + torch.arange(len(pre))[:, None] * pre.shape[1])[kept]
+
+    sparse = ReLURule.sparse
+
+    def backward(self, sae, e, f: Tensor, grad_f: Tensor, grad_gate, weight):
+        return grad_f, 0.0
+
+    def smallest(self, f: Tensor, row: Tensor, batch: int) -> Tensor:
+        """Mean over tokens of the smallest positive value kept."""
+        least = f.new_full((batch,), torch.inf).scatter_reduce_(0, row, torch.where(f > 0, f, torch.inf), "amin")
+        some = least < torch.inf
+        return torch.where(some, least, 0).sum() / some.sum().clamp(min=1)
+
+
+class BatchTopKRule(TopKRule):
+    """f = ReLU(pre) at the k B largest of the whole batch; of equal ones, the first (on a GPU: any)."""
+
+    def dense(self, sae, pre: Tensor, weight):
+        h = torch.relu(pre)
+        flat = h.detach().reshape(-1)
+        index = flat.topk(min(sae.config.selection.k * len(pre), len(flat)), sorted=False).indices
+        return h * torch.zeros_like(flat, dtype=torch.bool).scatter(0, index, True).view_as(h), None, 0.0
+
+    def support(self, sae, pre: Tensor) -> Tensor:
+        return largest(pre, sae.config.selection.k * len(pre))
+
+    def smallest(self, f: Tensor, row: Tensor, batch: int) -> Tensor:
+        """The smallest positive value kept, 0 if there is none."""
+        return torch.where(f > 0, f, torch.inf).min().nan_to_num(posinf=0.0)
+
+
+_RULES = {ReLU: ReLURule(), Gated: GatedRule(), JumpReLU: JumpReLURule(), TopK: TopKRule(), BatchTopK: BatchTopKRule()}
+
+
+def rule_of(config: SAEConfig):
+    """The rule of an SAE."""
+    return _RULES[type(config.selection)]
+
+
+class _Jump(torch.autograd.Function):
+    """(pre, thresholds, bandwidth) -> (f, whether each entry is active, as a float)."""
+
+    @staticmethod
+    def forward(ctx, pre, theta, width):
+        ctx.save_for_backward(pre, theta)
+        ctx.width = width
+        active = (pre > theta).to(pre.dtype)
+        return pre * active, active
+
+    @staticmethod
+    def backward(ctx, grad_f, grad_active):
+        (pre, theta), width = ctx.saved_tensors, ctx.width
+        active = pre > theta
+        near_f = _window(torch.where(active, pre, 0) - theta, width)
+        grad_theta = -(theta / width) * (_window(pre - theta, width) * grad_f) - near_f * grad_active / width
+        return active * grad_f, grad_theta.sum(0), None
+
+
+def _window(x: Tensor, width: float) -> Tensor:
+    """Where the rectangle kernel is not 0."""
+    return (x / width).abs() < 0.5
+
+
+def largest(h: Tensor, count: int) -> Tensor:
+    """Flat indices, ascending, of the `count` largest positive entries of h [B, F]; of equal ones, the first in row-major order."""
+    flat = h.view(-1)
+    index = _above_lower_bound(flat, count)
+    if len(index) <= count:
+        return index
+    value = flat[index]
+    edge = value.topk(count, sorted=False).values.min()
+    keep = value > edge
+    ties = (value == edge).nonzero().squeeze(1)[: count - int(keep.sum())]
+    keep[ties] = True
+    return index[keep]
+
+
+def _above_lower_bound(flat: Tensor, count: int) -> Tensor:
+    """Indices of a small superset of the `count` largest positive entries: a strided sample tells where to cut."""
+    sample = flat[::61]
+    bound = sample.topk(min(len(sample), int(1.15 * count / 61) + 64)).values[-1].clamp(min=0)
+    index = (flat > bound).nonzero().squeeze(1)
+    if len(index) < count and bound > 0:
+        index = (flat > 0).nonzero().squeeze(1)
+    return index

@@ -1,0 +1,124 @@
+"""The same gradient as `saes/loss.py` at the price of k of F latents: decode and backward touch active entries only.
+
+A kept latent of prefix group g sees only E_g, the sum of the errors e_g' over g' >= g, so one backward matrix per group is enough:
+
+    df_bj = (2 w / B) E_g(b) . d_j        dW_j = (2 w / B) sum_b f_bj E_g(b)
+
+and the encoder's gradient follows from df through the rule (`saes/rules.py`). Products of a sparse and a dense matrix are CSR products,
+which need MKL; the dot products are `sampled_addmm`. Nothing of size k x d per token exists. Only the encoder product is dense: it is
+the floor of the step (`benchmarks/train.py` prints its share). Above `DENSE_SHARE` active entries the dense step is faster.
+"""
+
+import warnings
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from masksae.saes.loss import Outcome, encoder_gradients
+from masksae.saes.rules import rule_of
+from masksae.saes.sae import SAE
+
+DENSE_SHARE = 0.06
+"""Share of active entries from which dense products are faster, measured on two cores."""
+
+
+class Entries:
+    """The latents that take part in a step, by prefix group and in a group by token: entry i is latent `col[i]` of token `row[i]`."""
+
+    def __init__(self, pre: Tensor, index: Tensor, sizes: tuple[int, ...]):
+        self.shape, self.sizes = tuple(pre.shape), sizes
+        row = torch.div(index, self.shape[1], rounding_mode="floor")
+        row, col, value = row.int(), (index - row * self.shape[1]).int(), pre.view(-1)[index]
+        self.ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        self.bounds = [0, len(index)]
+        if len(sizes) > 1:
+            group = torch.bucketize(col, self.ends, right=True).to(torch.uint8)
+            order = group.sort(stable=True).indices
+            row, col, value = row[order], col[order], value[order]
+            self.bounds = [0, *torch.bincount(group, minlength=len(sizes)).cumsum(0).tolist()]
+        self.row, self.col, self.pre = row, col, value
+
+    def groups(self) -> list[tuple[slice, int, int]]:
+        """(entries, first latent, last latent + 1) of each prefix group."""
+        ends = self.ends.tolist()
+        return [
+            (slice(a, b), high - size, high) for a, b, high, size in zip(self.bounds, self.bounds[1:], ends, self.sizes)
+        ]
+
+    def by_token(self, part: slice, low: int, high: int, value: Tensor) -> Tensor:
+        """CSR [B, high - low] of one group's entries; `value` holds all entries."""
+        starts = torch.searchsorted(self.row[part], self._tokens, out_int32=True)
+        return _csr(starts, self.col[part] - low, value[part], (self.shape[0], high - low))
+
+    def by_latent(self, value: Tensor, low: int = 0, high: int | None = None) -> Tensor:
+        """CSR [high - low, B]: the transpose of the entries of latents low .. high - 1."""
+        order, starts = self._by_latent
+        starts = starts[low : (self.shape[1] if high is None else high) + 1]
+        part = order[starts[0] : starts[-1]]
+        return _csr(starts - starts[0], self.row[part], value[part], (len(starts) - 1, self.shape[0]))
+
+    def per_latent(self, value: Tensor) -> Tensor:
+        """Sum over tokens of an entry's value [F]."""
+        return value.new_zeros(self.shape[1]).index_add_(0, self.col, value)
+
+    @cached_property
+    def _tokens(self) -> Tensor:
+        return torch.arange(self.shape[0] + 1, dtype=torch.int32)
+
+    @cached_property
+    def _by_latent(self) -> tuple[Tensor, Tensor]:
+        starts = torch.zeros(self.shape[1] + 1, dtype=torch.int32)
+        torch.cumsum(torch.bincount(self.col, minlength=self.shape[1]), 0, dtype=torch.int32, out=starts[1:])
+        return self.col.sort(stable=True).indices, starts
+
+
+@torch.no_grad()
+def sparse_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, index: Tensor, weight, estimate: bool) -> Outcome:
+    """Fill every `.grad`, AuxK apart. `index`: what the rule's `support` gave; the rest as in `dense_step`."""
+    rule, e = rule_of(sae.config), Entries(pre, index, sae.config.group_sizes)
+    f, gate = rule.sparse(sae, e)
+    sae.b_enc.grad = None
+    loss, residual, grad_f = _reconstruct(sae, x, e, f)
+    grad_gate = None
+    if gate is not None:
+        gate_loss, _, grad_gate = _reconstruct(sae, x, e, gate, frozen=True)
+        loss = loss + gate_loss
+    grad_pre, penalty = rule.backward(sae, e, f, grad_f, grad_gate, weight)
+    encoder_gradients(sae, e.by_latent(grad_pre) @ xc, e.per_latent(grad_pre))
+    active = f > 0
+    fired = torch.zeros(e.shape[1], dtype=torch.bool).index_put_((e.col,), active, accumulate=True)
+    smallest = rule.smallest(f, e.row.long(), e.shape[0]) if estimate else None
+    return Outcome(loss + penalty, residual, fired, active.sum() / e.shape[0], smallest)
+
+
+def _reconstruct(sae: SAE, x: Tensor, e: Entries, f: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(w sum_g mean_b |e_g|^2, x - x_hat, gradient of f at the entries); sets the decoder's gradients unless it is frozen."""
+    factor = 2 * sae.config.prefix_weight / e.shape[0]
+    errors, loss = [], 0.0
+    for part, low, high in e.groups():
+        error = errors[-1] if errors else sae.b_dec - x
+        errors.append(torch.addmm(error, e.by_token(part, low, high, f), sae.W_dec[low:high]))
+        loss = loss + torch.dot(errors[-1].view(-1), errors[-1].view(-1))
+    residual = -errors[-1]
+    grad_f, weighted = torch.empty_like(f), f * factor
+    if not frozen:
+        sae.W_dec.grad = torch.empty_like(sae.W_dec)
+    backward = None
+    for (part, low, high), error in zip(reversed(e.groups()), reversed(errors)):
+        backward = error if backward is None else backward.add_(error)
+        pattern = e.by_token(part, low, high, f)
+        grad_f[part] = torch.sparse.sampled_addmm(
+            pattern, backward, sae.W_dec[low:high].t(), beta=0.0, alpha=factor
+        ).values()
+        if not frozen:
+            torch.mm(e.by_latent(weighted, low, high), backward, out=sae.W_dec.grad[low:high])
+    if not frozen:
+        sae.b_dec.grad = factor * backward.sum(0)
+    return loss * sae.config.prefix_weight / e.shape[0], residual, grad_f
+
+
+def _csr(starts: Tensor, col: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(starts, col, value, shape, check_invariants=False)
