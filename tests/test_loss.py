@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import ALL_RULES, random_batch, random_sae
+from random_saes import ALL_RULES, random_batch, random_sae
 from masksae import MATRYOSHKA, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig
 from masksae.member import Member
 from masksae.saes.loss import aux_loss, dense_loss, dense_step
