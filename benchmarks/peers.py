@@ -111,6 +111,9 @@ def saelens_trainer(sae: SAE, recipe: TrainConfig, batch_size: int):
 
     theirs = saelens_sae(sae)
     config = SAETrainerConfig(
-        total_training_samples=recipe.steps * batch_size, train_batch_size_samples=batch_size, lr=recipe.lr
+        total_training_samples=recipe.steps * batch_size,
+        train_batch_size_samples=batch_size,
+        lr=recipe.lr,
+        lr_end=recipe.lr,
     )
     return SAETrainer(config, theirs, iter(()))

@@ -60,9 +60,8 @@ class Member:
         with self._autocast():
             xc = sae.encoder_input(x)
             pre = self._pre_activations(xc)
-            index = rule_of(sae.config).support(sae, pre) if self.sparse else None
-            if index is None or len(index) > DENSE_SHARE * pre.numel():
-                self.adam.zero_grad(set_to_none=True)
+            index = rule_of(sae.config).support(sae, pre, DENSE_SHARE * pre.numel()) if self.sparse else None
+            if index is None:
                 return dense_step(sae, x, xc, pre, weight, revive, estimate)
         outcome = sparse_step(sae, x, xc, pre, index, weight, estimate)
         if revive:
@@ -130,6 +129,7 @@ class Member:
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()
+        self.adam.zero_grad(set_to_none=True)  # gradients exist for one SAE of a group at a time
         if rule.unit_rows:
             sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
         if isinstance(rule, JumpReLU):

@@ -7,6 +7,7 @@ import torch
 
 VOCABULARY = 128
 
+
 def tiny_model(kind: str, layers: int = 3, width: int = 16, seed: int = 0):
     """A random model of an architecture, in eval mode, with no trained weight in it."""
     import transformers as tr

@@ -130,3 +130,69 @@ def test_bad_input():
         ActivationStream.from_array(rows(5), batch_size=1, seed=0, is_masked=torch.zeros(4))
     with pytest.raises(ConfigError, match="batch_size"):
         ActivationStream.from_array(rows(5), batch_size=0, seed=0)
+
+
+def test_views_share_a_pool_and_differ_as_they_say():
+    x, masked = torch.arange(40.0)[:, None], torch.arange(40) % 4 == 0
+    stream = ActivationStream.from_array(x, batch_size=10, seed=0, is_masked=masked)
+    plain, other, dropped = zip(*[next(stream.batches([(0, False), (7, False), (0, True)])) for _ in range(4)])
+    alone = [
+        batch for batch, _ in zip(ActivationStream.from_array(x, batch_size=10, seed=0, is_masked=masked), range(4))
+    ]
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(plain, alone))
+    seen = lambda view: torch.cat([batch for batch, _ in view]).flatten()
+    assert sorted(seen(plain).tolist()) == sorted(seen(other).tolist()) == list(range(40))
+    assert not torch.equal(seen(plain), seen(other))
+    assert not any(m.any() for _, m in dropped) and set(seen(dropped).tolist()) == set(x[~masked].flatten().tolist())
+    assert all(len(batch) == 10 for batch, _ in dropped)
+    ordinary = [
+        v for v in seen(plain).tolist() if v % 4
+    ]  # the same order, the masked ones left out, begun again at the end
+    assert seen(dropped).tolist() == (ordinary + ordinary)[:40]
+
+
+def test_a_pool_of_masked_positions_only_cannot_be_dropped():
+    stream = ActivationStream.from_array(
+        torch.ones(8, 2), batch_size=4, seed=0, is_masked=torch.ones(8, dtype=torch.bool)
+    )
+    with pytest.raises(DataError, match="Lower p"):
+        next(stream.batches([(0, True)]))
+
+
+def test_the_next_pool_is_collected_ahead_and_changes_nothing():
+    import threading
+
+    loaded = []
+
+    def load(number):
+        loaded.append((number, threading.current_thread() is threading.main_thread()))
+        return torch.full((8, 1), float(number)), torch.zeros(8, dtype=torch.bool)
+
+    plain, ahead = (ActivationStream(load, [8, 8, 8], batch_size=4, seed=0, prefetch=p) for p in (False, True))
+    expected = [x.tolist() for (x, _), _ in zip(plain, range(12))]
+    loaded.clear()
+    assert [x.tolist() for (x, _), _ in zip(ahead, range(12))] == expected
+    assert [n for n, _ in loaded][:4] == [0, 1, 2, 0] and [main for _, main in loaded][:3] == [True, False, False]
+    ahead.load_state_dict({"pool": 2, "batch": 0})
+    assert next(iter(ahead))[0].tolist() == [[2.0]] * 4  # a jump: what was collected ahead is not this
+
+
+def test_an_error_ahead_of_time_comes_when_its_pool_does():
+    def load(number):
+        return torch.full((4, 1), float("nan") if number else 1.0), torch.zeros(4, dtype=torch.bool)
+
+    batches = iter(ActivationStream(load, [4, 4], batch_size=4, seed=0, prefetch=True))
+    assert next(batches)[0].tolist() == [[1.0]] * 4
+    with pytest.raises(DataError, match="Pool 1"):
+        next(batches)
+
+
+def test_scratch_is_mapped_not_read(language_model, ids, tmp_path):
+    source = from_model(
+        language_model, ids, block=1, p=0.5, token_id=1, mask_seed=0, bos_id=None, batch_size=4, seed=0, scratch=tmp_path, progress=False
+    )  # fmt: skip
+    x, _ = next(iter(source))
+    pool = source._current()[0]
+    assert pool.dtype == torch.float16 and x.dtype == torch.float32
+    if __import__("sys").platform == "linux":
+        assert "pool-00000.safetensors" in open("/proc/self/maps").read()

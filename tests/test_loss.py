@@ -1,9 +1,11 @@
 """Losses and gradients of every architecture: against loops, against autograd on the definition, sparse against dense."""
 
+import math
+
 import pytest
 import torch
-
 from random_saes import ALL_RULES, random_batch, random_sae
+
 from masksae import MATRYOSHKA, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig
 from masksae.member import Member
 from masksae.saes.loss import aux_loss, dense_loss, dense_step
@@ -39,7 +41,7 @@ def test_selection_with_too_few_positive():
     assert largest(h, 20).tolist() == [64] and largest(torch.zeros(10, 20), 20).tolist() == []
     for rule in (TopK(2), BatchTopK(2)):
         config = SAEConfig(4, 20, rule)
-        support = rule_of(config).support(type("", (), {"config": config}), h - 0.5)
+        support = rule_of(config).support(type("", (), {"config": config}), h - 0.5, math.inf)
         assert support.tolist() == [64]
 
 
@@ -87,7 +89,7 @@ def test_both_steps_equal_the_definition(rule, prefixes, weighting):
     outcomes = [dense_step(sae, x, xc, pre, weight, False, isinstance(rule, TopK))]
     gradients = [{name: p.grad.clone() for name, p in sae.named_parameters()}]
     if torch.backends.mkl.is_available():
-        index = rule_of(sae.config).support(sae, pre)
+        index = rule_of(sae.config).support(sae, pre, math.inf)
         outcomes.append(sparse_step(sae, x, xc, pre, index, weight, isinstance(rule, TopK)))
         gradients.append({name: p.grad.clone() for name, p in sae.named_parameters()})
     for outcome, found in zip(outcomes, gradients):
@@ -130,7 +132,7 @@ def test_tiny_thresholds_see_every_silent_entry():
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
     dense_step(sae, x, xc, pre, 1.0, False, False)
     wanted = sae.thresholds.grad.clone()
-    sparse_step(sae, x, xc, pre, rule_of(sae.config).support(sae, pre), 1.0, False)
+    sparse_step(sae, x, xc, pre, rule_of(sae.config).support(sae, pre, math.inf), 1.0, False)
     torch.testing.assert_close(sae.thresholds.grad, wanted, rtol=1e-9, atol=1e-12)
 
 
@@ -142,7 +144,7 @@ def test_sparse_equals_dense_in_single_precision(rule):
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
     dense_step(sae, x, xc, pre, 0.1, False, False)
     wanted = {name: p.grad.clone() for name, p in sae.named_parameters()}
-    sparse_step(sae, x, xc, pre, rule_of(sae.config).support(sae, pre), 0.1, False)
+    sparse_step(sae, x, xc, pre, rule_of(sae.config).support(sae, pre, math.inf), 0.1, False)
     for name, parameter in sae.named_parameters():
         assert (parameter.grad - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
 
@@ -157,7 +159,7 @@ def test_a_group_without_any_active_latent(rule):
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
     dense_step(sae, x, xc, pre, 0.1, False, False)
     wanted = {name: p.grad.clone() for name, p in sae.named_parameters()}
-    index = rule_of(sae.config).support(sae, pre)
+    index = rule_of(sae.config).support(sae, pre, math.inf)
     assert (index % 96 >= 48).all()
     sparse_step(sae, x, xc, pre, index, 0.1, False)
     for name, parameter in sae.named_parameters():

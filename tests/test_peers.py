@@ -9,11 +9,12 @@ import torch
 pytest.importorskip("dictionary_learning")
 pytest.importorskip("sae_lens")
 
+from peers import dictionary_learning_names, dictionary_learning_trainer, named, saelens_sae
 from random_saes import ALL_RULES, random_batch, random_sae
+
 from masksae import MATRYOSHKA, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, TrainConfig
 from masksae.member import Member
 from masksae.saes.loss import dense_loss
-from peers import dictionary_learning_names, dictionary_learning_trainer, named, saelens_sae
 
 RECIPE = TrainConfig(steps=1000, lr=1e-3, warmup=0, decay=0.0, threshold_start=8, threshold_ema=0.9, sparsity_warmup=10)
 AUX = AuxK(dead_after_tokens=200)
@@ -116,7 +117,9 @@ def test_forward_against_saelens(rule, prefixes):
     given = {"l0": 1.0} if isinstance(rule, JumpReLU) else {"l1": getattr(rule, "l1", 0.0)}
     out = theirs.training_forward_pass(TrainStepInput(x, given, None, 0, False))
     loss, residual, f = dense_loss(sae, x, sae.pre_activations(x), getattr(rule, "l1", 0.0))
-    norms = sae.W_dec.norm(dim=1) if isinstance(rule, TopK) else 1.0  # they rescale latents by rows, ours have norm 1 to rounding
+    norms = (
+        sae.W_dec.norm(dim=1) if isinstance(rule, TopK) else 1.0
+    )  # they rescale latents by rows, ours have norm 1 to rounding
     torch.testing.assert_close(out.feature_acts, f * norms, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(out.sae_out, x - residual, rtol=1e-6, atol=1e-9)
     if isinstance(rule, JumpReLU):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from random_saes import ALL_RULES, random_batch, random_sae
+
 from masksae import MATRYOSHKA, SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from masksae.errors import CheckpointError, ConfigError, DataError
 

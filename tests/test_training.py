@@ -12,7 +12,16 @@ import torch
 
 import masksae
 from masksae import (
-    ActivationStream, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig, load_snapshots,
+    ActivationStream,
+    AuxK,
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    ReLU,
+    SAEConfig,
+    TopK,
+    TrainConfig,
+    load_snapshots,
 )  # fmt: skip
 from masksae.errors import CheckpointError, ConfigError, DataError
 from masksae.saes.sae import SAE

@@ -85,6 +85,7 @@ def dense_loss(sae: SAE, x: Tensor, pre: Tensor, weight=0.0, revive: bool = Fals
 
 def dense_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, weight, revive: bool, estimate: bool) -> Outcome:
     """Fill every `.grad`. `xc` is the encoder's input, `pre` [B, F] its pre-activations; `estimate`: fill `Outcome.smallest`."""
+    sae.zero_grad()
     pre = pre.detach().requires_grad_()
     with torch.enable_grad():
         loss, residual, f = dense_loss(sae, x, pre, weight, revive)

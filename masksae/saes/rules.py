@@ -1,7 +1,7 @@
 """What each selection rule computes in training, twice: dense with autograd (the definition), and on its few active entries.
 
     dense(sae, pre, weight) -> (f [B, F], gate [B, F] or None, penalty)
-    support(sae, pre)       -> flat indices, ascending, of the entries of pre that can have a gradient
+    support(sae, pre, most) -> flat indices, ascending, of the entries of pre that can have a gradient; None for more than `most`
     sparse(sae, e)          -> (f, gate or None) at the entries `e`
     backward(sae, e, f, grad_f, grad_gate, weight) -> (gradient of pre at the entries, penalty); sets the gradients of a rule's own
                                parameters and adds to those of the decoder
@@ -24,8 +24,8 @@ class ReLURule:
         f = torch.relu(pre)
         return f, None, weight * (f @ sae.W_dec.norm(dim=1)).mean()
 
-    def support(self, sae, pre: Tensor) -> Tensor:
-        return (pre > 0).view(-1).nonzero().squeeze(1)
+    def support(self, sae, pre: Tensor, most: float) -> Tensor | None:
+        return _indices(pre > 0, most)
 
     def sparse(self, sae, e):
         return e.pre, None
@@ -70,11 +70,11 @@ class JumpReLURule:
 
     def dense(self, sae, pre: Tensor, weight):
         rule = sae.config.selection
-        f, active = _Jump.apply(pre, sae.thresholds, rule.bandwidth)
-        return f, None, weight * (active.sum(1).mean() / rule.target_l0 - 1).square()
+        f, l0 = _Jump.apply(pre, sae.thresholds, rule.bandwidth)
+        return f, None, weight * (l0 / rule.target_l0 - 1).square()
 
-    def support(self, sae, pre: Tensor) -> Tensor:
-        return (pre > sae.thresholds - 0.5 * sae.config.selection.bandwidth).view(-1).nonzero().squeeze(1)
+    def support(self, sae, pre: Tensor, most: float) -> Tensor | None:
+        return _indices(pre > sae.thresholds - 0.5 * sae.config.selection.bandwidth, most)
 
     def sparse(self, sae, e):
         return e.pre * (e.pre > sae.thresholds[e.col]), None
@@ -102,7 +102,9 @@ class TopKRule:
         index = h.detach().topk(sae.config.selection.k, dim=1, sorted=False).indices
         return h * torch.zeros_like(h, dtype=torch.bool).scatter(1, index, True), None, 0.0
 
-    def support(self, sae, pre: Tensor) -> Tensor:
+    def support(self, sae, pre: Tensor, most: float) -> Tensor | None:
+        if sae.config.selection.k * len(pre) > most:
+            return None
         value, index = pre.topk(sae.config.selection.k, dim=1, sorted=False)
         index = torch.where(value > 0, index, -1).sort(dim=1).values
         kept = index >= 0
@@ -129,8 +131,9 @@ class BatchTopKRule(TopKRule):
         index = flat.topk(min(sae.config.selection.k * len(pre), len(flat)), sorted=False).indices
         return h * torch.zeros_like(flat, dtype=torch.bool).scatter(0, index, True).view_as(h), None, 0.0
 
-    def support(self, sae, pre: Tensor) -> Tensor:
-        return largest(pre, sae.config.selection.k * len(pre))
+    def support(self, sae, pre: Tensor, most: float) -> Tensor | None:
+        count = sae.config.selection.k * len(pre)
+        return largest(pre, count) if count <= most else None
 
     def smallest(self, f: Tensor, row: Tensor, batch: int) -> Tensor:
         """The smallest positive value kept, 0 if there is none."""
@@ -146,27 +149,31 @@ def rule_of(config: SAEConfig):
 
 
 class _Jump(torch.autograd.Function):
-    """(pre, thresholds, bandwidth) -> (f, whether each entry is active, as a float)."""
+    """(pre, thresholds, bandwidth) -> (f, mean number of active latents per token)."""
 
     @staticmethod
     def forward(ctx, pre, theta, width):
-        ctx.save_for_backward(pre, theta)
+        active = pre > theta
+        ctx.save_for_backward(pre, theta, active)
         ctx.width = width
-        active = (pre > theta).to(pre.dtype)
-        return pre * active, active
+        return pre * active, active.sum(dtype=pre.dtype) / len(pre)
 
     @staticmethod
-    def backward(ctx, grad_f, grad_active):
-        (pre, theta), width = ctx.saved_tensors, ctx.width
-        active = pre > theta
-        near_f = _window(torch.where(active, pre, 0) - theta, width)
-        grad_theta = -(theta / width) * (_window(pre - theta, width) * grad_f) - near_f * grad_active / width
-        return active * grad_f, grad_theta.sum(0), None
+    def backward(ctx, grad_f, grad_l0):
+        (pre, theta, active), width = ctx.saved_tensors, ctx.width
+        near = _window(pre - theta, width)
+        grad_theta = -(theta / width) * torch.where(near, grad_f, 0).sum(0)
+        near_f = (near & active).sum(0) + (~active).sum(0) * _window(theta, width)  # where f, 0 if silent, is near
+        return grad_f * active, grad_theta - grad_l0 / (len(pre) * width) * near_f, None
 
 
 def _window(x: Tensor, width: float) -> Tensor:
     """Where the rectangle kernel is not 0."""
-    return (x / width).abs() < 0.5
+    return x.abs() < 0.5 * width
+
+
+def _indices(mask: Tensor, most: float) -> Tensor | None:
+    return None if torch.count_nonzero(mask) > most else mask.view(-1).nonzero().squeeze(1)
 
 
 def largest(h: Tensor, count: int) -> Tensor:

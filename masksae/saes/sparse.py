@@ -78,7 +78,7 @@ def sparse_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, index: Tensor, wei
     """Fill every `.grad`, AuxK apart. `index`: what the rule's `support` gave; the rest as in `dense_step`."""
     rule, e = rule_of(sae.config), Entries(pre, index, sae.config.group_sizes)
     f, gate = rule.sparse(sae, e)
-    sae.b_enc.grad = None
+    sae.zero_grad()
     loss, residual, grad_f = _reconstruct(sae, x, e, f)
     grad_gate = None
     if gate is not None:
