@@ -7,13 +7,14 @@ PROFILE ?= laptop
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+PEERS := .venv-peers
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup repro status test lint lab clean
+.PHONY: help setup repro status test lint lab clean peers test-peers benchmark
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 setup: $(READY)  ## make the virtual environment with the pinned packages of requirements.lock
 
@@ -45,5 +46,20 @@ lint: $(READY)  ## style
 lab: $(READY)  ## step through the notebooks in JupyterLab
 	@jupyter lab --config jupyter_server_config.py notebooks
 
+peers: $(PEERS)/.ready  ## a second environment with the libraries we compare with: dictionary_learning, SAELens, SAEBench
+
+$(PEERS)/.ready: requirements-peers.lock pyproject.toml
+	@echo "setting up $(PEERS) (once, a few minutes)"
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.lock
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+test-peers: $(PEERS)/.ready  ## agreement and exchange with those libraries
+	@$(PEERS)/bin/python -m pytest -q tests/test_peers.py tests/test_peers_exchange.py
+
+benchmark: $(PEERS)/.ready  ## time and memory of a training step beside theirs
+	@$(PEERS)/bin/python benchmarks/train.py
+
 clean:  ## remove the environment and everything under build/ (results/ and figures/ stay)
-	rm -rf $(VENV) build .dvc/tmp .dvc/cache
+	rm -rf $(VENV) $(PEERS) build .dvc/tmp .dvc/cache

@@ -25,16 +25,18 @@ _HOME = {
     "TrainConfig": "masksae.recipe",
     "train": "masksae.training",
     "load_snapshots": "masksae.training",
+    "load_saelens": "masksae.export",
+    "load_dictionary_learning": "masksae.export",
     "load_model": "masksae.models",
     "Run": "masksae.stages",
 }
 
-__all__ = ["metrics", *_HOME]
+__all__ = ["export", "metrics", *_HOME]
 
 
 def __getattr__(name: str):
-    if name == "metrics":
-        return importlib.import_module("masksae.metrics")
+    if name in ("export", "metrics"):
+        return importlib.import_module(f"masksae.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'masksae' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)

@@ -12,6 +12,7 @@ from masksae.files import write_text
 
 COLOURS = {"unmasked": "#0072b2", "masked": "#d55e00"}
 OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+FAMILY = (*COLOURS.values(), *OTHER_COLOURS)
 GREY = "#808080"
 
 
@@ -136,6 +137,33 @@ def draw_reconstruction(rows: list[dict]):
         (matched.assign(y=matched["ce_score"]), "CE score,\nat clean L0 = k"),
     ]
     return _dots(panels)
+
+
+def draw_family(rows: list[dict]):
+    """Explained variance against clean L0, both as trained: one panel per arm, one line per architecture, one dot per SAE."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
+
+    table = pd.DataFrame([row for row in rows if row["mode"] == "as_trained"])
+    arms, names = list(dict.fromkeys(table["arm"])), list(dict.fromkeys(table["architecture"]))
+    figure, axes = plt.subplots(
+        1, len(arms), figsize=(4.2 * len(arms) + 1.6, 3.8), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, arm in zip(axes[0], arms):
+        for name, colour, marker in zip(names, FAMILY, "osD^vP"):
+            part = table[(table["arm"] == arm) & (table["architecture"] == name)]
+            mean = part.groupby("k")[["l0", "ev_centred"]].mean().sort_values("l0")
+            axis.plot(mean["l0"], mean["ev_centred"], color=colour, linewidth=1.2)
+            axis.scatter(part["l0"], part["ev_centred"], color=colour, marker=marker, s=30, label=name, alpha=0.9)
+        axis.set(xscale="log", title=arm, xlabel="clean L0, as trained (log scale)")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set(ylabel="explained variance (centred)\nof clean held-out text")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    return figure
 
 
 def draw_absorption(rows: list[dict]):

@@ -24,7 +24,7 @@ SILENT_BATCHES = 100
 EXPLODED = 1e4
 """A loss beyond this is an error; activations are scaled to a mean squared norm of 1, so it starts near 1."""
 
-GAIN = 0.03
+GAIN = 0.02
 """The controller multiplies the L1 coefficient by (L0 / target)^GAIN, at most twofold, after each step past the sparsity warm-up."""
 
 

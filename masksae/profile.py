@@ -136,6 +136,15 @@ class Grid(Section):
             drop_masked=self.drop_masked,
         )
 
+    @property
+    def architecture(self) -> str:
+        """Name for figures and tables, such as "Matryoshka BatchTopK".
+
+        >>> Grid(name="a", selection=Rule(rule="jump_relu", target_l0=20), n_latents=64, seeds=[0]).architecture
+        'JumpReLU'
+        """
+        return ("Matryoshka " if self.prefixes else "") + RULES[self.selection.rule].__name__
+
     @model_validator(mode="after")
     def _possible(self):
         self.config(d_model=1, seed=0)

@@ -19,7 +19,7 @@ CLAIMS = {
 
 def merge(reconstruction: list[dict], absorption: list[dict], mode: str = "matched") -> pd.DataFrame:
     """One row per SAE with the scores of both files in one mode."""
-    keys = ["sae", "arm", "p", "grid", "k", "seed", "mode"]
+    keys = ["sae", "arm", "p", "grid", "architecture", "k", "seed", "mode"]
     left, right = (
         pd.DataFrame(reconstruction),
         pd.DataFrame(absorption).drop(columns=["letters", "excluded"], errors="ignore"),

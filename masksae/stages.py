@@ -177,6 +177,7 @@ class Run:
         """One row per SAE: what it is, without scores."""
         return [
             {"sae": name, "arm": arm.name, "p": arm.p, "grid": grid.name, "k": grid.selection.config.goal, "seed": seed}
+            | {"architecture": grid.architecture}
             for arm in self.profile.arms
             for name, grid, seed in self.members(arm)
         ]

@@ -56,7 +56,7 @@ def train(
         group.start()
     with _bar(train_config.steps, group.step, f"training {len(sae_configs)} SAEs", progress) as bar:
         group.run(train_config, bar.update, folder)
-    return group.finished()
+    return [_finish(member.sae, group.scale) for member in group.members]
 
 
 def load_snapshots(checkpoint_dir, *, device=None) -> dict[int, list[SAE]]:
@@ -165,19 +165,14 @@ class Group:
             self.run(config.branch(n))
         with atomic_dir(target) as tmp:
             write_json(tmp / "identity.json", run_id(self.identity))
-            for i, sae in enumerate(self.finished()):
-                sae.save(tmp / f"sae-{i:04d}")
+            for i, member in enumerate(self.members):
+                _finish(copy.deepcopy(member.sae), self.scale).save(tmp / f"sae-{i:04d}")
         self.step = step
         self.stream.load_state_dict(position)
         for member, tensors, records in zip(self.members, trunk, history):
             member.config = config
             member.load(tensors)
             member.sae.history = records
-
-    def finished(self) -> list[SAE]:
-        """Copies of the SAEs for raw activations."""
-        saes = [copy.deepcopy(member.sae).requires_grad_(False) for member in self.members]
-        return [(s if s.config.selection.unit_rows else s.normalise_()).rescale_(self.scale) for s in saes]
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint, of a sane state only."""
@@ -222,6 +217,12 @@ class Group:
         self.stream.load_state_dict(record["stream"])
 
 
+def _finish(sae: SAE, scale: float) -> SAE:
+    """Make an SAE in training one for raw activations with unit decoder rows."""
+    sae.requires_grad_(False)
+    return (sae if sae.config.selection.unit_rows else sae.normalise_()).rescale_(scale)
+
+
 def view_of(config: SAEConfig, stream: ActivationStream) -> tuple[int, bool]:
     """(seed of the order, whether masked positions are dropped): the view of the stream that an SAE trains on."""
     return (config.seed if config.own_order else stream.seed), config.drop_masked
@@ -239,6 +240,10 @@ def _check(sae_configs: list[SAEConfig], stream: ActivationStream, config: Train
     if config.snapshots and folder is None:
         raise ConfigError("Snapshots need a place: give checkpoint_dir, or leave TrainConfig.snapshots empty.")
     for sae in sae_configs:
+        if not sae.selection.trainable:
+            raise ConfigError(
+                f"{sae.selection} comes from an SAE trained elsewhere and lacks a coefficient: give it to train."
+            )
         if sae.d_model != stream.d_model:
             raise ConfigError(
                 f"The SAE reads width {sae.d_model}, the stream gives {stream.d_model}. Set d_model to the model's width."

@@ -61,7 +61,10 @@ def test_what_the_code_imports_is_declared():
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             imported |= {module.split(".")[0] for module in modules}
-    imported -= {"masksae", *sys.stdlib_module_names}
+    imported -= {"masksae", "peers", *sys.stdlib_module_names}
+    peers = (ROOT / "requirements-peers.lock").read_text()
+    assert {"dictionary_learning", "sae_lens"} < imported and "dictionary-learning==" in peers and "sae-lens==" in peers
+    imported -= {"dictionary_learning", "sae_lens"}
     declared = {canonicalize_name(r.name) for r in REQUIRED + EXTRAS}
     assert {canonicalize_name(names.get(name, name)) for name in imported} <= declared
 

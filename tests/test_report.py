@@ -61,7 +61,7 @@ def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2))
                 moved = (effect if grid == grids[0] else 0.0) * (p > 0) + 0.002 * rng.normal()
                 for mode in ("as_trained", "matched"):
                     key = {"sae": f"{arm}-{grid}-s{seed}", "arm": arm, "p": p, "grid": grid, "k": 20, "seed": seed}
-                    key |= {"mode": mode}
+                    key |= {"mode": mode, "architecture": "BatchTopK"}
                     l0 = 20 if mode == "matched" or not p else 27
                     ev = 0.88 - 0.05 * (p > 0) + 0.001 * rng.normal()
                     more = {"l0": l0, "ev_centred": ev, "ce_score": 0.97, "dead_latents": 3}

@@ -63,8 +63,9 @@ def test_rescaling_commutes_with_the_input(rule):
     torch.testing.assert_close(sae(17 * x), 17 * x_hat)
 
 
-def test_normalising_keeps_the_reconstruction():
-    sae, x = random_sae(ReLU(0.1)).requires_grad_(False), random_batch()
+@pytest.mark.parametrize("rule", ALL_RULES[2:], ids=lambda r: type(r).__name__)
+def test_normalising_keeps_the_reconstruction(rule):
+    sae, x = random_sae(rule).requires_grad_(False), random_batch()
     sae.W_dec *= 0.5 + torch.rand(96, 1, generator=torch.Generator().manual_seed(0))
     f, x_hat, norm = sae.encode(x), sae(x), sae.W_dec.norm(dim=1)
     sae.normalise_()

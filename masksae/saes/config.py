@@ -38,6 +38,11 @@ class Selection:
         """Mean number of active latents per token that the rule aims at; None if a coefficient decides."""
         return None
 
+    @property
+    def trainable(self) -> bool:
+        """Whether everything that training needs is known."""
+        return True
+
 
 @dataclass(frozen=True)
 class TopK(Selection):
@@ -71,8 +76,8 @@ class JumpReLU(Selection):
     The step's derivative is a rectangle of width `bandwidth`; the loss (L0 / target_l0 - 1)^2 steers the thresholds.
     """
 
-    target_l0: float
-    """Mean number of active latents per token."""
+    target_l0: float | None
+    """Mean number of active latents per token. None: not known, of an SAE that was trained elsewhere; it cannot be trained."""
     bandwidth: float = 0.001
     """Width of the rectangle, in units of the scaled activations (root mean square norm 1)."""
     initial_threshold: float = 0.001
@@ -82,21 +87,26 @@ class JumpReLU(Selection):
     centred = False
 
     def __post_init__(self):
-        _positive("JumpReLU.target_l0", self.target_l0)
+        if self.target_l0 is not None:
+            _positive("JumpReLU.target_l0", self.target_l0)
         _positive("JumpReLU.bandwidth", self.bandwidth)
         _positive("JumpReLU.initial_threshold", self.initial_threshold)
 
     @property
-    def goal(self) -> float:
+    def goal(self) -> float | None:
         return self.target_l0
+
+    @property
+    def trainable(self) -> bool:
+        return self.target_l0 is not None
 
 
 @dataclass(frozen=True)
 class ReLU(Selection):
     """Keep what is positive; an L1 penalty weighted by decoder norms keeps it little (Anthropic, April 2024 update)."""
 
-    l1: float
-    """Coefficient of mean_b sum_j f_j |d_j|, in units of the scaled activations."""
+    l1: float | None
+    """Coefficient of mean_b sum_j f_j |d_j|, in units of the scaled activations. None: not known; such an SAE cannot be trained."""
     target_l0: float | None = None
     """If given, a controller multiplies `l1` until the training L0 is this; None: `l1` stays as it is."""
 
@@ -104,13 +114,18 @@ class ReLU(Selection):
     unit_rows = False
 
     def __post_init__(self):
-        _positive(f"{type(self).__name__}.l1", self.l1)
+        if self.l1 is not None:
+            _positive(f"{type(self).__name__}.l1", self.l1)
         if self.target_l0 is not None:
             _positive(f"{type(self).__name__}.target_l0", self.target_l0)
 
     @property
     def goal(self) -> float | None:
         return self.target_l0
+
+    @property
+    def trainable(self) -> bool:
+        return self.l1 is not None
 
 
 @dataclass(frozen=True)

@@ -112,11 +112,12 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def normalise_(self) -> "SAE":
-        """Give decoder rows norm 1 and latents the norms instead: f_j |d_j| for f_j, same reconstruction (for `ReLU`)."""
+        """Give decoder rows norm 1 and latents the norms instead: f_j |d_j| for f_j, same reconstruction. Not for ranked selections."""
         norm = self.W_dec.norm(dim=1).clamp(min=1e-12)
         self.W_dec /= norm[:, None]
-        self.W_enc *= norm
-        self.b_enc *= norm
+        for name in ("W_enc", "b_enc", "b_mag", "thresholds"):
+            if hasattr(self, name):
+                getattr(self, name).mul_(norm)
         return self
 
     def to_saelens(self, folder, **metadata) -> Path:

@@ -19,7 +19,7 @@ from masksae.saes.loss import Outcome, encoder_gradients
 from masksae.saes.rules import rule_of
 from masksae.saes.sae import SAE
 
-DENSE_SHARE = 0.06
+DENSE_SHARE = 0.25
 """Share of active entries from which dense products are faster, measured on two cores."""
 
 

@@ -1,0 +1,121 @@
+"""Our files in the real libraries and theirs here: encode and decode are equal on [n, d] and [batch, sequence, d].
+
+The peers live in an environment of their own: `make test-peers`. Elsewhere these tests are skipped.
+"""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("dictionary_learning")
+pytest.importorskip("sae_lens")
+
+from peers import dictionary_learning_trainer, saelens_sae
+from random_saes import ALL_RULES, random_batch, random_sae
+
+from masksae import MATRYOSHKA, TopK, TrainConfig, load_dictionary_learning, load_saelens
+from masksae.export import MATRYOSHKA_TRAINER, TRAINERS, saebench_adapter
+
+every_case = pytest.mark.parametrize(
+    "rule, prefixes",
+    [(rule, ()) for rule in ALL_RULES] + [(ALL_RULES[1], MATRYOSHKA)],
+    ids=[type(rule).__name__ for rule in ALL_RULES] + ["Matryoshka"],
+)
+
+
+def make(rule, prefixes=()):
+    sae = random_sae(rule, prefixes, dtype=torch.float32).requires_grad_(False)
+    if isinstance(rule, TopK):
+        sae.threshold.fill_(0.4)
+    return sae if rule.unit_rows else sae.normalise_()
+
+
+def assert_same(ours, theirs, norms=1.0):
+    x = random_batch(dtype=torch.float32)
+    for given in (x, x.reshape(4, 16, 24)):
+        f = ours.encode(given)
+        torch.testing.assert_close(f, theirs.encode(given) * norms, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.decode(f), theirs.decode(theirs.encode(given)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(given), theirs(given), rtol=1e-5, atol=1e-5)
+
+
+@every_case
+def test_saelens_reads_ours(rule, prefixes, tmp_path):
+    from sae_lens import SAE
+
+    sae = make(rule, prefixes)
+    folder = sae.to_saelens(tmp_path / "sae", model_name="pythia-160m-deduped", hook_name="blocks.8.hook_resid_post")
+    theirs = SAE.load_from_disk(folder)
+    assert theirs.cfg.metadata.hook_name == "blocks.8.hook_resid_post"
+    assert_same(sae, theirs)
+
+
+@every_case
+def test_we_read_saelens(rule, prefixes, tmp_path):
+    """What their trainer saves for inference, decoder rows of any norm."""
+    from sae_lens import SAE
+
+    theirs = saelens_sae(make(rule, prefixes))
+    with torch.no_grad():
+        theirs.W_dec *= 0.5 + torch.rand(96, 1, generator=torch.Generator().manual_seed(0))
+        if hasattr(theirs, "topk_threshold"):
+            theirs.topk_threshold.fill_(0.4)
+    theirs.save_inference_model(tmp_path / "sae")
+    saved = SAE.load_from_disk(tmp_path / "sae")
+    rescaled = getattr(saved.cfg, "rescale_acts_by_decoder_norm", False)
+    norms = 1.0 if rescaled else saved.W_dec.norm(dim=1).detach()
+    assert_same(load_saelens(tmp_path / "sae"), saved.requires_grad_(False), norms)
+
+
+@every_case
+def test_dictionary_learning_reads_ours(rule, prefixes, tmp_path):
+    from dictionary_learning import dictionary
+    from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
+
+    sae = make(rule, prefixes)
+    name = (MATRYOSHKA_TRAINER if prefixes else TRAINERS[type(rule)])[1]
+    module = next(m for m in (dictionary, batch_top_k, matryoshka_batch_top_k, top_k) if hasattr(m, name))
+    theirs = getattr(module, name).from_pretrained(sae.to_dictionary_learning(tmp_path / "sae") / "ae.pt")
+    assert_same(sae, theirs.requires_grad_(False))
+
+
+@every_case
+def test_we_read_dictionary_learning(rule, prefixes, tmp_path):
+    trainer = dictionary_learning_trainer(make(rule, prefixes), TrainConfig(steps=100, warmup=1, threshold_start=1))
+    if isinstance(rule, TopK):
+        trainer.ae.threshold.fill_(0.4)
+    else:
+        with torch.no_grad():
+            w = trainer.ae.W_dec if hasattr(trainer.ae, "W_dec") else trainer.ae.decoder.weight.T
+            w *= 0.5 + torch.rand(96, 1, generator=torch.Generator().manual_seed(0))
+    folder = tmp_path / "trainer_0"
+    folder.mkdir()
+    torch.save(trainer.ae.state_dict(), folder / "ae.pt")
+    config = {name: value for name, value in trainer.config.items() if isinstance(value, str | int | float | None)} \
+        if hasattr(trainer, "config") else {}  # fmt: skip
+    config.setdefault("dict_class", type(trainer.ae).__name__)
+    (folder / "config.json").write_text(json.dumps({"trainer": config}))
+    norms = 1.0
+    if not isinstance(rule, TopK):
+        norms = (
+            trainer.ae.W_dec.norm(dim=1) if hasattr(trainer.ae, "W_dec") else trainer.ae.decoder.weight.norm(dim=0)
+        ).detach()
+    assert_same(load_dictionary_learning(folder), trainer.ae.requires_grad_(False), norms)
+
+
+@every_case
+def test_saebench_takes_the_adapter(rule, prefixes):
+    """Its own loader's checks, its norm check and its pooling of latents over tokens, against pooling by hand."""
+    pytest.importorskip("sae_bench")
+    from sae_bench.sae_bench_utils.activation_collection import get_sae_meaned_activations
+    from sae_bench.sae_bench_utils.general_utils import check_decoder_norms, load_and_format_sae
+
+    sae = make(rule, prefixes)
+    adapter = saebench_adapter(sae, model_name="pythia-160m-deduped", layer=8)
+    name, loaded, _ = load_and_format_sae("ours", adapter, "cpu")
+    assert check_decoder_norms(loaded.W_dec.data) and loaded is adapter
+    x = random_batch(dtype=torch.float32).reshape(4, 16, 24)
+    x[:, 12:] = 0
+    pooled = get_sae_meaned_activations({"class": x}, loaded, 2)["class"]
+    torch.testing.assert_close(pooled, sae.encode(x[:, :12]).mean(1))
