@@ -43,6 +43,7 @@ class ActivationStream:
         self._load, self._sizes = load, list(pool_sizes)
         self.batch_size, self.seed = batch_size, seed
         self._pool, self._batch = 0, 0
+        self._device = torch.device("cpu")
         self._held: tuple[int, Pool] | None = None
         self._ahead: tuple[int, Future] | None = None
         self._worker = ThreadPoolExecutor(1, "next-pool") if prefetch and len(pool_sizes) > 1 else None
@@ -72,6 +73,11 @@ class ActivationStream:
         """Width of the activations (loads the current pool)."""
         return self._current()[0].shape[1]
 
+    def to(self, device) -> "ActivationStream":
+        """Keep the pool in use on `device`: a GPU then gets it once, and no step waits for a copy."""
+        self._device, self._held, self._ahead = torch.device(device), None, None
+        return self
+
     def __iter__(self) -> Iterator[Pool]:
         return (views[0] for views in self.batches([(self.seed, False)]))
 
@@ -79,7 +85,7 @@ class ActivationStream:
         """One batch per view (seed of the order, whether masked positions are dropped), again and again; moves the position."""
         while True:
             x, is_masked = self._current()
-            orders = [self._order(seed, is_masked if dropped else None) for seed, dropped in views]
+            orders = [self._order(seed, is_masked if dropped else None).to(x.device) for seed, dropped in views]
             while (self._batch + 1) * self.batch_size <= len(orders[0]):
                 part = slice(self._batch * self.batch_size, (self._batch + 1) * self.batch_size)
                 self._batch += 1
@@ -91,7 +97,7 @@ class ActivationStream:
         position = self.state_dict()
         self.load_state_dict({"pool": 0, "batch": 0})
         x, order = self._current()[0], self._order(self.seed)[: batches * self.batch_size]
-        total = sum(x[rows].double().square().sum().item() for rows in order.split(8192))
+        total = sum(x[rows].double().square().sum().item() for rows in order.to(x.device).split(8192))
         self.load_state_dict(position)
         return (total / len(order)) ** 0.5
 
@@ -110,7 +116,7 @@ class ActivationStream:
         order = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).permutation(size))
         if dropped is None:
             return order
-        order = order[~dropped[order]]
+        order = order[~dropped.cpu()[order]]
         if len(order) == 0:
             raise DataError("Every position of a pool of activations is masked: dropping them leaves nothing. Lower p.")
         return order.repeat(-(-size // len(order)))[:size]
@@ -135,7 +141,7 @@ class ActivationStream:
                 raise DataError(
                     f"Pool {number} of the activations holds NaN or infinity in at least {bad} rows. Look at the model's dtype and the hook point."
                 )
-        return x, is_masked
+        return x.to(self._device), is_masked.to(self._device)
 
 
 def from_model(

@@ -89,7 +89,7 @@ class Group:
     def __init__(self, configs: list[SAEConfig], stream: ActivationStream, config: TrainConfig, device):
         buffers: dict = {}
         self.members = [Member(SAE(c), config, device, buffers) for c in configs]
-        self.stream, self.device, self.step, self.scale = stream, device, 0, 1.0
+        self.stream, self.step, self.scale = stream.to(device), 0, 1.0
         self.saved: int | None = None
         self.views = list(dict.fromkeys(view_of(c, stream) for c in configs))
         self.identity = {
@@ -105,7 +105,7 @@ class Group:
         self.scale = self.stream.scale()
         first = next(self.stream.batches(self.views))
         self.stream.load_state_dict(position)
-        medians = [geometric_median(x.to(self.device) / self.scale) for x, _ in first]
+        medians = [geometric_median(x / self.scale) for x, _ in first]
         with torch.no_grad():
             for member in self.members:
                 if member.sae.config.selection.median_start:
@@ -121,7 +121,7 @@ class Group:
             for n, target in due.pop(self.step, []):
                 self._snapshot(config, n, target)
                 batches = self.stream.batches(self.views)
-            xs = [x.to(self.device) / self.scale for x, _ in next(batches)]
+            xs = [x / self.scale for x, _ in next(batches)]
             record = self.step % config.log_every == 0 or self.step == config.steps - 1
             for member in self.members:
                 member.step(xs[self.views.index(view_of(member.sae.config, self.stream))], self.step, record)

@@ -233,3 +233,32 @@ def test_a_step_with_dead_latents_follows_the_whole_loss():
     torch.testing.assert_close(outcome.loss, loss.detach())
     for parameter, want in zip(sae.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, want, rtol=1e-9, atol=1e-12)
+
+
+@needs_mkl
+@every_rule
+def test_no_array_holds_the_model_width_for_every_kept_latent(rule):
+    """The sparse step's largest array is that of the pre-activations, far from k x d per token."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(
+                t.numel()
+                for t in torch.utils._pytree.tree_leaves(result)
+                if isinstance(t, torch.Tensor) and t.layout is torch.strided
+            )
+            return result
+
+    n, d, batch = 128, 64, 256
+    sae, x = random_sae(rule, MATRYOSHKA, d=d, n=n, dtype=torch.float32), random_batch(batch, d, torch.float32)
+    with torch.no_grad():
+        sae.b_enc -= 1.0
+    member = Member(sae, TrainConfig(steps=100, warmup=5, threshold_start=5))
+    with Watch():
+        outcome = member.gradients(x, 50)
+    active = outcome.l0.item() * batch
+    assert max(sizes) == batch * n and active * d > 1.5 * batch * n
