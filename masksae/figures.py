@@ -176,6 +176,46 @@ def draw_absorption(rows: list[dict]):
     return _dots(panels, share=True, bottom=0)
 
 
+def draw_probing(rows: list[dict], kind: str):
+    """Mean AUC over tasks at matched clean L0, one panel per k, one dot per SAE; the dashed line is the probe on raw activations."""
+    table = pd.DataFrame([row for row in rows if row["mode"] == "matched"])
+    ks = [column.rpartition("_")[2] for column in table.columns if column.startswith(f"{kind}_auc_")]
+    panels = [(table.assign(y=table[f"{kind}_auc_{k}"]), f"mean AUC,\nprobes on {k} latents") for k in ks]
+    return _dots(panels, share=True, line=table[f"{kind}_raw_auc"].iloc[0])
+
+
+def draw_tasks(rows: list[dict], grid: str, k: int):
+    """AUC task by task at matched clean L0, one dot per SAE and arm, a bar for the probe on raw activations; hardest task below."""
+    import matplotlib.pyplot as plt
+
+    part = [row for row in rows if row["mode"] == "matched" and row["grid"] == grid]
+    tasks = sorted(part[0]["tasks"], key=lambda task: task["raw_auc"])
+    names = [task["task"] for task in tasks]
+    figure, axis = plt.subplots(figsize=(7.5, 0.8 + 0.32 * len(names)))
+    axis.scatter(
+        [t["raw_auc"] for t in tasks], range(len(names)), marker="|", s=160, color=GREY, label="raw activations"
+    )
+    colours = palette(dict.fromkeys(row["arm"] for row in part))
+    for place, (arm, colour) in enumerate(colours.items()):
+        shift = (place - (len(colours) - 1) / 2) * 0.25
+        found = [
+            (t["auc"][str(k)], names.index(t["task"]) + shift)
+            for row in part
+            if row["arm"] == arm
+            for t in row["tasks"]
+        ]
+        axis.scatter(*zip(*found), s=14, color=colour, label=arm, alpha=0.8)
+    axis.set(
+        yticks=range(len(names)),
+        yticklabels=[name.replace("_", " ") for name in names],
+        xlabel=f"AUC, probes on {k} latents",
+    )
+    axis.set(title=f"{grid}, one dot per SAE")
+    axis.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def draw_letters(rows: list[dict], grid: str):
     """Full absorption per letter at matched clean L0, one dot per SAE, both arms."""
     import matplotlib.pyplot as plt
@@ -209,8 +249,8 @@ def draw_letters(rows: list[dict], grid: str):
     return figure
 
 
-def _dots(panels, share: bool = False, bottom=None):
-    """One dot per SAE against the grid, arms side by side, pairs of the same seed joined by a line."""
+def _dots(panels, share: bool = False, bottom=None, line=None):
+    """One dot per SAE against the grid, arms side by side, pairs of the same seed joined by a line; a dashed line at `line`."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), sharey=share, squeeze=False)
@@ -225,6 +265,8 @@ def _dots(panels, share: bool = False, bottom=None):
             axis.scatter(
                 [grids.index(g) + place[arm] for g in part["grid"]], part["y"], color=colour, s=26, label=arm, zorder=2
             )
+        if line is not None:
+            axis.axhline(line, color=GREY, linestyle="--", linewidth=1)
         axis.set(xticks=range(len(grids)), xticklabels=grids, ylabel=label, xlim=(-0.6, len(grids) - 0.4))
         axis.tick_params(axis="x", rotation=20 if len(grids) > 1 else 0)
     for axis in axes[0]:

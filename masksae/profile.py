@@ -171,6 +171,24 @@ class Absorption(Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class Probing(Section):
+    """Sparse probing of labelled texts, and the same under a shift of their distribution."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """Binary tasks of `sae-probes` by name, `hub:...`, or files with the columns prompt and target."""
+    shifted: Annotated[list[str], Field(min_length=1)]
+    """Tables NAME_OOD of `sae-probes`; probes are trained on the table NAME."""
+    train: Positive
+    """Training rows of a task, half of them positives."""
+    test: Positive
+    """Test rows of a task, at most; a shifted table is used whole."""
+    max_tokens: Positive = 128
+    """Tokens of a text, counted from its end."""
+    ks: Annotated[list[Positive], Field(min_length=1)]
+    """Numbers of latents a probe may use; C2 and C3 are decided on the first."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 class Profile(Section):
     """Every number of a run; read one with `load_profile`."""
 
@@ -183,6 +201,7 @@ class Profile(Section):
     saes: Annotated[list[Grid], Field(min_length=1)]
     evaluation: Evaluation
     absorption: Absorption
+    probing: Probing
 
     @model_validator(mode="after")
     def _possible(self):

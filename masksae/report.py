@@ -17,14 +17,13 @@ CLAIMS = {
 }
 
 
-def merge(reconstruction: list[dict], absorption: list[dict], mode: str = "matched") -> pd.DataFrame:
-    """One row per SAE with the scores of both files in one mode."""
+def merge(*results: list[dict], mode: str = "matched") -> pd.DataFrame:
+    """One row per SAE with the scores of several result files in one mode; tables inside rows are left out."""
     keys = ["sae", "arm", "p", "grid", "architecture", "k", "seed", "mode"]
-    left, right = (
-        pd.DataFrame(reconstruction),
-        pd.DataFrame(absorption).drop(columns=["letters", "excluded"], errors="ignore"),
-    )
-    table = left.merge(right, on=keys, validate="one_to_one")
+    table = pd.DataFrame(results[0])
+    for rows in results[1:]:
+        more = pd.DataFrame(rows).drop(columns=["letters", "tasks", "excluded"], errors="ignore")
+        table = table.merge(more, on=keys, validate="one_to_one")
     return table[table["mode"] == mode].reset_index(drop=True)
 
 
@@ -48,8 +47,11 @@ COLUMNS = {
     "mean_full": "absorption",
     "ev_centred": "explained variance",
     "ce_score": "CE score",
+    "probing_auc_": "probing, AUC",
+    "ood_gap_": "gap under a shift, AUC",
     "dead_latents": "dead latents",
 }
+"""Scores of the comparison: columns, or beginnings of columns of which the first counts."""
 
 
 def comparison(scores: pd.DataFrame) -> pd.DataFrame:
@@ -58,8 +60,9 @@ def comparison(scores: pd.DataFrame) -> pd.DataFrame:
     for grid in dict.fromkeys(scores["grid"]):
         for arm in [a for a in dict.fromkeys(scores["arm"]) if a != baseline_arm(scores)]:
             row = {"SAEs": grid, "arm": arm}
-            for score, label in COLUMNS.items():
-                row[label] = describe(effect(scores, score, grid, arm), digits=0 if score == "dead_latents" else 3)
+            for start, label in COLUMNS.items():
+                for score in [column for column in scores.columns if column.startswith(start)][:1]:
+                    row[label] = describe(effect(scores, score, grid, arm), digits=0 if score == "dead_latents" else 3)
             rows.append(row | {"pairs": effect(scores, "mean_full", grid, arm).pairs})
     return pd.DataFrame(rows)
 
@@ -71,36 +74,46 @@ def describe(e: Effect, digits: int = 3) -> str:
     return f"{number(e.baseline)} → {number(e.treated)} ({'+' if e.difference > 0 else ''}{number(e.difference)}, {interval})"
 
 
+def decided_by(scores: pd.DataFrame) -> dict[str, tuple[str, str, int]]:
+    """Claim -> (column that decides it, its name, direction that supports it), for the claims that this run measured."""
+    first = lambda start: next((c for c in scores.columns if c.startswith(start)), None)
+    probing, gap = first("probing_auc_"), first("ood_gap_")
+    found = {"C1": ("mean_full", "mean full absorption", -1)}
+    if probing:
+        found["C2"] = (probing, f"mean AUC of probes on {probing.split('_')[-1]} latents", +1)
+    if gap:
+        found["C3"] = (
+            gap,
+            f"mean AUC of raw probes less that of probes on {gap.split('_')[-1]} latents, under a shift",
+            -1,
+        )
+    return found | {"C5": ("ev_centred", "explained variance (centred)", -1)}
+
+
 def claims(scores: pd.DataFrame, arm: str) -> dict:
-    """The verdicts, keyed C1 to C5. Decided at matched clean L0, C1 and C5 on the first grid, C4 for absorption on all grids."""
-    grids = list(dict.fromkeys(scores["grid"]))
-    absorption = {grid: effect(scores, "mean_full", grid, arm) for grid in grids}
-    variance = effect(scores, "ev_centred", grids[0], arm)
-    not_measured = {"verdict": "not measured", "reason": "No probing stage in this version."}
-    across = [absorption[grid].verdict(-1) for grid in grids]
-    result = {
-        "C1": {
-            "verdict": across[0],
-            "score": "mean full absorption",
-            "grid": grids[0],
-            **absorption[grids[0]].to_dict(),
-            "dense_absorbers": dense_absorbers(scores, grids[0]),
-        },
-        "C2": not_measured,
-        "C3": {"verdict": "not measured", "reason": "No out-of-distribution stage in this version."},
-        "C4": {
-            "verdict": combine(across) if len(grids) > 1 else "not measured",
-            "score": "mean full absorption only",
-            "grids": dict(zip(grids, across)),
-        },
-        "C5": {
-            "verdict": variance.verdict(-1),
-            "score": "explained variance (centred)",
-            "grid": grids[0],
-            **variance.to_dict(),
-        },
+    """The verdicts, keyed C1 to C5. Decided at matched clean L0, each on the first grid, C4 by C1 to C3 on all grids.
+
+    Each verdict has its own 5 %; no correction is made for there being several.
+    """
+    grids, decided = list(dict.fromkeys(scores["grid"])), decided_by(scores)
+    result = {}
+    for key, (column, name, direction) in decided.items():
+        found = effect(scores, column, grids[0], arm)
+        result[key] = {"verdict": found.verdict(direction), "score": name, "grid": grids[0], **found.to_dict()}
+    result["C1"]["dense_absorbers"] = dense_absorbers(scores, grids[0])
+    for key in ("C2", "C3"):
+        result.setdefault(key, {"verdict": "not measured", "reason": "No result of this profile speaks to it."})
+    across = {
+        grid: {
+            key: effect(scores, decided[key][0], grid, arm).verdict(decided[key][2])
+            for key in ("C1", "C2", "C3")
+            if key in decided
+        }
+        for grid in grids
     }
-    return {key: {"claim": CLAIMS[key], **value} for key, value in result.items()}
+    verdicts = [verdict for cell in across.values() for verdict in cell.values()]
+    result["C4"] = {"verdict": combine(verdicts) if len(grids) > 1 else "not measured", "grids": across}
+    return {key: {"claim": claim, **result[key]} for key, claim in CLAIMS.items()}
 
 
 def dense_absorbers(scores: pd.DataFrame, grid: str) -> dict[str, float | None]:

@@ -20,7 +20,8 @@ def verdict_rows(claims: dict) -> list[str]:
         if "difference" in claim:
             effect = report.describe(Effect(**{name: claim[name] for name in Effect.__dataclass_fields__}))
         elif "grids" in claim:
-            effect = ", ".join(f"{grid}: {verdict}" for grid, verdict in claim["grids"].items())
+            cell = lambda verdicts: ", ".join(f"{key} {verdict}" for key, verdict in verdicts.items())
+            effect = "; ".join(f"{grid}: {cell(verdicts)}" for grid, verdicts in claim["grids"].items())
         rows.append(f"| {key} {claim['claim']} | {claim['verdict']} | {effect} |")
     return rows
 

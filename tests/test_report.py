@@ -82,11 +82,38 @@ def test_planted_effects_give_the_right_verdicts():
     assert claims["C1"]["verdict"] == "supported" and claims["C1"]["difference"] == pytest.approx(-0.1, abs=0.01)
     assert claims["C1"]["dense_absorbers"] == pytest.approx({"unmasked": 0.5, "masked": 0.65})  # of those that have any
     assert claims["C5"]["verdict"] == "supported" and claims["C5"]["difference"] == pytest.approx(-0.05, abs=0.01)
-    assert claims["C4"]["grids"]["batchtopk20"] == "inconclusive" and claims["C4"]["verdict"] == "inconclusive"
+    assert claims["C4"]["grids"]["batchtopk20"] == {"C1": "inconclusive"} and claims["C4"]["verdict"] == "inconclusive"
     assert claims["C2"]["verdict"] == claims["C3"]["verdict"] == "not measured"
     assert report.claims(report.merge(*planted(+0.1)), "masked")["C1"]["verdict"] == "contradicted"
     assert report.claims(report.merge(*planted(0.0)), "masked")["C1"]["verdict"] == "inconclusive"
     assert report.claims(report.merge(*planted(grids=("one",))), "masked")["C4"]["verdict"] == "not measured"
+
+
+def probed(kind, change):
+    """Rows of probing or ood: AUC .8 unmasked, `change` added by masking; raw probes at .9."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for row in planted()[0]:
+        auc = 0.8 + change * (row["p"] > 0) + 0.001 * rng.normal()
+        keys = {key: row[key] for key in ("sae", "arm", "p", "grid", "k", "seed", "mode", "architecture")}
+        means = {f"{kind}_raw_auc": 0.9, f"{kind}_auc_5": auc, f"{kind}_gap_5": 0.9 - auc}
+        task = [
+            {"task": "a_task", "raw_auc": 0.9, "auc": {"5": auc}},
+            {"task": "b", "raw_auc": 0.6, "auc": {"5": auc - 0.2}},
+        ]
+        rows.append(keys | means | {"tasks": task, "excluded": {}})
+    return rows
+
+
+@pytest.mark.parametrize("change, verdict", [(0.05, "supported"), (-0.05, "contradicted"), (0.0, "inconclusive")])
+def test_probing_and_its_gap_are_judged_in_their_own_direction(change, verdict):
+    table = report.merge(*planted(), probed("probing", change), probed("ood", change))
+    claims = report.claims(table, "masked")
+    assert claims["C2"]["verdict"] == claims["C3"]["verdict"] == verdict
+    assert claims["C2"]["difference"] == pytest.approx(change, abs=0.005) == -claims["C3"]["difference"]
+    assert claims["C2"]["score"] == "mean AUC of probes on 5 latents"
+    assert set(claims["C4"]["grids"]["matryoshka20"]) == {"C1", "C2", "C3"}
+    assert {"probing, AUC", "gap under a shift, AUC"} < set(report.comparison(table).columns)
 
 
 def test_arms_with_other_seeds_are_refused():
@@ -112,6 +139,9 @@ DRAWINGS = {
     "reconstruction": lambda: figures.draw_reconstruction(planted()[0]),
     "absorption": lambda: figures.draw_absorption(planted()[1]),
     "letters": lambda: figures.draw_letters(planted()[1], "matryoshka20"),
+    "probing": lambda: figures.draw_probing(probed("probing", 0.05), "probing"),
+    "tasks": lambda: figures.draw_tasks(probed("probing", 0.05), "matryoshka20", 5),
+    "architectures": lambda: figures.draw_family(planted()[0]),
     "summary": lambda: figures.draw_summary(report.merge(*planted())),
     "training": lambda: figures.draw_training(
         {f"{arm}-{g}": (arm, g, history(scale)) for arm in ("unmasked", "masked") for g, scale in (("a", 1), ("b", 9))}
@@ -147,8 +177,9 @@ def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
         ends = [line.get_ydata()[-1] for line in axis.lines if len(line.get_ydata())]
         assert all(low <= y <= high for y in [*dots, *ends]) and dots + ends
     legend = {text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()}
-    assert any(text.startswith("unmasked") for text in legend) and any(text.startswith("masked") for text in legend)
-    assert all(axis.get_ylabel() for axis in figure.axes[:1])
+    named = legend | {axis.get_title() for axis in figure.axes}
+    assert any(text.startswith("unmasked") for text in named) and any(text.startswith("masked") for text in named)
+    assert figure.axes[0].get_ylabel() or any("task" in label.get_text() for label in figure.axes[0].get_yticklabels())
 
 
 def test_masked_text_shows_what_is_masked():

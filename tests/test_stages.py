@@ -61,6 +61,14 @@ def profile(folder, name="tiny", **changes):
         ],
         "evaluation": {"ce_tokens": 320},
         "absorption": {"words": 50},
+        "probing": {
+            "tasks": [str(folder / "task.csv")],
+            "shifted": [str(folder / "task_OOD.csv")],
+            "train": 40,
+            "test": 40,
+            "max_tokens": 8,
+            "ks": [2, 5],
+        },
     }
     for key, value in changes.items():
         values[key] = values[key] | value if isinstance(value, dict) else value
