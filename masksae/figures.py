@@ -140,7 +140,7 @@ def draw_reconstruction(rows: list[dict]):
 
 
 def draw_family(rows: list[dict]):
-    """Explained variance against clean L0, both as trained: one panel per arm, one line per architecture, one dot per SAE."""
+    """Unexplained variance (log scale, less is up) against clean L0, both as trained: a panel per arm, a line per architecture."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
@@ -153,14 +153,16 @@ def draw_family(rows: list[dict]):
         for name, colour, marker in zip(names, FAMILY, "osD^vP"):
             part = table[(table["arm"] == arm) & (table["architecture"] == name)]
             mean = part.groupby("k")[["l0", "ev_centred"]].mean().sort_values("l0")
-            axis.plot(mean["l0"], mean["ev_centred"], color=colour, linewidth=1.2)
-            axis.scatter(part["l0"], part["ev_centred"], color=colour, marker=marker, s=30, label=name, alpha=0.9)
-        axis.set(xscale="log", title=arm, xlabel="clean L0, as trained (log scale)")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("")
+            axis.plot(mean["l0"], 1 - mean["ev_centred"], color=colour, linewidth=1.2)
+            axis.scatter(part["l0"], 1 - part["ev_centred"], color=colour, marker=marker, s=30, label=name, alpha=0.9)
+        axis.set(xscale="log", yscale="log", title=arm, xlabel="clean L0, as trained (log scale)")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter("")
         axis.grid(alpha=0.3)
-    axes[0, 0].set(ylabel="explained variance (centred)\nof clean held-out text")
+    axes[0, 0].set(ylabel="unexplained variance (centred)\nof clean held-out text (log scale)")
+    axes[0, 0].invert_yaxis()
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure

@@ -172,7 +172,7 @@ def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
         assert first.read_bytes() == second.read_bytes() and first.stat().st_size > 5
     assert (tmp_path / "a" / f"{name}.txt").read_text().startswith("A caption. Profile smoke: smollm2-135m, ")
     for axis in figure.axes:  # every dot and every line's end is inside its panel
-        low, high = axis.get_ylim()
+        low, high = sorted(axis.get_ylim())
         dots = [y for part in axis.collections for y in part.get_offsets()[:, 1]]
         ends = [line.get_ydata()[-1] for line in axis.lines if len(line.get_ydata())]
         assert all(low <= y <= high for y in [*dots, *ends]) and dots + ends
