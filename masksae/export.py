@@ -87,9 +87,8 @@ def load_saelens(folder, *, device=None) -> SAE:
         "jumprelu": lambda: JumpReLU(None),
     }.get(architecture)
     if rule is None:
-        raise ConfigError(
-            f"{folder} holds a SAELens {architecture!r}. What can be read: standard, topk, jumprelu, gated."
-        )
+        known = "standard, topk, jumprelu, gated"
+        raise ConfigError(f"{folder} holds a SAELens {architecture!r}. What can be read: {known}.")
     own = metadata.get("masksae")
     config = SAEConfig.from_dict(own["config"]) if own else SAEConfig(record["d_in"], record["d_sae"], rule())
     sae = SAE(config).to(getattr(torch, record.get("dtype", "float32")))
@@ -100,9 +99,8 @@ def load_saelens(folder, *, device=None) -> SAE:
     applied = record.get("apply_b_dec_to_input", True)
     if applied != config.selection.centred:
         state["b_enc"] = state["b_enc"] + (-1 if applied else 1) * state["b_dec"] @ state["W_enc"]
-    return _filled(
-        sae, state, own, folder, norms_fold=architecture != "topk" or record.get("rescale_acts_by_decoder_norm")
-    ).to(device)
+    fold = architecture != "topk" or record.get("rescale_acts_by_decoder_norm")
+    return _filled(sae, state, own, folder, fold).to(device)
 
 
 def to_dictionary_learning(sae: SAE, folder, *, model_name: str = "", layer: int = 0, **metadata) -> Path:
@@ -143,28 +141,21 @@ def load_dictionary_learning(folder, *, device=None) -> SAE:
     names = _dl_names(dictionary)
     missing = [name for name in names if name not in state]
     if missing:
-        raise CheckpointError(
-            f"{folder}/ae.pt lacks {', '.join(missing)} of a {dictionary}. Is it the file of this config.json?"
-        )
+        raise CheckpointError(f"{folder}/ae.pt lacks {', '.join(missing)} of a {dictionary}. Is it this config.json's?")
     tensors = {ours.removesuffix(".T"): _turned(state[theirs], ours) for theirs, ours in names.items()}
     n, d = tensors["W_dec"].shape
     k = int(state.get("k", record["trainer"].get("k") or 1))
-    rules = {
-        "AutoEncoderTopK": TopK(k),
-        "JumpReluAutoEncoder": JumpReLU(None),
-        "GatedAutoEncoder": Gated(None),
-        "AutoEncoder": ReLU(None),
-    }
+    rules = {"AutoEncoderTopK": TopK(k), "JumpReluAutoEncoder": JumpReLU(None)}
+    rules |= {"GatedAutoEncoder": Gated(None), "AutoEncoder": ReLU(None)}
     groups = state["group_sizes"].tolist() if "group_sizes" in state else []
+    prefixes = tuple((size + 1e-6) / n for size in groups)  # rounding down gives the sizes back
     own = record.get("masksae")
-    prefixes = tuple(size / n for size in groups)
-    config = (
-        SAEConfig.from_dict(own["config"]) if own else SAEConfig(d, n, rules.get(dictionary, BatchTopK(k)), prefixes)
-    )
+    found = SAEConfig(d, n, rules.get(dictionary, BatchTopK(k)), prefixes)
+    config = SAEConfig.from_dict(own["config"]) if own else found
     sae = SAE(config).to(tensors["W_dec"].dtype)
     if "threshold" in state and isinstance(config.selection, TopK):
         tensors["threshold"] = state["threshold"].to(sae.dtype)
-    return _filled(sae, tensors, own, folder, norms_fold=not isinstance(config.selection, TopK)).to(device)
+    return _filled(sae, tensors, own, folder, not isinstance(config.selection, TopK)).to(device)
 
 
 def _dl_names(dictionary: str) -> dict[str, str]:
@@ -193,12 +184,11 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _own(sae: SAE) -> dict:
-    """What only this project's files hold."""
     return {"config": sae.config.to_dict(), "threshold": sae.threshold.item(), "history": sae.history}
 
 
 @torch.no_grad()
-def _filled(sae: SAE, tensors: dict[str, Tensor], own: dict | None, folder, norms_fold: bool) -> SAE:
+def _filled(sae: SAE, tensors: dict[str, Tensor], own: dict | None, folder, fold: bool) -> SAE:
     """Put tensors into an SAE, with unit rows if that may be done. Raises CheckpointError."""
     for name, target in sae.state_dict(keep_vars=True).items():
         if name in tensors:
@@ -212,7 +202,7 @@ def _filled(sae: SAE, tensors: dict[str, Tensor], own: dict | None, folder, norm
     if own:
         sae.threshold.fill_(own["threshold"])
         sae.history = own["history"]
-    elif norms_fold:
+    elif fold:
         sae.normalise_()
     return sae.requires_grad_(False)
 

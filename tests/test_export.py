@@ -60,6 +60,16 @@ def test_without_our_own_entry_the_function_is_the_same(rule, write, load, tmp_p
             masksae.train([again.config], masksae.ActivationStream.from_array(x, batch_size=8, seed=0), masksae.TrainConfig(steps=9, warmup=1, threshold_start=1))  # fmt: skip
 
 
+@pytest.mark.parametrize("shares", [(0.3, 0.7), (0.07, 0.23, 0.7), (29 / 96, 67 / 96)])
+def test_group_sizes_of_a_foreign_matryoshka_come_back_exactly(shares, tmp_path):
+    sae = make(BatchTopK(4), shares)
+    folder = sae.to_dictionary_learning(tmp_path / "sae")
+    record = json.loads((folder / "config.json").read_text())
+    del record["masksae"]
+    (folder / "config.json").write_text(json.dumps(record))
+    assert load_dictionary_learning(folder).config.group_sizes == sae.config.group_sizes
+
+
 @pytest.mark.parametrize("applied", [True, False])
 @pytest.mark.parametrize("rule", [ReLU(0.1), JumpReLU(4.0, initial_threshold=0.3)], ids=["standard", "jumprelu"])
 def test_either_convention_for_the_input_bias(rule, applied, tmp_path):
