@@ -7,8 +7,6 @@ import torch
 
 from masksae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK, TrainConfig
 
-PLAIN = ("b_enc", "b_dec", "r_mag", "b_mag")
-
 
 def named(sae: SAE, names: dict[str, str]) -> dict[str, torch.Tensor]:
     """Our parameters under a peer's names; `.T` after one of our names transposes."""

@@ -12,6 +12,7 @@ latents active. "floor" is the encoder's product alone, the part that a sparse s
 
 import argparse
 import ctypes
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -75,30 +76,19 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 
 
-class Ours:
-    def __init__(self, sae):
-        self.member, self.n = Member(sae, RECIPE), 0
-
-    def step(self, x):
-        self.n += 1
-        self.member.step(x, self.n)
-
-
-class DictionaryLearning:
-    def __init__(self, sae):
-        self.trainer, self.n = dictionary_learning_trainer(sae, RECIPE), 0
-
-    def step(self, x):
-        self.n += 1
-        self.trainer.update(self.n, x)
-
-
-class SAELens:
-    def __init__(self, sae):
-        self.trainer = saelens_trainer(sae, RECIPE, 2048)
-
-    def step(self, x):
-        self.trainer.step(x)
+def updates(sae: SAE, batch: int) -> dict:
+    """Name -> function of a batch that makes one update, for each trainer."""
+    theirs, ours, lens = (
+        dictionary_learning_trainer(sae, RECIPE),
+        Member(sae, RECIPE),
+        saelens_trainer(sae, RECIPE, batch),
+    )
+    numbers = {"DictionaryLearning": itertools.count(1), "Ours": itertools.count(1)}
+    return {
+        "SAELens": lens.step,
+        "DictionaryLearning": lambda x: theirs.update(next(numbers["DictionaryLearning"]), x),
+        "Ours": lambda x: ours.step(x, next(numbers["Ours"])),
+    }
 
 
 def measure(rule, prefixes, settled: bool, batches, d: int, n_latents: int, rounds: int, turns: int) -> dict:
@@ -107,13 +97,10 @@ def measure(rule, prefixes, settled: bool, batches, d: int, n_latents: int, roun
     sae = SAE(SAEConfig(d, n_latents, rule, prefixes, aux=aux))
     if settled:
         settle(sae, batches[0], getattr(rule, "target_l0", None) or 40.0)
-    trainers = {kind.__name__: kind(sae) for kind in (SAELens, DictionaryLearning)} | {"Ours": Ours(sae)}
-    times: dict[str, list[list[float]]] = {name: [] for name in [*trainers, "floor"]}
-    floor = torch.empty(len(batches[0]), n_latents)
-    with torch.no_grad():
-        w_enc = sae.W_enc.detach().clone()
-    actions = {name: trainer.step for name, trainer in trainers.items()}
-    actions["floor"] = lambda x: torch.mm(x, w_enc, out=floor)
+    trainers = updates(sae, len(batches[0]))
+    floor, w_enc = torch.empty(len(batches[0]), n_latents), sae.W_enc.detach().clone()
+    actions = trainers | {"floor": lambda x: torch.mm(x, w_enc, out=floor)}
+    times: dict[str, list[float]] = {name: [] for name in actions}
     memory = {
         name: peak_during(lambda action=action: [action(x) for x in batches[:2]]) for name, action in actions.items()
     }
