@@ -10,11 +10,11 @@ from torch import Tensor
 
 from masksae.metrics.absorption import first_letter, icl_prefixes, single_token_words
 from masksae.metrics.probes import letter_probe
-from masksae.metrics.reconstruction import calibrated_threshold, ce_score, reconstruction
+from masksae.metrics.reconstruction import calibrated_threshold, ce_score, kl_score, reconstruction
 from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
 from masksae.stages import SOURCE_CODE, Run
-from masksae.tracing import activations, cross_entropy, prefix_cache
+from masksae.tracing import activations, prefix_cache, spliced_losses
 
 
 def norms(run: Run, sequences: int = 32) -> list[dict]:
@@ -47,24 +47,22 @@ def reconstruction_scores(run: Run) -> list[dict]:
 def _reconstruction_scores(run: Run) -> list[dict]:
     from tqdm import tqdm
 
-    ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
-    original, zero = _cross_entropy(run, ids), _cross_entropy(run, ids, torch.zeros_like)
-    rows = []
-    saes = run.load_saes()
+    saes, rows, spliced = run.load_saes(), [], {}
     for row in tqdm(run.table, desc="reconstruction", unit="SAE"):
         sae = saes[row["sae"]]
         for mode, threshold in thresholds(run, sae, row["k"]).items():
-            ce = _cross_entropy(run, ids, lambda x: sae.decode(sae.encode(x, threshold)))
             scores = reconstruction(sae, run.held_out, threshold=threshold).to_dict()
-            losses = {"ce_original": original, "ce_zero": zero, "ce_sae": ce, "ce_score": ce_score(original, zero, ce)}
-            rows.append(row | {"mode": mode, "threshold": threshold} | scores | losses)
+            spliced[row["sae"], mode] = lambda x, sae=sae, threshold=threshold: sae.decode(sae.encode(x, threshold))
+            rows.append(row | {"mode": mode, "threshold": threshold} | scores)
+    ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
+    options = dict(block=run.profile.model.block, keep_first=run.bos_id is not None, label="CE and KL with all SAEs")
+    losses = spliced_losses(run.language_model.model, ids, spliced, **options)
+    original, zero = losses["original"], losses["zero"]
+    for row in rows:
+        sae = losses[row["sae"], row["mode"]]
+        row |= {"ce_original": original.ce, "ce_zero": zero.ce, "ce_sae": sae.ce, "kl_zero": zero.kl, "kl_sae": sae.kl}
+        row |= {"ce_score": ce_score(original.ce, zero.ce, sae.ce), "kl_score": kl_score(zero.kl, sae.kl)}
     return rows
-
-
-def _cross_entropy(run: Run, ids: Tensor, replace=None) -> float:
-    return cross_entropy(
-        run.language_model.model, ids, block=run.profile.model.block, replace=replace, keep_first=run.bos_id is not None
-    )
 
 
 def word_activations(run: Run) -> tuple[list[str], Tensor]:

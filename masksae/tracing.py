@@ -5,7 +5,8 @@ point is a block number; the list of blocks is found by its length, so Llama, GP
 Only this module imports nnsight. Its overhead over a bare forward hook is measured by `benchmarks/tracing.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -68,27 +69,79 @@ def prefix_cache(model: nn.Module, prefix: Tensor, *, block: int):
     return cache
 
 
+@dataclass(frozen=True)
+class SplicedLoss:
+    """What the model makes of other activations at the hook point, in nats per token."""
+
+    ce: float
+    """Mean next-token cross-entropy."""
+    kl: float
+    """Mean KL divergence of the next token's distribution from that of the model as it is."""
+
+
 @torch.no_grad()
-def cross_entropy(
-    model: nn.Module, ids: Tensor, *, block: int | None = None, replace: Callable[[Tensor], Tensor] | None = None,
+def spliced_losses(
+    model: nn.Module, ids: Tensor, replacements: Mapping[str, Callable[[Tensor], Tensor]], *, block: int,
     keep_first: bool = False, batch: int = 4, label: str | None = None,
-) -> float:  # fmt: skip
-    """Mean next-token cross-entropy in nats; with `replace`, after `replace(x [b, s, d])` took the place of the residual stream.
+) -> dict[str, SplicedLoss]:  # fmt: skip
+    """Losses of the model as it is ("original"), with zeros for the residual stream after `block` ("zero"), and with
+    `replace(x [b, s, d])` in its place for each of `replacements`.
+
+    What no replacement changes runs once per batch for all of them: the original forward, the zeros, and the blocks up to the hook
+    point, from which every other run starts.
 
     keep_first  position 0 (BOS) keeps its own activation and its prediction does not count, in every kind of run alike
     """
     from tqdm import tqdm
 
     _check_ids(model, ids)
-    traced, path = _traced(model), None if replace is None else hook_point(model, block)
-    first, total, count = int(keep_first), 0.0, 0
-    for part in tqdm(ids.split(batch), desc=label, disable=label is None, mininterval=1, unit="batch"):
-        part = part.to(model.device)
-        logits = _logits(traced, path, part, replace, first)[:, first:-1].float()
-        targets = part[:, first + 1 :]
-        total += nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").double().item()
-        count += targets.numel()
-    return total / count
+    first = int(keep_first)
+    total = dict.fromkeys(("original", "zero", *replacements), torch.zeros(2, dtype=torch.float64, device=model.device))
+    with tqdm(total=-(-len(ids) // batch), desc=label, disable=label is None, mininterval=1, unit="batch") as bar:
+        for part in ids.to(model.device).split(batch):
+            x, logits = _whole(model, part, block)
+            original = _log_probabilities(logits, first)
+            total["original"] = total["original"] + _sums(original, original, part[:, first + 1 :])
+            for name, replace in {"zero": torch.zeros_like, **replacements}.items():
+                new = torch.cat([x[:, :first], replace(x[:, first:]).to(x.dtype)], dim=1)
+                changed = _log_probabilities(_resumed(model, part, block, new), first)
+                total[name] = total[name] + _sums(changed, original, part[:, first + 1 :])
+            bar.update()
+    count = len(ids) * (ids.shape[1] - first - 1)
+    return {name: SplicedLoss(*(sums / count).tolist()) for name, sums in total.items()}
+
+
+def _log_probabilities(logits: Tensor, first: int) -> Tensor:
+    return logits[:, first:-1].float().log_softmax(-1)
+
+
+def _sums(log_p: Tensor, original: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy and KL divergence, summed over positions: float64 [2]."""
+    ce = -log_p.gather(-1, targets[..., None]).double().sum()
+    kl = (original.exp() * (original - log_p)).sum(-1).double().sum()
+    return torch.stack([ce, kl])
+
+
+def _whole(model, ids: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The residual stream after `block` and the logits of a whole forward."""
+    traced = _traced(model)
+    envoy = traced.get(hook_point(model, block))
+    with traced.trace(input_ids=ids, use_cache=False):
+        output = envoy.output
+        x = (output[0] if isinstance(output, tuple) else output).save()
+        logits = traced.output.logits.save()
+    return x, logits
+
+
+def _resumed(model, ids: Tensor, block: int, x: Tensor) -> Tensor:
+    """Logits of a forward that starts after `block` with the residual stream x [b, s, d]; earlier blocks do not run."""
+    traced = _traced(model)
+    skipped = [traced.get(hook_point(model, i)) for i in range(block + 1)]
+    with traced.trace(input_ids=ids, use_cache=False):
+        for envoy in skipped:
+            envoy.skip(x)
+        logits = traced.output.logits.save()
+    return logits
 
 
 def _run_to(traced, path: str, inputs: dict) -> Tensor:
@@ -99,22 +152,6 @@ def _run_to(traced, path: str, inputs: dict) -> Tensor:
         output = (output[0] if isinstance(output, tuple) else output).save()
         tracer.stop()
     return output
-
-
-def _logits(traced, path: str | None, ids: Tensor, replace, first: int) -> Tensor:
-    """Logits of a whole forward, with the output of the module at `path` replaced if a path is given."""
-    if path is None:
-        with traced.trace(input_ids=ids, use_cache=False):
-            logits = traced.output.logits.save()
-        return logits
-    envoy = traced.get(path)
-    with traced.trace(input_ids=ids, use_cache=False):
-        output = envoy.output
-        x = output[0] if isinstance(output, tuple) else output
-        new = torch.cat([x[:, :first], replace(x[:, first:]).to(x.dtype)], dim=1)
-        envoy.output = (new, *output[1:]) if isinstance(output, tuple) else new
-        logits = traced.output.logits.save()
-    return logits
 
 
 def _traced(model: nn.Module):

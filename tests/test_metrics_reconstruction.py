@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import r2_score
 
-from masksae import SAE, BatchTopK, SAEConfig
+from masksae import SAE, BatchTopK, ReLU, SAEConfig
 from masksae.errors import ConfigError, DataError
 from masksae.metrics import explained_variance
-from masksae.metrics.reconstruction import calibrated_threshold, ce_score, reconstruction
+from masksae.metrics.reconstruction import calibrated_threshold, ce_score, kl_score, reconstruction
 
 
 def random_sae(d=6, n_latents=24, seed=0):
@@ -35,13 +35,15 @@ def test_centred_is_sklearns_r2(seed, offset, noise):
     assert explained_variance(x, x_hat) == pytest.approx(expected, abs=1e-9)
 
 
-def test_the_three_kinds_by_hand():
+def test_the_four_kinds_by_hand():
     x = torch.tensor([[0.0, 0.0], [4.0, 0.0], [2.0, 6.0]])
     x_hat = torch.tensor([[0.0, 1.0], [4.0, 0.0], [2.0, 4.0]])
     spread = [8.0, 8.0, 16.0]  # squared distances from the mean (2, 2)
     assert explained_variance(x, x_hat) == pytest.approx(1 - 5 / 32)
     assert explained_variance(x, x_hat, "per_token") == pytest.approx(1 - (1 / spread[0] + 0 + 4 / spread[2]) / 3)
     assert explained_variance(x, x_hat, "uncentred") == pytest.approx(1 - 5 / 56)
+    square = 56 / 3
+    assert explained_variance(x, x_hat, "saebench") == pytest.approx(1 - (5 / 3) / (square - (square / 2) ** 2))
 
 
 def test_predicting_the_mean_explains_nothing():
@@ -65,6 +67,7 @@ def test_sums_are_in_double_precision():
         (lambda: explained_variance(tokens(5), tokens(6)), DataError, "(5, 6), x_hat (6, 6)"),
         (lambda: explained_variance(torch.ones(4, 2), torch.ones(4, 2)), DataError, "do not vary"),
         (lambda: ce_score(3.0, 2.0, 3.0), DataError, "not above the original 3.0"),
+        (lambda: kl_score(0.0, 0.0), DataError, "KL divergence of 0.0"),
     ],
 )
 def test_bad_input(call, error, words):
@@ -89,6 +92,60 @@ def test_reconstruction_against_numpy():
     assert result.relative_bias == pytest.approx((b * b).sum() / (a * b).sum(), abs=1e-6)
     assert result.ev_centred == pytest.approx(r2_score(a, b, multioutput="variance_weighted"), abs=1e-6)
     assert result.tokens == 9000
+    norm = np.linalg.norm(w_dec, axis=1)
+    assert result.l1 == pytest.approx((f * norm).sum(1).mean(), rel=1e-6)
+    assert result.mse == pytest.approx(((a - b) ** 2).mean(), rel=1e-6) and result.fvu == 1 - result.ev_centred
+    assert result.dense_latents == ((f > 0).mean(0) > 0.1).sum() > 0
+    for directions, found in ((w_dec, result.decoder_cosine), (w_enc.T, result.encoder_cosine)):
+        cosines = directions @ directions.T
+        cosines /= np.linalg.norm(directions, axis=1)[:, None] * np.linalg.norm(directions, axis=1)
+        np.fill_diagonal(cosines, -1)
+        assert found == pytest.approx(cosines.max(1).mean(), rel=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(0, 9000), max_size=6))
+def test_scores_are_the_same_bits_however_the_tokens_come(cuts):
+    sae, x = random_sae(), tokens(n=9000)
+    bounds = [0, *sorted(cuts), 9000]
+    assert reconstruction(sae, [x[a:b] for a, b in zip(bounds, bounds[1:])]) == reconstruction(sae, x)
+
+
+def constant_sae(value):
+    """An SAE without latents that fire: it predicts `value` everywhere."""
+    sae = random_sae()
+    sae.b_dec.copy_(value)
+    sae.threshold.fill_(1e9)
+    return sae
+
+
+def test_perfect_mean_and_zero_reconstruction():
+    x = tokens()
+    mean = reconstruction(constant_sae(x.mean(0)), x)
+    assert mean.ev_centred == pytest.approx(0, abs=1e-6) and mean.l0 == mean.l1 == 0 and mean.dead_latents == 24
+    zero = reconstruction(constant_sae(torch.zeros(6)), x)
+    assert zero.ev_uncentred == zero.cosine == zero.l2_ratio == 0 and zero.ev_centred < 0
+    identity = SAE(SAEConfig(6, 12, ReLU(1e-3))).requires_grad_(False)
+    identity.W_enc.copy_(torch.cat([torch.eye(6), -torch.eye(6)], 1))
+    identity.W_dec.copy_(identity.W_enc.t())
+    perfect = reconstruction(identity, x)
+    assert perfect.ev_centred == pytest.approx(1) == perfect.cosine == perfect.l2_ratio == perfect.relative_bias
+    assert perfect.l0 == 6 and perfect.decoder_cosine == 0
+
+
+@pytest.mark.parametrize(
+    "x, words",
+    [
+        (torch.zeros(0, 6), "no token"),
+        ([], "no token"),
+        (tokens(d=5), "width 5, the SAE 6"),
+        (tokens().fill_(torch.nan), "NaN"),
+        (torch.ones(9, 6), "do not vary"),
+    ],
+)
+def test_tokens_that_cannot_be_scored(x, words):
+    with pytest.raises(DataError, match=words):
+        reconstruction(random_sae(), x)
 
 
 def test_dead_latents_are_counted():
@@ -121,5 +178,6 @@ def test_encode_at_another_threshold_leaves_the_sae_alone():
     assert sae.threshold.item() == pytest.approx(0.7)
 
 
-def test_ce_score_anchors():
+def test_score_anchors():
+    assert kl_score(8.0, 0.0) == 1 and kl_score(8.0, 8.0) == 0
     assert ce_score(3.0, 11.0, 3.0) == 1 and ce_score(3.0, 11.0, 11.0) == 0 and ce_score(3.0, 11.0, 15.0) == -0.5

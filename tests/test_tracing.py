@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from masksae.errors import ConfigError, DataError
-from masksae.tracing import activations, cross_entropy, hook_point, prefix_cache
+from masksae.tracing import activations, hook_point, prefix_cache, spliced_losses
 
 
 def hooked(model, ids, block):
@@ -45,29 +45,62 @@ def test_prefix_cache_equals_the_whole_prompt(model, ids):
         )
 
 
-def test_cross_entropy_equals_the_models_own_loss(model, ids):
-    assert cross_entropy(model, ids, batch=5) == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
-
-
-def test_splicing_the_identity_changes_nothing_and_zero_equals_a_zeroing_hook(model, ids):
-    plain = cross_entropy(model, ids)
-    assert cross_entropy(model, ids, block=1, replace=lambda x: x) == pytest.approx(plain, rel=1e-6)
-    module = model.get_submodule(hook_point(model, 1))
-    handle = module.register_forward_hook(lambda m, i, o: (o[0] * 0, *o[1:]) if isinstance(o, tuple) else o * 0)
-    expected = model(input_ids=ids, labels=ids).loss.item()
+def with_hook(model, ids, block, change):
+    """Logits with the output of a block changed by a bare forward hook, all blocks run."""
+    module = model.get_submodule(hook_point(model, block))
+    hook = lambda m, i, o: (change(o[0]), *o[1:]) if isinstance(o, tuple) else change(o)
+    handle = module.register_forward_hook(hook)
+    logits = model(input_ids=ids).logits
     handle.remove()
-    assert cross_entropy(model, ids, block=1, replace=torch.zeros_like) == pytest.approx(expected, rel=1e-5)
-    assert expected != pytest.approx(plain, rel=1e-3)
+    return logits
+
+
+def cross_entropy(logits, ids, first=0):
+    return nn.functional.cross_entropy(logits[:, first:-1].flatten(0, 1), ids[:, first + 1 :].flatten()).item()
+
+
+def test_spliced_losses_equal_the_models_own_and_those_of_a_hook(model, ids):
+    noise = torch.randn(12, 9, 16, generator=torch.Generator().manual_seed(0))
+    losses = spliced_losses(model, ids, {"same": lambda x: x, "noise": lambda x: x + noise}, block=1, batch=12)
+    plain = model(input_ids=ids, labels=ids)
+    assert losses["original"].ce == pytest.approx(plain.loss.item(), rel=1e-5) and losses["original"].kl == 0
+    assert losses["same"].ce == pytest.approx(losses["original"].ce, rel=1e-6)
+    assert losses["same"].kl == pytest.approx(0, abs=1e-6)
+    expected = with_hook(model, ids, 1, lambda x: x * 0)
+    assert losses["zero"].ce == pytest.approx(cross_entropy(expected, ids), rel=1e-5)
+    assert losses["zero"].ce != pytest.approx(losses["original"].ce, rel=1e-3)
+    changed = with_hook(model, ids, 1, lambda x: x + noise)
+    kl = nn.functional.kl_div(
+        changed.log_softmax(-1)[:, :-1].flatten(0, 1), plain.logits.log_softmax(-1)[:, :-1].flatten(0, 1),
+        reduction="batchmean", log_target=True,
+    )  # fmt: skip
+    assert losses["noise"].ce == pytest.approx(cross_entropy(changed, ids), rel=1e-5)
+    assert losses["noise"].kl == pytest.approx(kl.item(), rel=1e-4) and kl > 0.001
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_spliced_run_starts_after_the_hook_point(model, ids, block):
+    """Every block up to the hook point runs once, for the original; the later ones run once more for each replacement."""
+    ran = [0] * 3
+    for i in range(3):
+        count = lambda *_, i=i: ran.__setitem__(i, ran[i] + 1)
+        model.get_submodule(hook_point(model, i)).mlp.register_forward_pre_hook(count)
+    spliced_losses(model, ids, {"same": lambda x: x}, block=block, batch=12)
+    assert ran == [1 if i <= block else 3 for i in range(3)]
+
+
+def test_splicing_does_not_depend_on_the_batch(model, ids):
+    once, often = (spliced_losses(model, ids, {"half": lambda x: x / 2}, block=1, batch=b) for b in (12, 5))
+    assert once["half"].ce == pytest.approx(often["half"].ce, rel=1e-6)
+    assert once["half"].kl == pytest.approx(often["half"].kl, rel=1e-4)
 
 
 def test_keep_first_spares_the_first_position_and_its_prediction(model, ids):
     seen = []
-    kept = cross_entropy(model, ids, block=1, replace=lambda x: seen.append(x.shape) or x, keep_first=True, batch=12)
+    replace = {"same": lambda x: seen.append(x.shape) or x}
+    losses = spliced_losses(model, ids, replace, block=1, keep_first=True, batch=12)
     assert seen == [(12, 8, 16)]
-    logits = model(input_ids=ids).logits[:, 1:-1]
-    assert kept == pytest.approx(
-        nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 2:].flatten()).item(), rel=1e-5
-    )
+    assert losses["same"].ce == pytest.approx(cross_entropy(model(input_ids=ids).logits, ids, first=1), rel=1e-5)
 
 
 @pytest.mark.parametrize("block", [-1, 3, 99])

@@ -1,15 +1,18 @@
-"""How well an SAE rebuilds activations: explained variance, L0, CE score, dead latents.
+"""How well an SAE rebuilds activations: explained variance, L0, shrinkage, dead and dense latents, CE and KL scores.
 
-"Explained variance" has several definitions in the field, and a number without its definition says little. With S = sum |x|^2,
-m = mean x, R = sum |x - x_hat|^2 over all tokens:
+"Explained variance" has several definitions in the field, and a number without its definition says little. With S = mean |x|^2,
+m = mean x, R = mean |x - x_hat|^2 over all tokens of d dimensions:
 
-    centred     1 - R / sum |x - m|^2             the textbook one, r2_score of scikit-learn; the default
+    centred     1 - R / mean |x - m|^2            the textbook one, r2_score of scikit-learn; the default. 1 - this is the FVU
     per_token   mean of 1 - |x - x_hat|^2 / |x - m|^2     SAEBench's `explained_variance_legacy`, with the mean of all tokens
-    uncentred   1 - R / S                         in effect SAEBench 0.6.0's `explained_variance`; the most flattering
+    uncentred   1 - R / S                         the most flattering
+    saebench    1 - R / (S - (S / d)^2)           `explained_variance` of SAEBench 0.6.0, which means to subtract the square of the mean
+                but takes the mean of the squares; near "uncentred" unless norms are of the order of d
 
-All sums are in float64.
+All sums are in float64, over pieces of a fixed size, so that no score depends on how the tokens were batched.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,9 +21,13 @@ from torch import Tensor
 from masksae.errors import ConfigError, DataError, nearest
 from masksae.saes.sae import SAE
 
-KINDS = ("centred", "per_token", "uncentred")
+KINDS = ("centred", "per_token", "uncentred", "saebench")
 CHUNK = 4096
 """Tokens that are encoded at a time."""
+TINY = 1e-300
+"""Least divisor: a reconstruction of length 0 has cosine 0 with anything."""
+DENSE = 0.1
+"""A latent that is active on more than this share of tokens is dense."""
 
 
 def explained_variance(x: Tensor, x_hat: Tensor, kind: str = "centred") -> float:
@@ -35,18 +42,46 @@ def explained_variance(x: Tensor, x_hat: Tensor, kind: str = "centred") -> float
         raise ConfigError(f"explained variance has no kind {kind!r}.{nearest(kind, KINDS)}")
     if x.shape != x_hat.shape:
         raise DataError(f"x has shape {tuple(x.shape)}, x_hat {tuple(x_hat.shape)}; they must be the same.")
-    x, x_hat = (t.detach().reshape(-1, t.shape[-1]).double() for t in (x, x_hat))
-    return _explained(x, (x - x_hat).square().sum(1), kind)
+    x, x_hat = (t.detach().reshape(-1, t.shape[-1]) for t in (x, x_hat))
+    sums = _Sums(_mean(x))
+    for piece, piece_hat in zip(x.split(CHUNK), x_hat.split(CHUNK)):
+        sums.add(piece, piece_hat)
+    return sums.explained(kind)
 
 
-def _explained(x: Tensor, error: Tensor, kind: str) -> float:
-    """Explained variance from x float64 [n, d] and the squared errors [n]."""
-    spread = (x if kind == "uncentred" else x - x.mean(0)).square().sum(1)
-    if not spread.sum() > 0:
-        raise DataError(
-            "The activations do not vary, so no share of their variance can be explained. Give other tokens."
-        )
-    return (1 - (error / spread).mean() if kind == "per_token" else 1 - error.sum() / spread.sum()).item()
+class _Sums:
+    """Sums over tokens in float64; `mean` [d] is that of all of them."""
+
+    def __init__(self, mean: Tensor):
+        self.mean, self.totals, self.tokens = mean, {}, 0
+
+    def add(self, x: Tensor, x_hat: Tensor) -> None:
+        """Add activations [n, d] and their reconstructions."""
+        x, x_hat = x.double(), x_hat.double()
+        dot, square, square_hat = (x * x_hat).sum(1), x.square().sum(1), x_hat.square().sum(1)
+        error, spread = (x - x_hat).square().sum(1), (x - self.mean).square().sum(1)
+        values = {
+            "error": error, "spread": spread, "square": square, "square_hat": square_hat, "dot": dot,
+            "unexplained": error / spread.clamp(min=TINY), "cosine": dot / (square * square_hat).sqrt().clamp(min=TINY),
+            "ratio": (square_hat / square.clamp(min=TINY)).sqrt(),
+        }  # fmt: skip
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value.sum().item()
+        self.tokens += len(x)
+
+    def mean_of(self, name: str) -> float:
+        return self.totals[name] / self.tokens
+
+    def explained(self, kind: str) -> float:
+        error, spread, square = (self.mean_of(name) for name in ("error", "spread", "square"))
+        if not spread > 0:
+            raise DataError(
+                "The activations do not vary, so no share of their variance can be explained. Give other tokens."
+            )
+        if kind == "per_token":
+            return 1 - self.mean_of("unexplained")
+        saebench = square - (square / len(self.mean)) ** 2
+        return 1 - error / {"centred": spread, "uncentred": square, "saebench": saebench}[kind]
 
 
 @dataclass(frozen=True)
@@ -56,16 +91,29 @@ class Reconstruction:
     ev_centred: float
     ev_per_token: float
     ev_uncentred: float
+    ev_saebench: float
+    fvu: float
+    """Fraction of variance unexplained: 1 - ev_centred."""
+    mse: float
+    """Mean squared error per dimension."""
     cosine: float
     """Mean cosine of x and x_hat."""
     l2_ratio: float
     """Mean of |x_hat| / |x|."""
     relative_bias: float
-    """sum |x_hat|^2 / sum x . x_hat; below 1: shrinkage."""
+    """sum |x_hat|^2 / sum x . x_hat; below 1: shrinkage; 0 if nothing is reconstructed."""
     l0: float
     """Mean number of active latents per token."""
+    l1: float
+    """Mean sum of the latents of a token, decoder rows scaled to norm 1."""
     dead_latents: int
     """Latents that are active on none of these tokens. Depends on how many tokens there are."""
+    dense_latents: int
+    """Latents that are active on more than a tenth of them."""
+    encoder_cosine: float
+    """Mean over latents of the largest cosine of its encoder direction with another's."""
+    decoder_cosine: float
+    """The same of decoder directions."""
     tokens: int
 
     def to_dict(self) -> dict:
@@ -73,25 +121,79 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruction(sae: SAE, x: Tensor, *, threshold: float | None = None) -> Reconstruction:
-    """Score an SAE on activations x [n, d]; `threshold` takes the place of the SAE's own."""
-    x_hat = torch.empty_like(x)
-    active = torch.zeros(sae.config.n_latents, dtype=torch.int64)
-    for low in range(0, len(x), CHUNK):
-        f = sae.encode(x[low : low + CHUNK].to(sae.device), threshold)
-        x_hat[low : low + CHUNK] = sae.decode(f).to(x)
+def reconstruction(sae: SAE, x: Tensor | Iterable[Tensor], *, threshold: float | None = None) -> Reconstruction:
+    """Score an SAE on activations x [n, d], or on batches of them in anything that can be gone through twice (a list, a stream
+    over a file); the scores are the same bits however the batches are cut. `threshold` takes the place of the SAE's own.
+
+    Raises DataError if there is no token, the width is not the SAE's, or the activations are not finite or do not vary.
+    """
+    sums, norms = _Sums(_mean(x, sae.config.d_model)), sae.W_dec.norm(dim=1)
+    active, l1 = torch.zeros(sae.config.n_latents, dtype=torch.int64), 0.0
+    for piece in _pieces(x):
+        f = sae.encode(piece.to(sae.device), threshold)
+        sums.add(piece, sae.decode(f).to(piece))
         active += (f > 0).sum(0).cpu()
-    a, b = x.double(), x_hat.double()
-    dot, norm_a, norm_b, error = (a * b).sum(1), a.norm(dim=1), b.norm(dim=1), (a - b).square().sum(1)
+        l1 += (f @ norms).double().sum().item()
+    centred = sums.explained("centred")
     return Reconstruction(
-        **{f"ev_{kind}": _explained(a, error, kind) for kind in KINDS},
-        cosine=(dot / (norm_a * norm_b)).mean().item(),
-        l2_ratio=(norm_b / norm_a).mean().item(),
-        relative_bias=(norm_b.square().sum() / dot.sum()).item(),
-        l0=active.sum().item() / len(x),
+        **{f"ev_{kind}": sums.explained(kind) for kind in KINDS},
+        fvu=1 - centred,
+        mse=sums.mean_of("error") / sae.config.d_model,
+        cosine=sums.mean_of("cosine"),
+        l2_ratio=sums.mean_of("ratio"),
+        relative_bias=sums.mean_of("square_hat") / (sums.mean_of("dot") or 1.0),
+        l0=active.sum().item() / sums.tokens,
+        l1=l1 / sums.tokens,
         dead_latents=int((active == 0).sum()),
-        tokens=len(x),
+        dense_latents=int((active > DENSE * sums.tokens).sum()),
+        encoder_cosine=largest_cosines(sae.W_enc.t()).mean().item(),
+        decoder_cosine=largest_cosines(sae.W_dec).mean().item(),
+        tokens=sums.tokens,
     )
+
+
+def _pieces(x: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    """The rows of x in pieces of CHUNK rows, the last one shorter."""
+    rest = []
+    for batch in [x] if isinstance(x, Tensor) else x:
+        rest.append(batch)
+        if sum(map(len, rest)) >= CHUNK:
+            *whole, last = torch.cat(rest).split(CHUNK)
+            yield from whole
+            rest = [last]
+    if rest and len(last := torch.cat(rest)):
+        yield last
+
+
+def _mean(x: Tensor | Iterable[Tensor], width: int | None = None) -> Tensor:
+    """Mean over tokens [d]: float64."""
+    total, n = 0.0, 0
+    for piece in _pieces(x):
+        if width not in (None, piece.shape[-1]):
+            raise DataError(f"The activations have width {piece.shape[-1]}, the SAE {width}. Take those of its layer.")
+        total, n = total + piece.double().sum(0), n + len(piece)
+    if n == 0:
+        raise DataError("There is no token to score. Give activations [n, d] with n > 0, or batches that can be read twice.")
+    if not torch.isfinite(total).all():
+        raise DataError("The activations hold NaN or infinity. Look at the model or at the stage that made them.")
+    return total / n
+
+
+@torch.no_grad()
+def largest_cosines(directions: Tensor) -> Tensor:
+    """For each of the directions [F, d] its largest cosine with any other: [F]. A zero vector has cosine 0 with all.
+
+    >>> largest_cosines(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
+    tensor([1., 1., 0.])
+    """
+    unit = torch.nn.functional.normalize(directions, dim=1)
+    found = []
+    for low in range(0, len(unit), CHUNK):
+        cosines = unit[low : low + CHUNK] @ unit.t()
+        rows = torch.arange(len(cosines), device=unit.device)
+        cosines[rows, low + rows] = -torch.inf
+        found.append(cosines.max(1).values)
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -127,3 +229,15 @@ def ce_score(original: float, zero: float, sae: float) -> float:
             f"Zeros in place of the activations give a loss of {zero}, not above the original {original}. Look at the hook point."
         )
     return (zero - sae) / (zero - original)
+
+
+def kl_score(zero: float, sae: float) -> float:
+    """Share of the KL divergence of zeros that an SAE avoids: 1: the model's predictions are untouched; 0: no better than zeros.
+    Raises DataError if zeros change nothing.
+
+    >>> kl_score(zero=8.0, sae=1.0)
+    0.875
+    """
+    if not zero > 0:
+        raise DataError(f"Zeros in place of the activations give a KL divergence of {zero}. Look at the hook point.")
+    return (zero - sae) / zero
