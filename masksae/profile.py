@@ -169,6 +169,10 @@ class Absorption(Section):
     prefixes: Positive = 8
     """In-context prefixes of ten examples; each word follows one of them."""
     seed: Annotated[int, Field(ge=0)] = 0
+    draws: Positive = 1
+    """Of the noise study: how many times the in-context examples are drawn, for the SAEs of the first grid."""
+    splits: Positive = 1
+    """Of the noise study: how many times the words are split into training and test."""
 
 
 class Probing(Section):

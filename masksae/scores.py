@@ -5,12 +5,15 @@ inference threshold) and at matched sparsity (the threshold recalibrated so that
 arms fairly, since masking moves the threshold.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from masksae.metrics.absorption import first_letter, icl_prefixes, single_token_words
 from masksae.metrics.probes import letter_probe
 from masksae.metrics.reconstruction import calibrated_threshold, ce_score, kl_score, reconstruction
+from masksae.parallel import in_threads
 from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
 from masksae.stages import SOURCE_CODE, Run
@@ -31,11 +34,29 @@ def norms(run: Run, sequences: int = 32) -> list[dict]:
     return rows
 
 
-def thresholds(run: Run, sae: SAE, k: float) -> dict[str, float | None]:
-    """Inference threshold in each mode; TopK needs none, it keeps k latents of every token anyway."""
-    if type(sae.config.selection) is TopK:
-        return {"as_trained": None, "matched": None}
-    return {"as_trained": sae.threshold.item(), "matched": calibrated_threshold(sae, run.held_out, k)}
+def thresholds(run: Run) -> dict[str, dict[str, float | None]]:
+    """Inference thresholds of every SAE in each mode; TopK needs none, it keeps k latents of every token anyway."""
+
+    def make() -> dict:
+        saes = run.load_saes()
+        ks = {row["sae"]: row["k"] for row in run.table if type(saes[row["sae"]].config.selection) is not TopK}
+        matched = in_threads(lambda sae: calibrated_threshold(saes[sae], run.held_out, ks[sae]), ks, label="thresholds")
+        found = {sae: {"as_trained": saes[sae].threshold.item(), "matched": t} for sae, t in zip(ks, matched)}
+        return {sae: found.get(sae, {"as_trained": None, "matched": None}) for sae in saes}
+
+    return run.rows("thresholds", run.profile.text, ("metrics.reconstruction",), make)
+
+
+def score_saes(run: Run, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
+    """One row per SAE and mode with what `score(sae, threshold)` finds."""
+    saes, at = run.load_saes(), thresholds(run)
+    cells = [(row, mode, at[row["sae"]][mode]) for row in run.table for mode in ("as_trained", "matched")]
+
+    def one(cell) -> dict:
+        row, mode, threshold = cell
+        return row | {"mode": mode, "threshold": threshold} | score(saes[row["sae"]], threshold)
+
+    return in_threads(one, cells, label=label, unit="score")
 
 
 def reconstruction_scores(run: Run) -> list[dict]:
@@ -45,15 +66,11 @@ def reconstruction_scores(run: Run) -> list[dict]:
 
 
 def _reconstruction_scores(run: Run) -> list[dict]:
-    from tqdm import tqdm
-
-    saes, rows, spliced = run.load_saes(), [], {}
-    for row in tqdm(run.table, desc="reconstruction", unit="SAE"):
-        sae = saes[row["sae"]]
-        for mode, threshold in thresholds(run, sae, row["k"]).items():
-            scores = reconstruction(sae, run.held_out, threshold=threshold).to_dict()
-            spliced[row["sae"], mode] = lambda x, sae=sae, threshold=threshold: sae.decode(sae.encode(x, threshold))
-            rows.append(row | {"mode": mode, "threshold": threshold} | scores)
+    saes, spliced = run.load_saes(), {}
+    rows = score_saes(run, "reconstruction", lambda sae, t: reconstruction(sae, run.held_out, threshold=t).to_dict())
+    for row in rows:
+        splice = lambda x, sae=saes[row["sae"]], threshold=row["threshold"]: sae.decode(sae.encode(x, threshold))
+        spliced[row["sae"], row["mode"]] = splice
     ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
     options = dict(block=run.profile.model.block, keep_first=run.bos_id is not None, label="CE and KL with all SAEs")
     losses = spliced_losses(run.language_model.model, ids, spliced, **options)
@@ -65,23 +82,25 @@ def _reconstruction_scores(run: Run) -> list[dict]:
     return rows
 
 
-def word_activations(run: Run) -> tuple[list[str], Tensor]:
+def word_activations(run: Run, draw: int = 0) -> tuple[list[str], Tensor]:
     """Single-token words and the residual stream [n, d] at each, after an in-context prefix of the first-letter task.
 
-    The model is causal, so only the word's own token runs, on top of the cached keys and values of one of a few prefixes.
+    The model is causal, so only the word's own token runs, on top of the cached keys and values of one of a few prefixes. Another `draw`
+    has other prefixes for the same words.
     """
     task, tokenizer = run.profile.absorption, run.language_model.tokenizer
     words, ids = single_token_words(tokenizer, task.min_word_letters)
     chosen = torch.randperm(len(words), generator=torch.Generator().manual_seed(task.seed))[: task.words].sort().values
     words, ids = [words[i] for i in chosen], torch.as_tensor(ids)[chosen]
+    key = task.model_dump(include={"words", "min_word_letters", "prefixes", "seed"}) | {"draw": draw}
     code = (*SOURCE_CODE, "tracing", "metrics.absorption")
-    return words, run.scratch("words", task.model_dump(), code, lambda: {"x": _word_activations(run, words, ids)})["x"]
+    return words, run.scratch("words", key, code, lambda: {"x": _word_activations(run, words, ids, draw)})["x"]
 
 
-def _word_activations(run: Run, words: list[str], ids: Tensor) -> Tensor:
+def _word_activations(run: Run, words: list[str], ids: Tensor, draw: int) -> Tensor:
     task, model, block = run.profile.absorption, run.language_model.model, run.profile.model.block
     start = [] if run.bos_id is None else [run.bos_id]
-    prefixes = icl_prefixes(words, n_prefixes=task.prefixes, seed=task.seed)
+    prefixes = icl_prefixes(words, n_prefixes=task.prefixes, seed=task.seed + draw)
     x = torch.empty(len(words), model.config.hidden_size)
     for i, prefix in enumerate(prefixes):
         tokens = start + run.language_model.tokenizer(prefix, add_special_tokens=False)["input_ids"]
@@ -92,25 +111,47 @@ def _word_activations(run: Run, words: list[str], ids: Tensor) -> Tensor:
     return x
 
 
+ABSORPTION_CODE = ("metrics.reconstruction", "metrics.probes", "metrics.absorption", "scores")
+
+
 def absorption_scores(run: Run) -> list[dict]:
     """One row per SAE and mode: mean full absorption, absorption fraction, and the table of letters."""
-    code = ("metrics.reconstruction", "metrics.probes", "metrics.absorption", "scores")
-    return run.rows("absorption", run.profile.absorption, code, lambda: _absorption_scores(run))
+
+    def make() -> list[dict]:
+        task = run.profile.absorption
+        words, x = word_activations(run)
+        options = dict(probe=letter_probe(x, words, seed=task.seed), seed=task.seed, min_letters=task.min_letters)
+        return score_saes(
+            run, "absorption", lambda sae, t: first_letter(sae, x, words, threshold=t, **options).to_dict()
+        )
+
+    return run.rows("absorption", run.profile.absorption, ABSORPTION_CODE, make)
 
 
-def _absorption_scores(run: Run) -> list[dict]:
-    from tqdm import tqdm
-
+def absorption_noise(run: Run) -> list[dict]:
+    """The noise study: absorption at matched clean L0 of the SAEs of the first grid for each draw of in-context examples and each split of
+    the words, [] where the profile asks for one of each."""
     task = run.profile.absorption
-    words, x = word_activations(run)
-    probe = letter_probe(x, words, seed=task.seed)
-    rows = []
-    saes = run.load_saes()
-    for row in tqdm(run.table, desc="absorption", unit="SAE"):
-        sae = saes[row["sae"]]
-        for mode, threshold in thresholds(run, sae, row["k"]).items():
-            result = first_letter(
-                sae, x, words, probe=probe, seed=task.seed, min_letters=task.min_letters, threshold=threshold
-            )
-            rows.append(row | {"mode": mode} | result.to_dict())
+    if task.draws * task.splits == 1:
+        return []
+    return run.rows("noise", task, ABSORPTION_CODE, lambda: _absorption_noise(run))
+
+
+def _absorption_noise(run: Run) -> list[dict]:
+    task, saes, at, rows = run.profile.absorption, run.load_saes(), thresholds(run), []
+    table = [row for row in run.table if row["grid"] == run.profile.saes[0].name]
+    for draw in range(task.draws):
+        words, x = word_activations(run, draw)
+        for split in range(task.splits):
+            options = dict(probe=letter_probe(x, words, seed=task.seed + split), seed=task.seed + split, min_letters=1)
+
+            def one(row, x=x, words=words, options=options) -> dict:
+                found = first_letter(saes[row["sae"]], x, words, threshold=at[row["sae"]]["matched"], **options)
+                return found.to_dict() | {"letters": {r.letter: r.full for r in found.letters}}
+
+            label = f"noise study, draw {draw + 1} of {task.draws}, split {split + 1} of {task.splits}"
+            found = in_threads(one, table, label=label, unit="SAE")
+            rows += [
+                row | {"mode": "matched", "draw": draw, "split": split} | scores for row, scores in zip(table, found)
+            ]
     return rows

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
-from masksae.scores import thresholds
+from masksae.parallel import in_threads
+from masksae.scores import score_saes
 from masksae.sources import probe_table
 from masksae.stages import SOURCE_CODE, Run
 from masksae.tracing import activations
@@ -89,21 +90,19 @@ def _scores(run: Run, kind: str, tasks: dict[str, tuple[str, str | None]]) -> li
 
 
 def _score_all(run: Run, kind: str, tasks: dict[str, tuple[str, str | None]]) -> list[dict]:
-    from tqdm import tqdm
-
     seed, data = run.profile.probing.seed, {name: task_activations(run, *where) for name, where in tasks.items()}
-    raw = {name: probe(*_sides(d, d["x_train"], d["x_test"]), seed=seed).auc for name, d in data.items()}
+    raw_auc = lambda d: probe(*_sides(d, d["x_train"], d["x_test"]), seed=seed).auc
+    raw = dict(zip(data, in_threads(raw_auc, data.values(), label=f"{kind}, raw activations", unit="task")))
     used = [name for name in data if kind != "ood" or raw[name] >= USABLE]
     if not used:
         raise DataError(f"No task of {kind} is told from raw activations (AUC {raw}). Take others, or a larger model.")
-    saes, rows = run.load_saes(), []
-    for row in tqdm(run.table, desc=kind, unit="SAE"):
-        sae = saes[row["sae"]]
-        for mode, threshold in thresholds(run, sae, row["k"]).items():
-            table = [_score_one(run, sae, threshold, name, data[name], raw[name]) for name in used]
-            rows.append(row | {"mode": mode} | _means(kind, table, run.profile.probing.ks) | {"tasks": table})
-            rows[-1]["excluded"] = {name: raw[name] for name in data if name not in used}
-    return rows
+    excluded = {name: raw[name] for name in data if name not in used}
+
+    def score(sae, threshold) -> dict:
+        table = [_score_one(run, sae, threshold, name, data[name], raw[name]) for name in used]
+        return _means(kind, table, run.profile.probing.ks) | {"tasks": table, "excluded": excluded}
+
+    return score_saes(run, kind, score)
 
 
 def _means(kind: str, table: list[dict], ks: list[int]) -> dict[str, float]:

@@ -39,6 +39,8 @@ class LetterResult:
     """Share of them that are fully absorbed."""
     fraction: float
     """Mean share of the direction that absorbers carry."""
+    fraction_legacy: float
+    """The same by SAEBench's rule before 0.4.1 (`legacy_fraction`)."""
     main: tuple[int, ...]
     """Main latents; more than one: the feature is split."""
     f1: float
@@ -52,6 +54,7 @@ class AbsorptionResult:
 
     mean_full: float
     mean_fraction: float
+    mean_fraction_legacy: float
     mean_split_latents: float
     dense_absorbers: float | None
     """Share of the fully absorbed words whose absorber fires on more than 30 % of all words: not a latent for the word, so rather a
@@ -70,16 +73,17 @@ def absorbed(x: Tensor, f: Tensor, w_dec: Tensor, direction: Tensor, main) -> tu
 
     x [n, d]       activations at the words
     f [n, F]       latents of x
-    w_dec [F, d]   decoder with rows of norm 1
+    w_dec [F, d]   decoder; the length of a row counts with its latent
     direction [d]  of the letter's probe, of any length
     main           ids of the main latents
 
     Returns (full bool [n], fraction float [n] in [0, 1]).
     """
     direction = direction / direction.norm()
-    cosine = (w_dec @ direction) / w_dec.norm(dim=1)
+    along = w_dec @ direction
+    cosine = along / w_dec.norm(dim=1).clamp(min=1e-12)
     needed = x @ direction
-    carried = f * cosine
+    carried = f * along
     main = torch.as_tensor(main, dtype=torch.int64)
 
     top = carried.max(1)
@@ -97,13 +101,24 @@ def absorbed(x: Tensor, f: Tensor, w_dec: Tensor, direction: Tensor, main) -> tu
     return full, fraction.masked_fill(nothing, 0.0)
 
 
+@torch.no_grad()
+def legacy_fraction(f: Tensor, w_dec: Tensor, direction: Tensor, main) -> Tensor:
+    """Absorption fraction as SAEBench published it before 0.4.1: what latents other than the main ones carry of the direction, as a
+    share of what all carry; no thresholds, so values outside of [0, 1] occur. 0 where nothing is carried. Arguments as of `absorbed`.
+    """
+    carried = f * (w_dec @ (direction / direction.norm()))
+    total = carried.sum(1)
+    return torch.where(total == 0, 0.0, 1 - carried[:, torch.as_tensor(main, dtype=torch.int64)].sum(1) / total)
+
+
 def gated_letters(probe: LetterProbe, min_letters: int) -> list[int]:
     """Letters (0 to 25) whose probe is good enough. Raises DataError if there are fewer than `min_letters`."""
     passed = [i for i in range(LETTERS) if probe.f1[i] > PROBE_GATE]
     if len(passed) < min_letters:
+        failed = ", ".join(f"{_name(i)} {probe.f1[i]:.2f}" for i in range(LETTERS) if i not in passed)
         raise DataError(
-            f"Only {len(passed)} letters have a probe with test F1 above {PROBE_GATE}, {min_letters} are needed: the language "
-            "model does not spell well enough at this block. Use more words, a later block, or a lower absorption.min_letters."
+            f"Only {len(passed)} letters have a probe with test F1 above {PROBE_GATE}, {min_letters} are needed (failed: {failed}): the "
+            "language model does not spell well enough at this block. Use more words, a later block, or a lower absorption.min_letters."
         )
     return passed
 
@@ -127,6 +142,10 @@ def first_letter(
         raise DataError(
             f"{len(word_acts)} activations, {len(words)} words and a probe of {len(probe.is_test)} words do not belong together."
         )
+    if word_acts.shape[1] != sae.config.d_model:
+        raise DataError(
+            f"The activations have width {word_acts.shape[1]}, the SAE {sae.config.d_model}. Take those of its layer."
+        )
     passed = gated_letters(probe, min_letters)
     letters, recognised = first_letters(words), probe.logits(word_acts) > 0
     f, w_dec = sae.encode(word_acts.to(sae.device), threshold).cpu(), sae.W_dec.cpu()
@@ -136,13 +155,15 @@ def first_letter(
         main, score = main_latents(f, letters == letter, probe.is_test, ranked[letter].tolist())
         mine = probe.is_test & (letters == letter) & recognised[:, letter]
         full, fraction = absorbed(word_acts[mine], f[mine], w_dec, probe.weight[letter], main)
+        legacy = legacy_fraction(f[mine], w_dec, probe.weight[letter], main)
         absorbers.append((f[mine][full] * (w_dec @ probe.weight[letter])).argmax(1))
-        means = full.double().mean().item(), fraction.double().mean().item()
+        means = [values.double().mean().item() for values in (full, fraction, legacy)]
         results.append(LetterResult(_name(letter), int(mine.sum()), *means, main, score, probe.f1[letter]))
     dense = ((f > 0).double().mean(0) > DENSE)[torch.cat(absorbers)].double()
     return AbsorptionResult(
         mean_full=fmean(r.full for r in results),
         mean_fraction=fmean(r.fraction for r in results),
+        mean_fraction_legacy=fmean(r.fraction_legacy for r in results),
         mean_split_latents=fmean(len(r.main) for r in results),
         dense_absorbers=dense.mean().item() if len(dense) else None,
         letters=tuple(results),

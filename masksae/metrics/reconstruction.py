@@ -173,7 +173,9 @@ def _mean(x: Tensor | Iterable[Tensor], width: int | None = None) -> Tensor:
             raise DataError(f"The activations have width {piece.shape[-1]}, the SAE {width}. Take those of its layer.")
         total, n = total + piece.double().sum(0), n + len(piece)
     if n == 0:
-        raise DataError("There is no token to score. Give activations [n, d] with n > 0, or batches that can be read twice.")
+        raise DataError(
+            "There is no token to score. Give activations [n, d] with n > 0, or batches that can be read twice."
+        )
     if not torch.isfinite(total).all():
         raise DataError("The activations hold NaN or infinity. Look at the model or at the stage that made them.")
     return total / n
