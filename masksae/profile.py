@@ -193,6 +193,26 @@ class Probing(Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class Perturbation(Section):
+    """Texts averaged over tokens: SAEBench's k-sparse probing, and ablation of concepts (TPP, SCR)."""
+
+    groups: Annotated[dict[str, Annotated[list[str], Field(min_length=2)]], Field(min_length=1)]
+    """Tasks, by name of the group, whose positives are classes that exclude one another."""
+    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
+    """[wanted, spurious]: tasks with common prompts."""
+    train: Positive
+    """Training texts of a class; of a quadrant of a pair two thirds of its texts, at most."""
+    test: Positive
+    """Test texts of a class."""
+    max_tokens: Positive = 128
+    """Tokens of a text, counted from its beginning."""
+    ns: Annotated[list[Positive], Field(min_length=1)]
+    """Numbers of ablated latents."""
+    ks: Annotated[list[Positive], Field(min_length=1)]
+    """Numbers of latents a probe may use."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 class Profile(Section):
     """Every number of a run; read one with `load_profile`."""
 
@@ -206,6 +226,7 @@ class Profile(Section):
     evaluation: Evaluation
     absorption: Absorption
     probing: Probing
+    perturbation: Perturbation
 
     @model_validator(mode="after")
     def _possible(self):

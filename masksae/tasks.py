@@ -4,6 +4,8 @@ A text is seen as sae-probes sees it: the residual stream at its last token, tex
 every SAE of both arms; the probe on raw activations is the reference that an SAE could at best reach with all its latents.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,28 +22,39 @@ USABLE = 0.55
 """A shifted set counts if the probe on raw activations reaches this AUC there: 300 rows have a standard error of about .03."""
 
 
-def last_token_activations(run: Run, texts: list[str], label: str | None = None) -> Tensor:
-    """Residual stream [n, d] at the last token of each text, after BOS and at most `probing.max_tokens` tokens of its end."""
+def text_batches(run: Run, texts: list[str], limit: int, *, from_end: bool, label: str | None = None) -> Iterator:
+    """Texts as activations, short ones first: (rows, x [b, s, d], lengths int64 [b]) with x padded on the right and BOS left out.
+
+    limit     tokens of a text at most
+    from_end  keep the last tokens of a longer text instead of the first
+
+    Raises DataError for a text without tokens.
+    """
     from tqdm import tqdm
 
-    tokenizer, limit = run.language_model.tokenizer, run.profile.probing.max_tokens
+    tokenizer, model = run.language_model.tokenizer, run.language_model.model
     start = [] if run.bos_id is None else [run.bos_id]
-    tokens = [start + ids[-limit:] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    if not all(len(ids) > len(start) for ids in tokens):
+    cut = slice(-limit, None) if from_end else slice(limit)
+    tokens = [ids[cut] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    if not all(tokens):
         raise DataError("A labelled text has no token. Leave empty texts out of the table.")
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    x = torch.empty(len(texts), run.language_model.model.config.hidden_size)
     for low in tqdm(range(0, len(order), BATCH), desc=label, disable=label is None, mininterval=1, unit="batch"):
         rows = order[low : low + BATCH]
-        ends = torch.tensor([len(tokens[i]) - 1 for i in rows])
-        ids = torch.zeros(
-            len(rows), int(ends.max()) + 1, dtype=torch.int64
-        )  # padding on the right: nothing before it sees it
-        for place, i in enumerate(rows):
-            ids[place, : len(tokens[i])] = torch.tensor(tokens[i])
-        found = activations(run.language_model.model, ids, block=run.profile.model.block, batch=BATCH)
-        x[rows] = found[torch.arange(len(rows)), ends]
-    return x
+        lengths = torch.tensor([len(tokens[i]) for i in rows])
+        ids = torch.zeros(len(rows), len(start) + int(lengths.max()), dtype=torch.int64)
+        for place, i in enumerate(rows):  # padding on the right: nothing before it sees it
+            ids[place, : len(start) + len(tokens[i])] = torch.tensor(start + tokens[i])
+        x = activations(model, ids, block=run.profile.model.block, batch=BATCH)
+        yield rows, x[:, len(start) :], lengths
+
+
+def last_token_activations(run: Run, texts: list[str], label: str | None = None) -> Tensor:
+    """Residual stream [n, d] at the last token of each text, after BOS and at most `probing.max_tokens` tokens of its end."""
+    found = torch.empty(len(texts), run.language_model.model.config.hidden_size)
+    for rows, x, lengths in text_batches(run, texts, run.profile.probing.max_tokens, from_end=True, label=label):
+        found[rows] = x[torch.arange(len(rows)), lengths - 1]
+    return found
 
 
 def labels(targets) -> Tensor:

@@ -69,6 +69,14 @@ def profile(folder, name="tiny", **changes):
             "max_tokens": 8,
             "ks": [2, 5],
         },
+        "perturbation": {
+            "groups": {"ends": [str(folder / "task.csv"), str(folder / "task_OOD.csv")]},
+            "train": 40,
+            "test": 20,
+            "max_tokens": 16,
+            "ns": [2, 8],
+            "ks": [2, 5],
+        },
     }
     for key, value in changes.items():
         values[key] = values[key] | value if isinstance(value, dict) else value

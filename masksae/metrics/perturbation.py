@@ -60,6 +60,24 @@ class Probe:
         return ((logits > 0) == texts.y).double().mean().item()
 
 
+def fit_probe(x: Tensor, y: Tensor) -> Probe:
+    """A logistic regression on standardised activations x [n, d] with labels y bool [n], as a probe of the activations themselves.
+
+    Ridge penalty with C = .01: with more dimensions than texts a weaker one only memorises. SAEBench instead keeps the best of 20 epochs
+    by accuracy on the *test* texts. Raises DataError for one class only.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    Texts(x, x, y)
+    x = x.double()
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    model = LogisticRegression(C=0.01, max_iter=1000, solver="newton-cholesky").fit(
+        ((x - mean) / std).numpy(), y.numpy()
+    )
+    weight = torch.from_numpy(model.coef_[0]) / std
+    return Probe(weight.float(), float(model.intercept_[0] - weight @ mean))
+
+
 def pooled(values: Tensor, is_token: Tensor) -> Tensor:
     """Mean over the tokens of each text: values [n, s, m], is_token bool [n, s] -> [n, m]. Raises DataError for a text without any.
 
@@ -140,6 +158,9 @@ class SCR:
     """The reverse."""
     score: dict[int, float]
     """The direction that starts from the lower accuracy."""
+    room: float
+    """Of that direction: accuracy of the oracle probe less that of the spurious one. The score divides by it, so where it is not far above
+    the standard error of an accuracy the score is noise."""
 
 
 def scr(
@@ -155,15 +176,15 @@ def scr(
     Latents of an attribute: the n of largest absolute effect on its oracle probe. 1: all regained; 0: none; below 0: worse.
     """
     base = [spurious.accuracy(t) for t in test]
-    best = [oracle.accuracy(t) for oracle, t in zip(oracles, test)]
+    room = [oracle.accuracy(t) - start for oracle, t, start in zip(oracles, test, base)]
     effect = [scr_effects(oracle, t, w_dec) for oracle, t in zip(oracles, train)]
 
     def direction(tested: int, ablated: int) -> dict[int, float]:
-        room = best[tested] - base[tested]
-        if room < NO_ROOM:
+        if room[tested] < NO_ROOM:
             return {n: 0.0 for n in ns}
         gained = {n: spurious.accuracy(test[tested], strongest(effect[ablated], n), w_dec) - base[tested] for n in ns}
-        return {n: gain / room for n, gain in gained.items()}
+        return {n: gain / room[tested] for n, gain in gained.items()}
 
-    first, second = direction(0, 1), direction(1, 0)
-    return SCR(first, second, first if base[0] <= base[1] else second)
+    directions = direction(0, 1), direction(1, 0)
+    lower = 0 if base[0] <= base[1] else 1
+    return SCR(*directions, score=directions[lower], room=room[lower])

@@ -1,0 +1,102 @@
+"""Texts averaged over tokens on a tiny model: no padding in any mean, classes apart, balanced quadrants, unusable ones named."""
+
+import random
+
+import pytest
+import torch
+from test_stages import profile, project  # noqa: F401
+
+from masksae import Run, concepts
+from masksae.errors import DataError
+from masksae.tracing import activations
+
+WORDS = "the one two three sat on mat ran past".split()
+
+
+def write(path, rows):
+    path.write_text("\n".join(["prompt,target", *(f"{prompt},{target}" for prompt, target in rows)]))
+
+
+def sentences(n, seed, mark=""):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 5))) + f" {mark}{seed}{i}" for i in range(n)]
+
+
+@pytest.fixture
+def run(project):  # noqa: F811
+    """Two classes that differ in a mark, and two attributes of common texts that differ in two marks."""
+    first, second = sentences(80, 1, "q"), sentences(80, 2, "z")
+    write(project / "first.csv", [(t, 1) for t in first] + [(t, 0) for t in second])
+    write(project / "second.csv", [(t, 1) for t in second] + [(t, 0) for t in first])
+    marked = [
+        (f"{'q' if a else 'z'} {'x' if b else 'w'} {t}", a, b) for a in (0, 1) for b in (0, 1) for t in sentences(45, 3)
+    ]
+    write(project / "wanted.csv", [(t, a) for t, a, _ in marked])
+    write(project / "other.csv", [(t, b) for t, _, b in marked])
+    groups = {"marks": [str(project / "first.csv"), str(project / "second.csv")]}
+    pairs = [[str(project / "wanted.csv"), str(project / "other.csv")]]
+    return Run(profile(project, perturbation={"groups": groups, "pairs": pairs}))
+
+
+def test_a_mean_is_over_the_texts_own_tokens(run):
+    texts = ["the cat sat", "a", "seven dogs ran past it and nobody saw them ever again"]
+    pool = concepts.pool(run, texts, "texts")
+    for text, found in zip(texts, pool.averaged()):
+        ids = [run.bos_id, *run.language_model.tokenizer(text, add_special_tokens=False)["input_ids"][:16]]
+        alone = activations(run.language_model.model, torch.tensor([ids]), block=1)[0, 1:].mean(0)
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 50])
+def test_pieces_do_not_matter(monkeypatch, tokens):
+    lengths = torch.tensor([3, 1, 9, 2, 2, 5])
+    pool = concepts.Pool(torch.randn(22, 4, generator=torch.Generator().manual_seed(0)), lengths)
+    expected = torch.stack([part.relu().mean(0) for part in pool.x.split(lengths.tolist())])
+    monkeypatch.setattr(concepts, "TOKENS", tokens)
+    torch.testing.assert_close(pool.averaged(torch.relu), expected)
+
+
+def test_one_against_rest_is_balanced_and_keeps_the_sides_apart():
+    values = torch.arange(3 * 10).view(30, 1)  # class c: 10 c to 10 c + 9; the first 6 of each are for training
+    train, y = concepts.one_against_rest(values, 1, 3, slice(6))
+    assert train.flatten().tolist() == [10, 11, 12, 13, 14, 15, 0, 1, 2, 20, 21, 22] and int(y.sum()) == 6 == int(
+        (~y).sum()
+    )
+    test, _ = concepts.one_against_rest(values, 1, 3, slice(6, None))
+    assert test.flatten().tolist() == [16, 17, 18, 19, 6, 7, 26, 27]
+
+
+def test_rows(run):
+    saes = run.saes
+    rows = concepts.concept_scores(run)
+    assert [(r["sae"], r["mode"]) for r in rows] == [(name, m) for name in saes for m in ("as_trained", "matched")]
+    for row in rows:
+        (group,), (pair,) = row["groups"], row["pairs"]
+        assert row["tpp_2"] == group["total"]["2"] == pytest.approx(group["intended"]["2"] - group["unintended"]["2"])
+        assert 0.5 < row["pooled_accuracy_all"] <= 1 and row["pooled_raw_all"] > 0.9
+        assert set(pair["room"]) == {"together", "apart"}
+        assert (pair["scr"] is None) == (max(pair["room"].values()) < concepts.ROOM) == ("scr_2" not in row)
+    assert any(row["tpp_8"] > 0.01 for row in rows)
+
+
+def test_quadrants_are_balanced_and_probes_know_their_side(run):
+    pair = concepts.pair(run, *run.profile.perturbation.pairs[0])
+    for a in (False, True):
+        for b in (False, True):
+            mine = (pair.y == torch.tensor([a, b])).all(1)
+            assert int(mine.sum()) == 45 and int((mine & pair.is_test).sum()) == 15
+    for attribute, oracle in enumerate(pair.oracles):
+        right = (pair.x @ oracle.weight + oracle.bias > 0) == pair.y[:, attribute]
+        assert right[pair.is_test].double().mean() > 0.9
+
+
+def test_what_cannot_be_used_is_named(run, project):  # noqa: F811
+    with pytest.raises(DataError, match="has 80 texts of its own, 90 are wanted"):
+        concepts.group(
+            Run(profile(project, perturbation=run.profile.perturbation.model_dump() | {"train": 70})), "marks"
+        )
+    write(project / "other.csv", [(f"{t}!", i % 2) for i, t in enumerate(sentences(40, 9))])
+    with pytest.raises(DataError, match="share texts"):
+        concepts.pair(run, *run.profile.perturbation.pairs[0])
+    write(project / "both.csv", [("a b", 0), ("a b", 1), ("c", 1), ("d", 0)])
+    assert concepts.distinct_texts(str(project / "both.csv")) == {"c": True, "d": False}
