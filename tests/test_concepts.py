@@ -25,7 +25,7 @@ def sentences(n, seed, mark=""):
 @pytest.fixture
 def run(project):  # noqa: F811
     """Two classes that differ in a mark, and two attributes of common texts that differ in two marks."""
-    first, second = sentences(80, 1, "q"), sentences(80, 2, "z")
+    first, second = sentences(80, 1, "qqqqqq"), sentences(80, 2, "zzzzzz")
     write(project / "first.csv", [(t, 1) for t in first] + [(t, 0) for t in second])
     write(project / "second.csv", [(t, 1) for t in second] + [(t, 0) for t in first])
     marked = [
