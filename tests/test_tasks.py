@@ -4,10 +4,13 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_stages import profile, project  # noqa: F401
 
 from masksae import Run, tasks
-from masksae.errors import DataError
+from masksae.errors import ConfigError, DataError
+from masksae.shifts import Shift, typos
 from masksae.tracing import activations
 
 
@@ -49,8 +52,8 @@ def test_rows_of_both_kinds(run):
         raw = {row[f"{kind}_raw_auc"] for row in rows}
         assert len(raw) == 1 and raw.pop() > 0.9  # the last character tells the class
         for row in rows:
-            for k in (2, 5):
-                assert row[f"{kind}_auc_{k}"] == row["tasks"][0]["auc"][str(k)]
+            for k in ("2", "5", *(("2_plain", "5_plain") if kind == "ood" else ())):
+                assert row[f"{kind}_auc_{k}"] == row["tasks"][0]["auc"][k]
                 assert row[f"{kind}_gap_{k}"] == pytest.approx(row[f"{kind}_raw_auc"] - row[f"{kind}_auc_{k}"])
             assert row["excluded"] == {}
 
@@ -64,7 +67,7 @@ def test_a_shifted_set_that_raw_activations_cannot_tell_is_left_out(run, project
 
 def test_training_rows_are_shared_by_a_task_and_its_shift(run, project):  # noqa: F811
     plain = tasks.task_activations(run, str(project / "task.csv"))
-    shifted = tasks.task_activations(run, str(project / "task.csv"), str(project / "task_OOD.csv"))
+    shifted = tasks.task_activations(run, str(project / "task.csv"), Shift.parse(str(project / "task_OOD.csv")))
     assert torch.equal(plain["y_train"], shifted["y_train"]) and len(shifted["x_test"]) == 200
     torch.testing.assert_close(
         plain["x_train"], shifted["x_train"], rtol=1e-5, atol=1e-6
@@ -75,3 +78,43 @@ def test_training_rows_are_shared_by_a_task_and_its_shift(run, project):  # noqa
 def test_a_task_with_three_classes_is_refused():
     with pytest.raises(DataError, match=r"found 3: \[0, 1, 2\]"):
         tasks.labels([0, 1, 2])
+
+
+def test_each_family_of_shifts_has_its_own_means(run, project):  # noqa: F811
+    table(project / "other.csv", seed=3)
+    task = str(project / "task.csv")
+    shifted = [
+        str(project / "task_OOD.csv"),
+        f"{task} -> {project / 'other.csv'}",
+        f"{task} -> upper case",
+        f"{task} -> typos",
+    ]
+    run = Run(profile(project, probing={"shifted": shifted}))
+    run.saes
+    row = tasks.ood_scores(run)[0]
+    by_family = {}
+    for t in row["tasks"]:
+        by_family.setdefault(t["family"], []).append(t["auc"]["5"])
+    kept = [*(t["task"] for t in row["tasks"]), *row["excluded"]]
+    assert sorted(kept) == sorted(shifted) and {"ood", "domain"} <= set(by_family)
+    for family, found in by_family.items():
+        assert row[f"{family}_auc_5"] == pytest.approx(sum(found) / len(found))
+
+
+def test_a_domain_is_tested_on_as_many_rows_as_the_task(run, project):  # noqa: F811
+    table(project / "other.csv", seed=3)
+    found = tasks.task_activations(run, str(project / "task.csv"), Shift("domain", "", str(project / "other.csv")))
+    assert len(found["x_test"]) == 40
+
+
+@given(st.text())
+def test_typos_keep_letters_and_are_the_same_each_time(text):
+    assert sorted(typos(text)) == sorted(text) and typos(text) == typos(text)
+
+
+def test_forms_of_shifts():
+    assert Shift.parse("5_a_OOD") == Shift("ood", "5_a", table="5_a_OOD")
+    assert Shift.parse("a -> b") == Shift("domain", "a", table="b")
+    assert Shift.parse("a -> upper case").change("x") == "X"
+    with pytest.raises(ConfigError, match="names no training task"):
+        Shift.parse("5_a")

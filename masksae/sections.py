@@ -1,0 +1,210 @@
+"""The sections of a profile: every number of a run with its meaning, checked as it is read.
+
+Unknown keys and wrong types are refused; `masksae.profile` turns the refusals into one line each.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from masksae.saes.config import AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, Selection, TopK
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Section):
+    """Which language model, and where its activations are read."""
+
+    source: str
+    """A name of `masksae.sources`, `hub:owner/name[@revision]`, or a folder."""
+    block: Annotated[int, Field(ge=0)]
+    """Hook point: the residual stream after this block, counted from 0."""
+    mask_token: str
+    """Text of the special token that replaces masked tokens."""
+    bos_token: str | None = None
+    """Text of the token that starts every block; its own activations are never used. None: no such token."""
+
+
+class Text(Section):
+    """Which text, cut into which blocks."""
+
+    sources: Annotated[list[str], Field(min_length=1)]
+    """Names of `masksae.sources`, `hub:...`, or files."""
+    block_length: Annotated[int, Field(gt=1)] = 128
+    """Tokens of a block, BOS included. A document gives whole blocks only; no block spans two documents."""
+    train_tokens: Positive
+    """Tokens of the training blocks, the same for every arm."""
+    held_out_tokens: Positive
+    """Tokens of the evaluation blocks, from documents that are never trained on."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of documents that is held out, by a hash of the document's text."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Order of the documents."""
+
+
+class Arm(Section):
+    """A masking condition."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    p: Share
+    """Probability that an input token is replaced; 0 is the unmasked baseline."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the masks."""
+
+
+class Training(Section):
+    """Recipe shared by all SAEs; see `masksae.TrainConfig` for the meaning of each key."""
+
+    epochs: Positive = 1
+    """Passes over the training blocks. Activations are kept in scratch when there is more than one."""
+    batch_size: Positive = 2048
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    warmup: Annotated[int, Field(ge=0)] = 1000
+    decay: Share = 0.2
+    sparsity_warmup: Annotated[int, Field(ge=0)] | None = None
+    threshold_start: Annotated[int, Field(ge=0)] = 1000
+    threshold_ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    pool_tokens: Positive = 131_072
+    """Tokens that are shuffled together."""
+
+
+RULES = {"topk": TopK, "batch_topk": BatchTopK, "jump_relu": JumpReLU, "relu": ReLU, "gated": Gated}
+
+
+class Rule(Section):
+    """A selection rule by name and its parameters; see `masksae.saes.config`. Every rule states the L0 it aims at."""
+
+    rule: Literal["topk", "batch_topk", "jump_relu", "relu", "gated"]
+    k: Positive | None = None
+    """Of topk and batch_topk."""
+    target_l0: Annotated[float, Field(gt=0)] | None = None
+    """Of jump_relu, relu and gated; for the last two a controller adapts l1 to it."""
+    l1: Annotated[float, Field(gt=0)] | None = None
+    """First L1 coefficient of relu and gated."""
+
+    @property
+    def config(self) -> Selection:
+        """The selection config."""
+        return RULES[self.rule](**self.model_dump(exclude={"rule"}, exclude_none=True))
+
+    @model_validator(mode="after")
+    def _complete(self):
+        wanted = {"topk": {"k"}, "batch_topk": {"k"}, "jump_relu": {"target_l0"}}.get(self.rule, {"l1", "target_l0"})
+        found = set(self.model_dump(exclude={"rule"}, exclude_none=True))
+        if found != wanted:
+            raise ValueError(
+                f"{self.rule} takes exactly {' and '.join(sorted(wanted))}, found {', '.join(sorted(found)) or 'nothing'}."
+            )
+        return self
+
+
+class Grid(Section):
+    """SAEs that differ only in their seed."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    selection: Rule
+    n_latents: Positive
+    prefixes: tuple[float, ...] = ()
+    """Matryoshka group fractions, summing to 1; empty: one group."""
+    dead_after_tokens: Positive = 10_000_000
+    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (TopK kinds)."""
+    drop_masked: bool = False
+    """Train on ordinary positions only."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+    def config(self, d_model: int, seed: int) -> SAEConfig:
+        """The SAE's configuration for a model of width `d_model`."""
+        aux = AuxK(dead_after_tokens=self.dead_after_tokens) if "topk" in self.selection.rule else None
+        return SAEConfig(
+            d_model,
+            self.n_latents,
+            self.selection.config,
+            self.prefixes,
+            aux=aux,
+            seed=seed,
+            drop_masked=self.drop_masked,
+        )
+
+    @property
+    def architecture(self) -> str:
+        """Name for figures and tables, such as "Matryoshka BatchTopK".
+
+        >>> Grid(name="a", selection=Rule(rule="jump_relu", target_l0=20), n_latents=64, seeds=[0]).architecture
+        'JumpReLU'
+        """
+        return ("Matryoshka " if self.prefixes else "") + RULES[self.selection.rule].__name__
+
+    @model_validator(mode="after")
+    def _possible(self):
+        self.config(d_model=1, seed=0)
+        return self
+
+
+class Evaluation(Section):
+    """Held-out clean text for the scores."""
+
+    ce_tokens: Positive
+    """Tokens of held-out text for the CE score (three kinds of full forwards)."""
+
+
+class Absorption(Section):
+    """The first-letter task."""
+
+    words: Positive
+    """Single-token words, drawn from the vocabulary."""
+    min_word_letters: Positive = 3
+    min_letters: Annotated[int, Field(gt=0, le=26)] = 20
+    """Letters that must pass the probe gate."""
+    prefixes: Positive = 8
+    """In-context prefixes of ten examples; each word follows one of them."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    draws: Positive = 1
+    """Of the noise study: how many times the in-context examples are drawn, for the SAEs of the first grid."""
+    splits: Positive = 1
+    """Of the noise study: how many times the words are split into training and test."""
+
+
+class Probing(Section):
+    """Sparse probing of labelled texts, and the same under a shift of their distribution."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    """Binary tasks of `sae-probes` by name, `hub:...`, or files with the columns prompt and target."""
+    shifted: Annotated[list[str], Field(min_length=1)]
+    """Shifts of the test texts, as in `masksae.shifts`: "NAME_OOD", "TASK -> TABLE", "TASK -> typos", "TASK -> upper case"."""
+    train: Positive
+    """Training rows of a task, half of them positives."""
+    test: Positive
+    """Test rows of a task, at most; a table NAME_OOD is used whole."""
+    max_tokens: Positive = 128
+    """Tokens of a text, counted from its end."""
+    ks: Annotated[list[Positive], Field(min_length=1)]
+    """Numbers of latents a probe may use; C2 is decided on the first."""
+    shifted_ks: Annotated[list[Positive], Field(min_length=1)]
+    """The same for shifted texts; C3 is decided on the first."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Perturbation(Section):
+    """Texts averaged over tokens: SAEBench's k-sparse probing, and ablation of concepts (TPP, SCR)."""
+
+    groups: Annotated[dict[str, Annotated[list[str], Field(min_length=3)]], Field(min_length=1)]
+    """Tasks, by name of the group, whose positives are classes that exclude one another; three at least, since of two each is the other's
+    mirror image and nothing could hit one alone."""
+    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
+    """[wanted, spurious]: tasks with common prompts."""
+    train: Positive
+    """Training texts of a class; of a quadrant of a pair two thirds of its texts, at most."""
+    test: Positive
+    """Test texts of a class."""
+    max_tokens: Positive = 128
+    """Tokens of a text, counted from its beginning."""
+    ns: Annotated[list[Positive], Field(min_length=1)]
+    """Numbers of ablated latents."""
+    ks: Annotated[list[Positive], Field(min_length=1)]
+    """Numbers of latents a probe may use."""
+    seed: Annotated[int, Field(ge=0)] = 0
