@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from masksae.errors import DataError
@@ -145,15 +146,30 @@ def claims(scores: pd.DataFrame, arm: str) -> dict:
     return {key: {"claim": claim, **result[key]} for key, claim in CLAIMS.items()}
 
 
-def at_common_l0(*results: list[dict], score: str, l0: float) -> pd.DataFrame:
-    """A score as trained, interpolated over k to one clean L0: one row per architecture, arm and seed; None where the SAEs' own L0 do not
-    enclose it. Another way to matched sparsity than recalibrated thresholds, which moves no SAE off its trained threshold."""
-    scores = merge(*results, mode="as_trained")
-    rows = []
-    for (architecture, arm, seed), part in scores.groupby(["architecture", "arm", "seed"], sort=False):
-        value = interpolate(part["l0"].tolist(), part[score].tolist(), l0)
-        rows.append({"architecture": architecture, "arm": arm, "seed": seed, "l0": l0, score: value})
+def interpolated(*results: list[dict]) -> pd.DataFrame:
+    """The comparison at a common clean L0 by interpolating over k, SAEs as trained: another way to matched sparsity than recalibrated
+    thresholds, which takes no SAE off its own threshold. One row per architecture that has several k, at their geometric mean; no row
+    where the SAEs' own L0 do not enclose it."""
+    scores, rows = merge(*results, mode="as_trained"), []
+    for architecture, part in scores.groupby("architecture", sort=False):
+        l0, baseline = float(np.exp(np.log(part["k"].unique()).mean())), baseline_arm(scores)
+        for arm in [a for a in dict.fromkeys(part["arm"]) if a != baseline]:
+            row = {"architecture": architecture, "arm": arm, "L0": round(l0, 1)}
+            for start, label in COLUMNS.items():
+                for score in [column for column in scores.columns if column.startswith(start)][:1]:
+                    sides = [at_l0(part[part["arm"] == name], score, l0) for name in (baseline, arm)]
+                    seeds = sorted(set(sides[0]) & set(sides[1]))
+                    if seeds:
+                        row[label] = describe(paired_effect(*([side[seed] for seed in seeds] for side in sides)))
+                        row["pairs"] = len(seeds)
+            rows += [row] if "pairs" in row else []
     return pd.DataFrame(rows)
+
+
+def at_l0(scores: pd.DataFrame, score: str, l0: float) -> dict[int, float]:
+    """A score of each seed's SAEs at one L0, for the seeds whose SAEs enclose it."""
+    found = {seed: interpolate(part["l0"].tolist(), part[score].tolist(), l0) for seed, part in scores.groupby("seed")}
+    return {seed: value for seed, value in found.items() if value is not None}
 
 
 def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_stages import profile, project  # noqa: F401
 
-from masksae import Run, concepts
+from masksae import Run, concepts, saebench, scores, tasks
 from masksae.errors import DataError
+from masksae.files import read_json
 from masksae.tracing import activations
 
 WORDS = "the one two three sat on mat ran past".split()
@@ -83,6 +84,35 @@ def test_rows(run):
         assert set(pair["room"]) == {"together", "apart"}
         assert (pair["scr"] is None) == (max(pair["room"].values()) < concepts.ROOM) == ("scr_2" not in row)
     assert any(row["tpp_8"] > 0.01 for row in rows)
+
+
+def test_every_score_of_every_sae_becomes_a_saebench_file(run, project, monkeypatch):  # noqa: F811
+    names = [project / f"{name}.csv" for name in ("task", "task_OOD")]
+    for i, path in enumerate(names):
+        write(path, [(f"{t} {'st'[j % 2]}", j % 2) for j, t in enumerate(sentences(160, 20 + i))])
+    monkeypatch.setattr("masksae.metrics.absorption.PROBE_GATE", -1.0)  # a random model does not spell
+    saes, results = run.saes, {"reconstruction": scores.reconstruction_scores, "probing": tasks.probing_scores}
+    words, x = (
+        [chr(97 + i % 26) + chr(97 + i // 26) + "word" for i in range(520)],
+        torch.randn(520, 16, generator=torch.Generator().manual_seed(0)),
+    )
+    monkeypatch.setattr(scores, "word_activations", lambda run, draw=0: (words, x))
+    results |= {
+        "absorption": scores.absorption_scores,
+        "ood": tasks.ood_scores,
+        "perturbation": concepts.concept_scores,
+    }
+    for name, score in results.items():
+        run.save_result(name, score(run))
+    folder = saebench.write_results(run)
+    files = sorted(folder.rglob("*.json"))
+    assert len(files) == len(saes) * 2 * len(saebench.EVALUATIONS)
+    before = {file: file.read_bytes() for file in files}
+    saebench.write_results(run)
+    assert {file: file.read_bytes() for file in files} == before
+    row = run.result("reconstruction")[0]
+    found = read_json(folder / "core" / f"{row['sae']}-{row['mode']}_custom_sae_eval_results.json")
+    assert found["eval_result_metrics"]["sparsity"]["l0"] == row["l0"] and found["eval_result_unstructured"] == row
 
 
 def test_quadrants_are_balanced_and_probes_know_their_side(run):

@@ -189,25 +189,19 @@ def test_verdicts_carry_size_and_corrected_p_values():
     assert "detectable" not in report.describe(paired_effect([1.0, 2.0], [2.0, 3.001]))
 
 
-def test_a_score_at_a_common_l0():
-    rows = [
-        {
-            "sae": f"{arm}{k}",
-            "arm": arm,
-            "p": p,
-            "grid": f"g{k}",
-            "k": k,
-            "seed": 0,
-            "mode": "as_trained",
-            "architecture": "TopK",
-        }
-        | {"l0": k * (1 + p), "ev_centred": 0.5 + 0.1 * (k == 80)}
-        for k in (20, 80)
-        for arm, p in (("unmasked", 0.0), ("masked", 0.5))
-    ]
-    table = report.at_common_l0(rows, score="ev_centred", l0=40.0).set_index("arm")["ev_centred"]
-    assert table["unmasked"] == pytest.approx(0.55) and 0.5 < table["masked"] < 0.55
-    assert report.at_common_l0(rows, score="ev_centred", l0=25.0).set_index("arm")["ev_centred"].isna()["masked"]
+def test_matched_sparsity_by_interpolation_over_k():
+    """EV of .1 more for four times the latents; the masked arm has half as many latents again and loses .02 at equal L0."""
+    rows = []
+    for seed in range(3):
+        for k in (20, 80):
+            for arm, p, l0 in (("unmasked", 0.0, k), ("masked", 0.3, 1.5 * k)):
+                key = {"sae": f"{arm}{k}{seed}", "arm": arm, "p": p, "grid": f"g{k}", "k": k, "seed": seed}
+                ev = 0.5 + 0.1 * np.log(l0 / 20) / np.log(4) - 0.02 * (p > 0) + 0.001 * seed * (p > 0)
+                rows.append(key | {"mode": "as_trained", "architecture": "TopK", "l0": l0, "ev_centred": ev})
+    table = report.interpolated(rows)
+    assert table["L0"].tolist() == [40.0] and table["pairs"].tolist() == [3]
+    assert table["explained variance"][0].startswith("0.550 → 0.531 (−0.019")
+    assert report.interpolated([row for row in rows if row["k"] == 20]).empty
 
 
 def history(scale=1, n=5):
