@@ -61,7 +61,7 @@ class AbsorptionResult:
     missing latent for the letter than absorption. None: no word is absorbed."""
     letters: tuple[LetterResult, ...]
     excluded: tuple[str, ...]
-    """Letters whose probe does not pass the gate (test F1 above .6)."""
+    """Letters whose probe does not pass the gate (test F1 above .6), or recognises none of their test words."""
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -146,8 +146,11 @@ def first_letter(
         raise DataError(
             f"The activations have width {word_acts.shape[1]}, the SAE {sae.config.d_model}. Take those of its layer."
         )
-    passed = gated_letters(probe, min_letters)
     letters, recognised = first_letters(words), probe.logits(word_acts) > 0
+    seen = (recognised & probe.is_test[:, None] & torch.nn.functional.one_hot(letters, LETTERS).bool()).any(0)
+    passed = [letter for letter in gated_letters(probe, min_letters) if seen[letter]]
+    if not passed:
+        raise DataError("The probe recognises no test word. Give more words, or activations of a later block.")
     f, w_dec = sae.encode(word_acts.to(sae.device), threshold).cpu(), sae.W_dec.cpu()
     ranked = rank_latents(f[~probe.is_test], letters[~probe.is_test], seed=seed)
     results, absorbers = [], []
