@@ -1,9 +1,13 @@
 """Shared by the tests: tiny random models of the three architectures, and a scratch cache that is not the user's."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):  # of the peers; it cannot be imported after nnsight, which changes builtins that it hashes
+    import beartype  # noqa: F401
 
 VOCABULARY = 128
 
