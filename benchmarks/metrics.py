@@ -18,6 +18,7 @@ import time
 from types import SimpleNamespace
 
 import torch
+from peers import spelling_model
 
 from masksae import SAE, BatchTopK, SAEConfig
 from masksae.export import saebench_adapter
@@ -79,17 +80,8 @@ def absorption_case(words: int):
         metadata = theirs.sae_k_sparse_metadata(adapter, their_probe, ks, "sae", 4)
         metrics = theirs.build_metrics_df(raw, metadata, max_k_value=10)
         theirs.add_feature_splits_to_metrics_df(metrics, max_k_value=10)
-        spelt = lambda prompt: by_word[prompt.split("\n")[-1].split()[0].rstrip(":")]
-        model = SimpleNamespace(
-            run_with_cache=lambda prompts, names_filter: (
-                None,
-                {names_filter[0]: torch.stack([spelt(p) for p in prompts])[:, None]},
-            ),
-            to_tokens=lambda prompt: [[0]],
-            tokenizer=True,
-        )
         calculator = FeatureAbsorptionCalculator(
-            model=model, icl_word_list=names, max_icl_examples=10, word_token_pos=0
+            model=spelling_model(by_word), icl_word_list=names, max_icl_examples=10, word_token_pos=0
         )
         before, module.load_experiment_df = module.load_experiment_df, lambda *_: raw
         try:

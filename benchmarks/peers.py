@@ -3,6 +3,8 @@
 Both benchmarks and the agreement tests (`tests/peers`) build their peers here. `make peers` makes the environment.
 """
 
+from types import SimpleNamespace
+
 import torch
 
 from masksae import SAE, BatchTopK, Gated, JumpReLU, ReLU, TopK, TrainConfig
@@ -115,3 +117,16 @@ def saelens_trainer(sae: SAE, recipe: TrainConfig, batch_size: int):
         lr_end=recipe.lr,
     )
     return SAETrainer(config, theirs, iter(()))
+
+
+def spelling_model(words: dict[str, torch.Tensor]):
+    """What SAEBench's absorption asks of a language model, with the activation of each word at hand: prompts end with the word."""
+    spelt = lambda prompt: words[prompt.split("\n")[-1].split()[0].rstrip(":")]
+    return SimpleNamespace(
+        run_with_cache=lambda prompts, names_filter: (
+            None,
+            {names_filter[0]: torch.stack([spelt(p) for p in prompts])[:, None]},
+        ),
+        to_tokens=lambda prompt: [[0]],
+        tokenizer=True,
+    )

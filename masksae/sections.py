@@ -173,7 +173,8 @@ class Probing(Section):
     """Sparse probing of labelled texts, and the same under a shift of their distribution."""
 
     tasks: Annotated[list[str], Field(min_length=1)]
-    """Binary tasks of `sae-probes` by name, `hub:...`, or files with the columns prompt and target."""
+    """Binary tasks of `sae-probes` by name, `hub:...`, or files with the columns prompt and target; [all]: every binary task of `sae-probes`,
+    those with too few rows left out by name."""
     shifted: Annotated[list[str], Field(min_length=1)]
     """Shifts of the test texts, as in `masksae.shifts`: "NAME_OOD", "TASK -> TABLE", "TASK -> typos", "TASK -> upper case"."""
     train: Positive

@@ -110,6 +110,14 @@ def _vader_table(domain: str):
     )
 
 
+def binary_tasks() -> list[str]:
+    """Names of the tasks of `sae-probes` with two classes, in the order of their numbers. Reads all tables once: some seconds."""
+    with zipfile.ZipFile(fetch("sae-probes")) as archive:
+        files = [Path(n).name for n in archive.namelist() if "/cleaned_data/" in n and n.endswith(".csv.zst")]
+    names = sorted((file.removesuffix(".csv.zst") for file in files), key=lambda name: int(name.partition("_")[0]))
+    return [name for name in names if _packaged_probe_table(name)["target"].nunique() == 2]
+
+
 def _packaged_probe_table(task: str):
     import pandas as pd
     import zstandard

@@ -14,7 +14,7 @@ from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads
 from masksae.scores import score_saes
 from masksae.shifts import Shift
-from masksae.sources import probe_table
+from masksae.sources import binary_tasks, probe_table
 from masksae.stages import SOURCE_CODE, Run
 from masksae.tracing import activations
 
@@ -106,7 +106,10 @@ published figure of the shifted sets)."""
 
 def probing_scores(run: Run) -> list[dict]:
     """One row per SAE and mode: mean AUC over tasks for each k, and the table of tasks with the raw probe beside them."""
-    return _scores(run, "probing", {task: (task, None) for task in run.profile.probing.tasks}, ("",))
+    tasks = run.profile.probing.tasks
+    return _scores(
+        run, "probing", {task: (task, None) for task in (binary_tasks() if tasks == ["all"] else tasks)}, ("",)
+    )
 
 
 def ood_scores(run: Run) -> list[dict]:
@@ -124,15 +127,15 @@ def _scores(run: Run, kind: str, tasks: dict[str, tuple[str, Shift | None]], ran
 def _score_all(
     run: Run, kind: str, tasks: dict[str, tuple[str, Shift | None]], rankings: tuple[str, ...]
 ) -> list[dict]:
-    seed, data = run.profile.probing.seed, {name: task_activations(run, *where) for name, where in tasks.items()}
-    ks = run.profile.probing.shifted_ks if kind == "ood" else run.profile.probing.ks
+    seed, ks = run.profile.probing.seed, run.profile.probing.shifted_ks if kind == "ood" else run.profile.probing.ks
+    data, excluded = _load(run, tasks, skip=run.profile.probing.tasks == ["all"])
     raw_auc = lambda d: probe(*_sides(d, d["x_train"], d["x_test"]), seed=seed).auc
     raw = dict(zip(data, in_threads(raw_auc, data.values(), label=f"{kind}, raw activations", unit="task")))
     used = [name for name in data if kind != "ood" or raw[name] >= USABLE]
     families = {name: shift.family if shift else kind for name, (_, shift) in tasks.items()}
     if kind not in {families[name] for name in used}:
         raise DataError(f"No task of {kind} is told from raw activations (AUC {raw}). Take others, or a larger model.")
-    excluded = {name: raw[name] for name in data if name not in used}
+    excluded |= {name: f"raw probe's AUC {raw[name]:.3f}, below {USABLE}" for name in data if name not in used}
 
     def score(sae, threshold) -> dict:
         found = [_score_one(sae, threshold, data[name], ks, rankings, seed) for name in used]
@@ -143,6 +146,21 @@ def _score_all(
         return {key: value for part in means for key, value in part.items()} | {"tasks": table, "excluded": excluded}
 
     return score_saes(run, kind, score)
+
+
+def _load(
+    run: Run, tasks: dict[str, tuple[str, Shift | None]], skip: bool
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """Activations of the tasks, and why some are left out: with `skip`, a task that has too few rows does not end the run."""
+    data, excluded = {}, {}
+    for name, where in tasks.items():
+        try:
+            data[name] = task_activations(run, *where)
+        except DataError as error:
+            if not skip:
+                raise DataError(f"{name}: {error}") from None
+            excluded[name] = str(error)
+    return data, excluded
 
 
 def _means(family: str, table: list[dict]) -> dict[str, float]:

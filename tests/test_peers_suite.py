@@ -14,6 +14,7 @@ import torch
 
 sae_bench = pytest.importorskip("sae_bench")
 
+from peers import spelling_model
 from random_saes import ALL_RULES, random_sae
 
 from masksae import ReLU, Run, saebench
@@ -100,16 +101,8 @@ def test_absorption_of_every_word_is_that_of_saebench(rule, main):
     direction = torch.randn(D, generator=generator)
     x = torch.randn(len(words), D, generator=generator) + direction / 2
     by_word = dict(zip(words, x))
-    spelt = lambda prompt: by_word[prompt.split("\n")[-1].split()[0].rstrip(":")]
-    model = SimpleNamespace(
-        run_with_cache=lambda prompts, names_filter: (
-            None,
-            {names_filter[0]: torch.stack([spelt(p) for p in prompts])[:, None]},
-        ),
-        to_tokens=lambda prompt: [[0]],
-    )
     theirs = FeatureAbsorptionCalculator(
-        model=model, icl_word_list=words, max_icl_examples=2, word_token_pos=0, batch_size=20
+        model=spelling_model(by_word), icl_word_list=words, max_icl_examples=2, word_token_pos=0, batch_size=20
     )
     found = theirs.calculate_absorption(adapter, words, direction, main, layer=8, show_progress=False).word_results
     f = sae.encode(x)

