@@ -195,6 +195,26 @@ def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
     return found
 
 
+def noise_means(rows: list[dict]) -> list[dict]:
+    """Per SAE of the noise study, absorption of each letter averaged over draws and splits."""
+    found = []
+    for sae, part in pd.DataFrame(rows).groupby("sae", sort=False):
+        letters = pd.DataFrame(part["letters"].tolist()).mean().sort_index()
+        found.append({"sae": sae, "cells": len(part), "letters": letters.to_dict()})
+    return found
+
+
+def averaged(scores: pd.DataFrame, means: list[dict]) -> pd.DataFrame:
+    """`scores` with the absorption of the SAEs of the noise study averaged over its draws and splits, so that less noise is left in C1."""
+    scores = scores.copy()
+    for row in means:
+        here = scores.index[scores["sae"] == row["sae"]]
+        scores.loc[here, "mean_full"] = sum(row["letters"].values()) / len(row["letters"])
+        for index in here:
+            scores.at[index, "mean_full_items"] = row["letters"]
+    return scores
+
+
 def dense_absorbers(scores: pd.DataFrame, grid: str) -> dict[str, float | None]:
     """Per arm, the mean share of absorbed words that are credited to a latent of no particular word; None if none is absorbed."""
     means = scores[scores["grid"] == grid].groupby("arm", sort=False)["dense_absorbers"].mean()

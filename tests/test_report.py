@@ -166,6 +166,28 @@ def test_noise_table(seeds):
     assert difference["mean"] == pytest.approx(0.05) and difference["sd"] == pytest.approx(0, abs=1e-9)
 
 
+def test_absorption_is_averaged_over_the_noise_study():
+    scores = report.merge(*planted(-0.1))
+    rows = [
+        {
+            "sae": sae,
+            "arm": sae.split("-")[0],
+            "draw": d,
+            "letters": {"a": 0.1 * d, "b": 0.3} | ({"c": 0.9} if d else {}),
+        }
+        for sae in ("unmasked-matryoshka20-s0", "masked-matryoshka20-s0")
+        for d in (0, 1)
+    ]
+    means = report.noise_means(rows)
+    assert means[0]["letters"] == pytest.approx({"a": 0.05, "b": 0.3, "c": 0.9}) and means[0]["cells"] == 2
+    table = report.averaged(scores, means).set_index("sae")
+    assert table.loc["masked-matryoshka20-s0", "mean_full"] == pytest.approx(1.25 / 3)
+    assert table.loc["masked-matryoshka20-s0", "mean_full_items"] == means[1]["letters"]
+    others = [sae for sae in table.index if not sae.endswith("matryoshka20-s0")]
+    assert (table.loc[others, "mean_full"] == scores.set_index("sae").loc[others, "mean_full"]).all()
+    assert report.averaged(scores, []).equals(scores)
+
+
 def test_items_of_other_letters_widen_a_verdict():
     reconstruction, absorption = planted(-0.1)
     found = report.effect(report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
