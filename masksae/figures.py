@@ -232,7 +232,8 @@ def dots(panels, share: bool = False, bottom=None, line=None):
         if line is not None:
             axis.axhline(line, color=GREY, linestyle="--", linewidth=1)
         axis.set(xticks=range(len(grids)), xticklabels=grids, ylabel=label, xlim=(-0.6, len(grids) - 0.4))
-        axis.tick_params(axis="x", rotation=20 if len(grids) > 1 else 0)
+        if len(grids) > 1:
+            plt.setp(axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
     for axis in axes[0]:
         axis.set_ylim(bottom=bottom)
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
