@@ -31,6 +31,16 @@ def test_verdicts_are_those_of_the_results():
         assert row in README
 
 
+def test_what_is_said_of_the_noise_is_what_was_measured():
+    """More than half of the difference's variance is the evaluation's; one evaluation of one SAE is off by .02 to .03."""
+    rows = read_json(ROOT / "results/laptop/noise.json")["components"]
+    share = {row["source"]: row["share"] for row in rows if row["of"] == "masked less unmasked"}
+    assert share["seed"] < 0.5 and max(share, key=lambda source: (source != "seed", share[source])) == "seed x split"
+    for arm in ("unmasked", "masked"):
+        off = sum(row["sd"] ** 2 for row in rows if row["of"] == arm and row["source"] != "seed") ** 0.5
+        assert 0.02 < off < 0.03
+
+
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
