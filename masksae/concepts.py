@@ -22,6 +22,8 @@ ROOM = 0.1
 """SCR of a pair counts if the oracle probe is better than the spurious one by this much: about two standard errors for 100 test texts."""
 TOKENS = 4096
 """Tokens that are encoded at a time."""
+SAEBENCH = dict(normalised=False, penalty="l2", strengths=(1.0,), scaled=False)
+"""SAEBench's rule of k-sparse probing: ranked by difference of means, C = 1."""
 BASELINE_KS = (1, 2, 5)
 """Numbers of coordinates of raw activations that are probed beside the latents."""
 
@@ -117,40 +119,37 @@ def group(run: Run, name: str) -> Group:
             )
         texts += own[:size]
     pooled = pool(run, texts, name)
-    x, classes = pooled.averaged(), range(len(tasks))
-    sides = [(_side(x, i, len(tasks), options, False), _side(x, i, len(tasks), options, True)) for i in classes]
+    x, classes = pooled.averaged(), len(tasks)
+    sides = [[one_against_rest(x, cls, classes, rows) for rows in halves(run)] for cls in range(classes)]
     probes = tuple(fit_probe(*train) for train, _ in sides)
-    raw = {
-        "all": sum(probe(*train, *test, strengths=(1.0,), scaled=True).accuracy for train, test in sides) / len(tasks)
-    }
+    mean = lambda accuracies: sum(accuracies) / classes
+    raw = {"all": mean(probe(*train, *test, strengths=(1.0,), scaled=True).accuracy for train, test in sides)}
     scores = [sparse_probing(*train, *test, ks=BASELINE_KS, **SAEBENCH).scores for train, test in sides]
-    raw |= {str(k): sum(found[k].accuracy for found in scores) / len(tasks) for k in BASELINE_KS}
+    raw |= {str(k): mean(found[k].accuracy for found in scores) for k in BASELINE_KS}
     return Group(name, tuple(tasks), pooled, x, probes, raw)
 
 
-SAEBENCH = dict(normalised=False, penalty="l2", strengths=(1.0,), scaled=False)
-"""SAEBench's rule of k-sparse probing: ranked by difference of means, C = 1."""
-
-
-def _side(values: Tensor, cls: int, classes: int, options, test: bool) -> tuple[Tensor, Tensor]:
-    return one_against_rest(values, cls, classes, slice(options.train, None) if test else slice(options.train))
+def halves(run: Run) -> tuple[slice, slice]:
+    """Rows of a class for training and for testing."""
+    train = run.profile.perturbation.train
+    return slice(train), slice(train, None)
 
 
 def group_scores(run: Run, found: Group, sae, threshold) -> dict:
     """TPP and SAEBench's k-sparse probing of one SAE on one group."""
     options, classes = run.profile.perturbation, len(found.classes)
     f, w_dec = found.pool.averaged(lambda x: sae.encode(x.to(sae.device), threshold)), sae.W_dec.cpu()
-    sides, accuracy = {False: [], True: []}, {k: 0.0 for k in (*options.ks, "all")}
+    sides, accuracy = ([], []), {k: 0.0 for k in (*options.ks, "all")}
     for cls in range(classes):
-        for test, side in sides.items():
-            x, y = _side(found.x, cls, classes, options, test)
-            side.append(Texts(x, _side(f, cls, classes, options, test)[0], y))
-        train, test = sides[False][-1], sides[True][-1]
+        for rows, side in zip(halves(run), sides):
+            x, y = one_against_rest(found.x, cls, classes, rows)
+            side.append(Texts(x, one_against_rest(f, cls, classes, rows)[0], y))
+        train, test = (side[-1] for side in sides)
         scores = sparse_probing(train.f, train.y, test.f, test.y, ks=tuple(options.ks), **SAEBENCH).scores
-        everything = probe(train.f, train.y, test.f, test.y, strengths=(1.0,), scaled=True)
-        for k, score in {**scores, "all": everything}.items():
+        scores["all"] = probe(train.f, train.y, test.f, test.y, strengths=(1.0,), scaled=True)
+        for k, score in scores.items():
             accuracy[k] += score.accuracy / classes
-    result = tpp(found.probes, sides[False], sides[True], w_dec, ns=tuple(options.ns))
+    result = tpp(found.probes, *sides, w_dec, ns=tuple(options.ns))
     named = {"total": result.total, "intended": result.intended, "unintended": result.unintended}
     tables = {kind: {str(n): v for n, v in values.items()} for kind, values in named.items()}
     return {"group": found.name, **tables, "accuracy": {str(k): v for k, v in accuracy.items()}, "raw": found.baseline}

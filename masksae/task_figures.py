@@ -12,7 +12,9 @@ def draw_probing(rows: list[dict], kind: str, score: str = "auc", raw: str = "ra
     start, name = f"{kind}_{score}_", {"auc": "AUC"}.get(score, score)
     ks = [column.removeprefix(start) for column in table.columns if column.startswith(start)]
     ks = sorted((k for k in ks if k.isalnum()), key=lambda k: int(k) if k.isdigit() else 10**9)
-    panels = [(table.assign(y=table[start + k]), f"mean {name},\nprobes on {k} latent{'' if k == '1' else 's'}") for k in ks]
+    panels = [
+        (table.assign(y=table[start + k]), f"mean {name},\nprobes on {k} latent{'' if k == '1' else 's'}") for k in ks
+    ]
     return dots(panels, share=True, line=table[f"{kind}_{raw}"].iloc[0])
 
 
