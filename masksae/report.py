@@ -75,6 +75,8 @@ COLUMNS = {
     "dead_latents": "dead latents",
 }
 """Scores of the comparison: columns, or beginnings of columns of which the first counts."""
+DIGITS = {"dead_latents": 0}
+"""Digits after the point, where they are not 3."""
 
 
 def comparison(scores: pd.DataFrame) -> pd.DataFrame:
@@ -85,7 +87,7 @@ def comparison(scores: pd.DataFrame) -> pd.DataFrame:
             row = {"SAEs": grid, "arm": arm}
             for start, label in COLUMNS.items():
                 for score in [column for column in scores.columns if column.startswith(start)][:1]:
-                    row[label] = describe(effect(scores, score, grid, arm), digits=0 if score == "dead_latents" else 3)
+                    row[label] = describe(effect(scores, score, grid, arm), DIGITS.get(score, 3))
             rows.append(row | {"pairs": effect(scores, "mean_full", grid, arm).pairs})
     return pd.DataFrame(rows)
 
@@ -160,7 +162,8 @@ def interpolated(*results: list[dict]) -> pd.DataFrame:
                     sides = [at_l0(part[part["arm"] == name], score, l0) for name in (baseline, arm)]
                     seeds = sorted(set(sides[0]) & set(sides[1]))
                     if seeds:
-                        row[label] = describe(paired_effect(*([side[seed] for seed in seeds] for side in sides)))
+                        found = paired_effect(*([side[seed] for seed in seeds] for side in sides))
+                        row[label] = describe(found, DIGITS.get(score, 3))
                         row["pairs"] = len(seeds)
             rows += [row] if "pairs" in row else []
     return pd.DataFrame(rows)
@@ -228,12 +231,19 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+LONG = 15
+"""Rows above which a table is folded."""
+
+
 def show(rows, columns: list[str] | None = None):
-    """A table for a notebook: chosen columns, numbers to four digits, no index."""
+    """A table for a notebook: chosen columns, numbers to four digits, no index; a long one is folded behind a line that opens it."""
     from IPython.display import HTML
 
     table = pd.DataFrame(rows)[columns] if columns else pd.DataFrame(rows)
-    return HTML(table.to_html(index=False, float_format="{:.4g}".format, na_rep="", border=0))
+    body = table.to_html(index=False, float_format="{:.4g}".format, na_rep="", border=0)
+    if len(table) > LONG:
+        body = f"<details><summary>Table of {len(table)} rows: {', '.join(table.columns)}</summary>{body}</details>"
+    return HTML(body)
 
 
 def save_table(path, table: pd.DataFrame, note: str):

@@ -281,6 +281,12 @@ def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
     assert figure.axes[0].get_ylabel() or any("task" in label.get_text() for label in figure.axes[0].get_yticklabels())
 
 
+def test_long_tables_are_folded():
+    short, long = (report.show([{"sae": i, "l0": 20.0} for i in range(n)]).data for n in (15, 16))
+    assert "<details>" not in short and long.startswith("<details><summary>Table of 16 rows: sae, l0</summary>")
+    assert long.count("<tr>") + long.count("<tr ") == 17
+
+
 def test_masked_text_shows_what_is_masked():
     class Tokenizer:
         def decode(self, ids):
