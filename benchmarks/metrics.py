@@ -128,7 +128,10 @@ def perturbation_case(texts: int, spurious: bool):
         theirs.perform_feature_ablations(their_probes, adapter, 125, test, effects, list(NS), classes, 500, spurious)
 
     def ours():
-        average = lambda side: {name: (x.mean(1), sae.encode(x).mean(1)) for name, x in side.items()}
+        needed = (
+            [*paired, *paired.values()] if spurious else names
+        )  # the biased texts served to train a probe, on both sides
+        average = lambda side: {name: (side[name].mean(1), sae.encode(side[name]).mean(1)) for name in needed}
         (a, b), probe = (average(train), average(test)), {name: Probe(w, 0.0) for name, w in weights.items()}
         if spurious:
             halves = lambda side: tuple(labelled(side, [name], [other]) for name, other in paired.items())
