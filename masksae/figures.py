@@ -43,10 +43,12 @@ def style() -> None:
     )
 
 
-def save_figure(run, name: str, figure, caption: str) -> None:
-    """Write figures/<profile>/NAME.svg, .png and the caption with its scale as .txt; the same figure gives the same bytes."""
+def save_figure(run, name: str, figure, caption: str, *, simulated: bool = False) -> None:
+    """Write figures/<profile>/NAME.svg, .png and the caption as .txt, with the scale of the run unless it is simulated; the same figure
+    gives the same bytes."""
     path = run.figures / name
-    write_text(path.with_suffix(".txt"), f"{caption} {scale_note(run.profile)}\n")
+    note = f"Profile {run.profile.name}." if simulated else scale_note(run.profile)
+    write_text(path.with_suffix(".txt"), f"{caption} {note}\n")
     for suffix, metadata in ((".svg", {"Date": None, "Creator": None}), (".png", {"Software": None})):
         figure.savefig(path.with_suffix(suffix), metadata=metadata, transparent=True, bbox_inches="tight", dpi=150)
 

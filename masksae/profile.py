@@ -11,7 +11,19 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from masksae.errors import ConfigError, nearest
-from masksae.sections import Absorption, Arm, Evaluation, Grid, Model, Perturbation, Probing, Section, Text, Training
+from masksae.sections import (
+    Absorption,
+    Arm,
+    Evaluation,
+    Grid,
+    Model,
+    Perturbation,
+    Probing,
+    Section,
+    Simulation,
+    Text,
+    Training,
+)
 
 PROFILES = Path(__file__).resolve().parents[1] / "profiles"
 
@@ -30,6 +42,7 @@ class Profile(Section):
     absorption: Absorption
     probing: Probing
     perturbation: Perturbation
+    simulation: Simulation
 
     @model_validator(mode="after")
     def _possible(self):

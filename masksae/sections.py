@@ -209,3 +209,25 @@ class Perturbation(Section):
     ks: Annotated[list[Positive], Field(min_length=1)]
     """Numbers of latents a probe may use."""
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Simulation(Section):
+    """The world with known features (notebook 00)."""
+
+    seeds: Positive
+    """Worlds; each with an SAE in every cell."""
+    ks: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """Mean numbers of active latents; two features are active on average."""
+    ps: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
+    """Shares of masked tokens."""
+    main_p: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """The one that is drawn against width; one of ps."""
+    widths: Annotated[list[Positive], Field(min_length=1)] = [24]
+    """Latents; 18 features can be learned. All of ps are run at the first."""
+    steps: Positive = 400
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if self.main_p not in self.ps:
+            raise ValueError(f"main_p {self.main_p} is none of ps {self.ps}. Add it.")
+        return self

@@ -270,7 +270,10 @@ class Run:
     def rows(self, kind: str, section, code: tuple[str, ...], make) -> list[dict]:
         """Score rows that `make()` gives, kept in scratch under an id of the SAEs, a section of the profile and the code in `code`."""
         groups = [self._id("group", arm) for arm in self.profile.arms]
-        key = [self.table, groups, section.model_dump(), code_id(*code)]
+        return self.kept(kind, [self.table, groups, section.model_dump(), code_id(*code)], make)
+
+    def kept(self, kind: str, key, make) -> list[dict]:
+        """Rows that `make()` gives, kept in scratch under an id of `key`."""
         file = cache_dir("scores", f"{kind}-{run_id(key)}.json")
         if not file.exists():
             write_json(file, make())

@@ -122,7 +122,8 @@ def test_damaged_files_are_named(tmp_path):
     [
         (lambda: SAEConfig(8, 16, BatchTopK(17)), "k = 17"),
         (lambda: BatchTopK(0), "BatchTopK.k"),
-        (lambda: BatchTopK(2.5), "2.5"),
+        (lambda: TopK(2.5), "2.5"),
+        (lambda: BatchTopK(float("nan")), "nan"),
         (lambda: SAEConfig(0, 16, BatchTopK(1)), "d_model"),
         (lambda: SAEConfig(8, 16, BatchTopK(1), prefixes=(0.5, 0.4)), "sum to 1"),
         (lambda: SAEConfig(8, 16, BatchTopK(1), prefixes=(1.5, -0.5)), "positive fractions"),

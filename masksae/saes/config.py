@@ -65,8 +65,14 @@ class TopK(Selection):
 class BatchTopK(TopK):
     """Keep the k x batch largest pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
 
-    At inference a threshold takes over: the running mean of the smallest value kept.
+    At inference a threshold takes over: the running mean of the smallest value kept. k need not be whole.
     """
+
+    k: float
+    """Mean number of latents kept per token."""
+
+    def __post_init__(self):
+        _positive("BatchTopK.k", self.k)
 
 
 @dataclass(frozen=True)

@@ -128,11 +128,11 @@ class BatchTopKRule(TopKRule):
     def dense(self, sae, pre: Tensor, weight):
         h = torch.relu(pre)
         flat = h.detach().reshape(-1)
-        index = flat.topk(min(sae.config.selection.k * len(pre), len(flat)), sorted=False).indices
+        index = flat.topk(min(round(sae.config.selection.k * len(pre)), len(flat)), sorted=False).indices
         return h * torch.zeros_like(flat, dtype=torch.bool).scatter(0, index, True).view_as(h), None, 0.0
 
     def support(self, sae, pre: Tensor, most: float) -> Tensor | None:
-        count = sae.config.selection.k * len(pre)
+        count = round(sae.config.selection.k * len(pre))
         return largest(pre, count) if count <= most else None
 
     def smallest(self, f: Tensor, row: Tensor, batch: int) -> Tensor:
