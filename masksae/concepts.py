@@ -206,9 +206,8 @@ def pair_scores(run: Run, found: Pair, sae, threshold) -> dict:
     f = found.pool.averaged(lambda x: sae.encode(x.to(sae.device), threshold))
     results = {}
     for agree, spurious in found.spurious.items():
-        labelled = found.y ^ torch.tensor(
-            [False, not agree]
-        )  # where they disagree, attribute 2 is replaced by its opposite
+        # where they disagree, attribute 2 is replaced by its opposite
+        labelled = found.y ^ torch.tensor([False, not agree])
         sides = [
             tuple(Texts(found.x[rows], f[rows], labelled[rows, attribute]) for attribute in (0, 1))
             for rows in (~found.is_test, found.is_test)

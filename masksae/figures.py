@@ -217,9 +217,7 @@ def dots(panels, share: bool = False, bottom=None, line=None):
     """One dot per SAE against the grid, arms side by side, pairs of the same seed joined by a line; a dashed line at `line`."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(max(4.2, min(4.2 * len(panels), 13)), 3.6), sharey=share, squeeze=False
-    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(min(4.2 * len(panels), 13), 3.6), sharey=share, squeeze=False)
     for axis, (table, label) in zip(axes[0], panels):
         grids, arms = list(dict.fromkeys(table["grid"])), list(dict.fromkeys(table["arm"]))
         place = {arm: (i - (len(arms) - 1) / 2) * 0.5 / max(1, len(arms) - 1) for i, arm in enumerate(arms)}

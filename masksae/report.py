@@ -79,15 +79,30 @@ DIGITS = {"dead_latents": 0}
 """Digits after the point, where they are not 3."""
 
 
+def treated_arms(scores: pd.DataFrame) -> list[str]:
+    """Names of the arms that are compared with the baseline."""
+    return [arm for arm in dict.fromkeys(scores["arm"]) if arm != baseline_arm(scores)]
+
+
+def first_column(scores: pd.DataFrame, start: str) -> str | None:
+    """The first column whose name begins so; None if there is none."""
+    return next((column for column in scores.columns if column.startswith(start)), None)
+
+
+def compared(scores: pd.DataFrame) -> dict[str, str]:
+    """Label -> column of the scores that this run has of those to compare."""
+    found = {label: first_column(scores, start) for start, label in COLUMNS.items()}
+    return {label: column for label, column in found.items() if column}
+
+
 def comparison(scores: pd.DataFrame) -> pd.DataFrame:
     """One row per grid and treated arm, one column per score: baseline -> treated and the difference with its interval."""
     rows = []
     for grid in dict.fromkeys(scores["grid"]):
-        for arm in [a for a in dict.fromkeys(scores["arm"]) if a != baseline_arm(scores)]:
+        for arm in treated_arms(scores):
             row = {"SAEs": grid, "arm": arm}
-            for start, label in COLUMNS.items():
-                for score in [column for column in scores.columns if column.startswith(start)][:1]:
-                    row[label] = describe(effect(scores, score, grid, arm), DIGITS.get(score, 3))
+            for label, score in compared(scores).items():
+                row[label] = describe(effect(scores, score, grid, arm), DIGITS.get(score, 3))
             rows.append(row | {"pairs": effect(scores, "mean_full", grid, arm).pairs})
     return pd.DataFrame(rows)
 
@@ -105,8 +120,7 @@ def describe(e: Effect, digits: int = 3) -> str:
 
 def decided_by(scores: pd.DataFrame) -> dict[str, tuple[str, str, int]]:
     """Claim -> (column that decides it, its name, direction that supports it), for the claims that this run measured."""
-    first = lambda start: next((c for c in scores.columns if c.startswith(start)), None)
-    probing, gap = first("probing_auc_"), first("ood_gap_")
+    probing, gap = first_column(scores, "probing_auc_"), first_column(scores, "ood_gap_")
     found = {"C1": ("mean_full", "mean full absorption", -1)}
     if probing:
         found["C2"] = (probing, f"mean AUC of probes on {probing.split('_')[-1]} latents", +1)
@@ -154,17 +168,16 @@ def interpolated(*results: list[dict]) -> pd.DataFrame:
     where the SAEs' own L0 do not enclose it."""
     scores, rows = merge(*results, mode="as_trained"), []
     for architecture, part in scores.groupby("architecture", sort=False):
-        l0, baseline = float(np.exp(np.log(part["k"].unique()).mean())), baseline_arm(scores)
-        for arm in [a for a in dict.fromkeys(part["arm"]) if a != baseline]:
+        l0 = float(np.exp(np.log(part["k"].unique()).mean()))
+        for arm in treated_arms(scores):
             row = {"architecture": architecture, "arm": arm, "L0": round(l0, 1)}
-            for start, label in COLUMNS.items():
-                for score in [column for column in scores.columns if column.startswith(start)][:1]:
-                    sides = [at_l0(part[part["arm"] == name], score, l0) for name in (baseline, arm)]
-                    seeds = sorted(set(sides[0]) & set(sides[1]))
-                    if seeds:
-                        found = paired_effect(*([side[seed] for seed in seeds] for side in sides))
-                        row[label] = describe(found, DIGITS.get(score, 3))
-                        row["pairs"] = len(seeds)
+            for label, score in compared(scores).items():
+                sides = [at_l0(part[part["arm"] == name], score, l0) for name in (baseline_arm(scores), arm)]
+                seeds = sorted(set(sides[0]) & set(sides[1]))
+                if seeds:
+                    found = paired_effect(*([side[seed] for seed in seeds] for side in sides))
+                    row[label] = describe(found, DIGITS.get(score, 3))
+                    row["pairs"] = len(seeds)
             rows += [row] if "pairs" in row else []
     return pd.DataFrame(rows)
 

@@ -24,7 +24,7 @@ from masksae.recipe import TrainConfig
 from masksae.saes.config import BatchTopK, SAEConfig
 from masksae.saes.sae import SAE
 from masksae.stages import SAE_CODE, Run, code_id
-from masksae.stats import Effect, paired_effect
+from masksae.stats import paired_effect
 from masksae.training import train
 
 WORDS, RARE, WIDTH = 16, 400, 64
@@ -159,8 +159,3 @@ def effects(rows: list[dict], arm: str, *, mode: str = "matched") -> list[dict]:
                 {"parent": parent, "arm": arm, "p": p, "n_latents": width, "k": k, **paired_effect(*sides).to_dict()}
             )
     return found
-
-
-def as_effect(row: dict) -> Effect:
-    """The statistics of a row of `effects`."""
-    return Effect(**{name: row[name] for name in Effect.__dataclass_fields__})

@@ -52,6 +52,11 @@ class Effect:
     def to_dict(self) -> dict:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, row: dict) -> "Effect":
+        """From `to_dict`, whatever else the row holds."""
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
+
 
 def paired_effect(baseline: Sequence[float], treated: Sequence[float]) -> Effect:
     """Effect of `treated` against `baseline`, paired by position; 95 % t interval. Raises DataError for unequal or no data.

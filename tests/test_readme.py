@@ -18,7 +18,7 @@ def verdict_rows(claims: dict) -> list[str]:
     for key, claim in claims.items():
         effect = "–"
         if "difference" in claim:
-            effect = report.describe(Effect(**{name: claim[name] for name in Effect.__dataclass_fields__}))
+            effect = report.describe(Effect.from_dict(claim))
         elif "grids" in claim:
             cell = lambda verdicts: ", ".join(f"{key} {verdict}" for key, verdict in verdicts.items())
             effect = "; ".join(f"{grid}: {cell(verdicts)}" for grid, verdicts in claim["grids"].items())

@@ -7,6 +7,7 @@ import torch
 
 from masksae import SAE, BatchTopK, SAEConfig, figures, load_profile, simulation, simulation_figures
 from masksae.simulation import World
+from masksae.stats import Effect
 
 
 def test_samples_are_sums_of_the_features_they_name():
@@ -65,7 +66,7 @@ def test_masking_removes_cross_token_absorption_only(rows):
     dropped = {e["parent"]: e for e in simulation.effects(rows, "masked, dropped")}
     assert dropped["cross"]["baseline"] > 0.3 and dropped["cross"]["difference"] < -0.25
     assert abs(dropped["same"]["difference"]) < 0.25 and dropped["same"]["baseline"] > 0.4
-    assert simulation.as_effect(dropped["cross"]).pairs == 3
+    assert Effect.from_dict(dropped["cross"]).pairs == 3
 
 
 def test_kept_positions_raise_clean_l0_and_matching_restores_it(rows):
