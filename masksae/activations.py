@@ -19,8 +19,8 @@ from torch import Tensor
 from masksae.errors import ConfigError, DataError
 from masksae.files import atomic_file, ensure_writable, save_tensors
 
-Pool = tuple[Tensor, Tensor]
-"""Activations [n, d] (any float type) and is_masked bool [n]."""
+Pool = tuple[Tensor, ...]
+"""Activations [n, d] (any float type), is_masked bool [n], and where there are any, targets [n, d]: what is to be reconstructed."""
 
 
 class ActivationStream:
@@ -79,17 +79,29 @@ class ActivationStream:
         return self
 
     def __iter__(self) -> Iterator[Pool]:
-        return (views[0] for views in self.batches([(self.seed, False)]))
+        return (views[0][:2] for views in self.batches([(self.seed, False)]))
+
+    def with_targets(self, clean: "ActivationStream") -> "ActivationStream":
+        """The same stream with the activations of another, row by row, as what is to be reconstructed. Raises DataError."""
+        if clean._sizes != self._sizes:
+            raise DataError(
+                f"The targets come in pools of {clean._sizes} rows, the activations in pools of {self._sizes}."
+            )
+        load = lambda number: (*self._load(number)[:2], clean._load(number)[0])
+        return ActivationStream(
+            load, self._sizes, batch_size=self.batch_size, seed=self.seed, prefetch=self._worker is not None
+        )
 
     def batches(self, views: list[tuple[int, bool]]) -> Iterator[list[Pool]]:
         """One batch per view (seed of the order, whether masked positions are dropped), again and again; moves the position."""
         while True:
-            x, is_masked = self._current()
+            x, is_masked, *targets = self._current()
             orders = [self._order(seed, is_masked if dropped else None).to(x.device) for seed, dropped in views]
             while (self._batch + 1) * self.batch_size <= len(orders[0]):
                 part = slice(self._batch * self.batch_size, (self._batch + 1) * self.batch_size)
                 self._batch += 1
-                yield [(x[order[part]].float(), is_masked[order[part]]) for order in orders]
+                rows = [order[part] for order in orders]
+                yield [(x[row].float(), is_masked[row], *(target[row].float() for target in targets)) for row in rows]
             self._pool, self._batch = self._pool + 1, 0
 
     def scale(self, batches: int = 100) -> float:
@@ -133,25 +145,29 @@ class ActivationStream:
         return self._held[1]
 
     def _read(self, number: int) -> Pool:
-        x, is_masked = self._load(number)
-        for part in x.split(65536):
+        x, is_masked, *targets = self._load(number)
+        for part in (part for values in (x, *targets) for part in values.split(65536)):
             finite = torch.isfinite(part)
             if not finite.all():
                 bad = int((~finite).any(1).sum())
                 raise DataError(
                     f"Pool {number} of the activations holds NaN or infinity in at least {bad} rows. Look at the model's dtype and the hook point."
                 )
-        return x.to(self._device), is_masked.to(self._device)
+        return tuple(values.to(self._device) for values in (x, is_masked, *targets))
 
 
 def from_model(
     language_model, blocks: Tensor, *, block: int, p: float, token_id: int, mask_seed: int, bos_id: int | None,
     batch_size: int, seed: int, pool_tokens: int = 131_072, scratch: Path | None = None, sequences: int = 16, progress: bool = True,
+    replacements: Tensor | None = None, share: float = 1.0,
 ) -> ActivationStream:  # fmt: skip
     """Stream of the activations after `block` on token blocks [n, s] that are masked on the way in.
 
     The BOS position is left out: an attention sink whose norm is several times everyone else's. With `scratch`, each pool is
     kept there (half precision) and later epochs and runs read it back; without, every visit runs the model.
+
+    replacements  as in `mask_tokens`
+    share         use only the first blocks, this share of them; scratch is that of the whole
     """
     from masksae.masking import mask_tokens
     from masksae.tracing import activations, hook_point
@@ -159,7 +175,7 @@ def from_model(
     hook_point(language_model.model, block)
     first = 0 if bos_id is None else 1
     kept = blocks.shape[1] - first
-    rows = -(-pool_tokens // kept)
+    rows, used = -(-pool_tokens // kept), max(1, round(share * len(blocks)))
     stretches = list(zip(range(0, len(blocks), rows), blocks.split(rows)))
     if scratch is not None:
         ensure_writable(scratch)
@@ -171,7 +187,7 @@ def from_model(
         start, ids = stretches[number]
         spare = () if bos_id is None else (bos_id,)
         corrupted, is_masked = mask_tokens(
-            ids, p=p, token_id=token_id, seed=mask_seed, first_sequence=start, spare=spare
+            ids, p=p, token_id=token_id, seed=mask_seed, first_sequence=start, spare=spare, replacements=replacements
         )
         label = f"activations, pool {number + 1} of {len(stretches)}" if progress else None
         x = activations(language_model.model, corrupted, block=block, batch=sequences, label=label)[:, first:]
@@ -181,8 +197,10 @@ def from_model(
             return _read_pool(file)
         return pool
 
-    sizes, ahead = [len(ids) * kept for _, ids in stretches], language_model.model.device.type == "cuda"
-    return ActivationStream(load, sizes, batch_size=batch_size, seed=seed, prefetch=ahead)
+    sizes = [min(len(ids), used - start) * kept for start, ids in stretches if start < used]
+    first_rows = lambda number: tuple(values[: sizes[number]] for values in load(number))
+    ahead = language_model.model.device.type == "cuda"
+    return ActivationStream(first_rows, sizes, batch_size=batch_size, seed=seed, prefetch=ahead)
 
 
 def _write_pool(file: Path, pool: Pool) -> None:

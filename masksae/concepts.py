@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from masksae.code_ids import SOURCE_CODE
 from masksae.errors import DataError
 from masksae.metrics.perturbation import Probe, Texts, fit_probe, scr, tpp
 from masksae.metrics.sparse_probing import probe, sparse_probing
 from masksae.scores import score_saes
 from masksae.sources import probe_table
-from masksae.stages import SOURCE_CODE, Run
+from masksae.stages import Run
 from masksae.tasks import labels, text_batches
 
 ROOM = 0.1

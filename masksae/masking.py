@@ -13,8 +13,9 @@ from masksae.errors import ConfigError, DataError
 
 
 def mask_tokens(
-    ids: Tensor, *, p: float, token_id: int, seed: int, first_sequence: int = 0, spare=(), vocab_size: int | None = None
-) -> tuple[Tensor, Tensor]:
+    ids: Tensor, *, p: float, token_id: int, seed: int, first_sequence: int = 0, spare=(), vocab_size: int | None = None,
+    replacements: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Replace each token by `token_id`, independently with probability `p`.
 
     ids             int64 [n, s], never changed in place
@@ -24,6 +25,8 @@ def mask_tokens(
     first_sequence  index of ids[0] in the whole data set: sequence i always gets mask number first_sequence + i
     spare           ids that are never replaced (give the BOS id here)
     vocab_size      if given, every id must be below it
+    replacements    int64 [m]: masked positions get one of these, drawn uniformly, in place of token_id; give a text's tokens to draw by
+                    their frequency. The masks are the same with and without
 
     Returns (corrupted_ids int64 [n, s], is_masked bool [n, s]). Raises ConfigError or DataError.
 
@@ -32,17 +35,26 @@ def mask_tokens(
     tensor([[1, 0, 0, 7, 8, 0]])
     """
     _check(ids, p, token_id, seed, first_sequence, vocab_size)
+    if replacements is not None and (
+        replacements.ndim != 1 or len(replacements) == 0 or replacements.dtype != torch.int64
+    ):
+        raise DataError(
+            f"replacements must be int64 [m] with at least one id, found {replacements.dtype} {tuple(replacements.shape)}."
+        )
     n, s = ids.shape
     if p == 0:
         return ids.clone(), torch.zeros(n, s, dtype=torch.bool)
-    uniform = np.empty((n, s))
+    uniform = np.empty((n, 1 if replacements is None else 2, s))
     for i in range(n):
         key = np.array([seed, first_sequence + i], dtype=np.uint64)
         np.random.Generator(np.random.Philox(key=key)).random(out=uniform[i])
-    is_masked = torch.from_numpy(uniform < p)
+    is_masked = torch.from_numpy(uniform[:, 0] < p)
     for kept in spare:
         is_masked &= ids != kept
-    return ids.masked_fill(is_masked, token_id), is_masked
+    if replacements is None:
+        return ids.masked_fill(is_masked, token_id), is_masked
+    drawn = replacements[torch.from_numpy((uniform[:, 1] * len(replacements)).astype(np.int64))]
+    return torch.where(is_masked, drawn, ids), is_masked
 
 
 def _check(ids, p, token_id, seed, first_sequence, vocab_size) -> None:

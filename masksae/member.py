@@ -43,18 +43,18 @@ class Member:
         self.coefficient = torch.tensor(getattr(rule, "l1", 1.0), dtype=sae.dtype, device=device)
         self.failed = torch.tensor(-1, device=device)
 
-    def step(self, x: Tensor, step: int, record: bool = False) -> None:
-        """One update on a scaled batch x [B, d]; `record` appends to the SAE's history."""
-        outcome = self.gradients(x, step)
+    def step(self, x: Tensor, step: int, record: bool = False, target: Tensor | None = None) -> None:
+        """One update on a scaled batch x [B, d], to be reconstructed or to be turned into `target`; `record` appends to the SAE's history."""
+        outcome = self.gradients(x, step, target)
         self._update_(outcome, len(x), step)
         self._descend(self.config.lr_at(step))
         if record:
-            self._record(x, outcome, step)
+            self._record(x if target is None else target, outcome, step)
 
     @torch.no_grad()
-    def gradients(self, x: Tensor, step: int) -> Outcome:
+    def gradients(self, x: Tensor, step: int, target: Tensor | None = None) -> Outcome:
         """Fill every parameter's `.grad` and change nothing else."""
-        sae = self.sae
+        sae, target = self.sae, x if target is None else target
         estimate = isinstance(sae.config.selection, TopK) and step > self.config.threshold_start
         revive, weight = self._revive(len(x), step), self._weight(step)
         with self._autocast():
@@ -62,8 +62,8 @@ class Member:
             pre = self._pre_activations(xc)
             index = rule_of(sae.config).support(sae, pre, DENSE_SHARE * pre.numel()) if self.sparse else None
             if index is None:
-                return dense_step(sae, x, xc, pre, weight, revive, estimate)
-        outcome = sparse_step(sae, x, xc, pre, index, weight, estimate)
+                return dense_step(sae, target, xc, pre, weight, revive, estimate)
+        outcome = sparse_step(sae, target, xc, pre, index, weight, estimate)
         if revive:
             dead = dead_latents(sae, outcome.fired, len(x))
             if dead.any():

@@ -14,6 +14,7 @@ from masksae.errors import ConfigError, nearest
 from masksae.sections import (
     Absorption,
     Arm,
+    Contexts,
     Evaluation,
     Grid,
     Model,
@@ -36,17 +37,20 @@ class Profile(Section):
     model: Model
     text: Text
     arms: Annotated[list[Arm], Field(min_length=1)]
+    ablations: list[Arm] = []
+    """Further arms, with SAEs of the first grid only; compared in notebooks 04 and 08."""
     training: Training
     saes: Annotated[list[Grid], Field(min_length=1)]
     evaluation: Evaluation
     absorption: Absorption
+    contexts: Contexts
     probing: Probing
     perturbation: Perturbation
     simulation: Simulation
 
     @model_validator(mode="after")
     def _possible(self):
-        for what, items in (("arms", self.arms), ("saes", self.saes)):
+        for what, items in (("arms and ablations", [*self.arms, *self.ablations]), ("saes", self.saes)):
             names = [item.name for item in items]
             if len(set(names)) < len(names):
                 raise ValueError(f"{what}: names must differ, found {names}. Rename one.")
@@ -54,6 +58,14 @@ class Profile(Section):
             raise ValueError(
                 f"arms: the first arm is the baseline of every comparison and needs p = 0, found {self.arms[0].p}."
             )
+        for arm in self.arms:
+            if arm.seeds is not None:
+                raise ValueError(f"arms.{arm.name}.seeds: an arm has SAEs of every grid and seed. Leave this key out.")
+        for arm in self.ablations:
+            if missing := set(arm.seeds or ()) - set(self.saes[0].seeds):
+                raise ValueError(
+                    f"ablations.{arm.name}.seeds: {sorted(missing)} are not among the first grid's ({self.saes[0].seeds}), so nothing pairs with them."
+                )
         if self.text.train_tokens < self.training.batch_size:
             raise ValueError(
                 f"text.train_tokens ({self.text.train_tokens}) is less than one training.batch_size ({self.training.batch_size}). Raise the first."

@@ -10,13 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from masksae.code_ids import SOURCE_CODE
 from masksae.metrics.absorption import first_letter, icl_prefixes, single_token_words
 from masksae.metrics.probes import letter_probe
 from masksae.metrics.reconstruction import calibrated_threshold, ce_score, kl_score, reconstruction
 from masksae.parallel import in_threads
 from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
-from masksae.stages import SOURCE_CODE, Run
+from masksae.stages import Run
 from masksae.tracing import activations, prefix_cache, spliced_losses
 
 

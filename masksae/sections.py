@@ -55,6 +55,17 @@ class Arm(Section):
     """Probability that an input token is replaced; 0 is the unmasked baseline."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the masks."""
+    token: str | None = None
+    """Text of the token that replaces; None: the model's mask_token; "rare": the rarest token of the training text; "random": for each position
+    a token drawn by its frequency there."""
+    drop_masked: bool = False
+    """Train on ordinary positions only."""
+    denoise: bool = False
+    """Reconstruct the clean activation from the corrupted one, at ordinary positions."""
+    tokens: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training text that is used."""
+    seeds: list[Annotated[int, Field(ge=0)]] | None = None
+    """Of an ablation: seeds of its SAEs, some of the first grid's; None: all of them."""
 
 
 class Training(Section):
@@ -71,6 +82,16 @@ class Training(Section):
     threshold_ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     pool_tokens: Positive = 131_072
     """Tokens that are shuffled together."""
+    snapshots: list[Positive] = []
+    """Steps at which the SAEs are also kept, each after a learning-rate decay of its own: absorption along training (notebook 04). Those
+    that an arm does not reach are left out."""
+
+    def config(self, steps: int):
+        """The `TrainConfig` of a run of so many steps."""
+        from masksae.recipe import TrainConfig
+
+        shared = self.model_dump(exclude={"epochs", "batch_size", "pool_tokens", "snapshots"})
+        return TrainConfig(steps, snapshots=tuple(n for n in self.snapshots if n < steps), **shared)
 
 
 RULES = {"topk": TopK, "batch_topk": BatchTopK, "jump_relu": JumpReLU, "relu": ReLU, "gated": Gated}
@@ -113,11 +134,9 @@ class Grid(Section):
     """Matryoshka group fractions, summing to 1; empty: one group."""
     dead_after_tokens: Positive = 10_000_000
     """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (TopK kinds)."""
-    drop_masked: bool = False
-    """Train on ordinary positions only."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
-    def config(self, d_model: int, seed: int) -> SAEConfig:
+    def config(self, d_model: int, seed: int, drop_masked: bool = False) -> SAEConfig:
         """The SAE's configuration for a model of width `d_model`."""
         aux = AuxK(dead_after_tokens=self.dead_after_tokens) if "topk" in self.selection.rule else None
         return SAEConfig(
@@ -127,7 +146,7 @@ class Grid(Section):
             self.prefixes,
             aux=aux,
             seed=seed,
-            drop_masked=self.drop_masked,
+            drop_masked=drop_masked,
         )
 
     @property
@@ -167,6 +186,18 @@ class Absorption(Section):
     """Of the noise study: how many times the in-context examples are drawn, for the SAEs of the first grid."""
     splits: Positive = 1
     """Of the noise study: how many times the words are split into training and test."""
+
+
+class Contexts(Section):
+    """Absorption of parents that another token sets (`masksae.metrics.contexts`)."""
+
+    tokens: Positive
+    """Of held-out text in which occurrences are looked for."""
+    positives: Positive
+    """Occurrences of a parent, at most, and as many others beside them."""
+    min_parents: Positive = 5
+    """Parents that must pass the probe gate."""
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Probing(Section):

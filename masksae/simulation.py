@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from masksae.activations import ActivationStream
+from masksae.code_ids import SAE_CODE, code_id
 from masksae.metrics.absorption import absorbed
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import in_threads
 from masksae.recipe import TrainConfig
 from masksae.saes.config import BatchTopK, SAEConfig
 from masksae.saes.sae import SAE
-from masksae.stages import SAE_CODE, Run, code_id
+from masksae.stages import Run
 from masksae.stats import paired_effect
 from masksae.training import train
 

@@ -4,8 +4,6 @@ Each step is made on first use and kept in scratch under an id that covers its c
 notebook may be run alone, again, or after a crash: what is finished is read back, what is missing is made.
 """
 
-import ast
-import importlib.util
 import os
 import shutil
 import sys
@@ -15,34 +13,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from masksae.code_ids import SOURCE_CODE, STREAM_CODE, TRAINING_CODE, code_id
 from masksae.errors import DataError
 from masksae.files import atomic_dir, cache_dir, ensure_writable, read_json, run_id, save_tensors, write_json
 from masksae.profile import Arm, Grid, load_profile
 from masksae.saes.config import SAEConfig
 from masksae.saes.sae import SAE
-
-SOURCE_CODE = ("packages", "sources", "models")
-STREAM_CODE = ("corpus", "masking", "tracing", "activations")
-SAE_CODE = ("saes.config", "saes.sae", "saes.rules", "saes.loss", "saes.sparse")
-TRAINING_CODE = (*STREAM_CODE, *SAE_CODE, "recipe", "member", "training")
-
-
-def code_id(*modules: str) -> str:
-    """Id of what some modules of masksae do: comments, docstrings and layout do not count."""
-    trees = {}
-    for module in modules:
-        tree = ast.parse(Path(importlib.util.find_spec(f"masksae.{module}").origin).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if (
-                isinstance(body, list)
-                and body
-                and isinstance(body[0], ast.Expr)
-                and isinstance(body[0].value, ast.Constant)
-            ):
-                body.pop(0)
-        trees[module] = ast.dump(tree)
-    return run_id(trees)
 
 
 def repository() -> Path:
@@ -78,12 +54,17 @@ class Run:
         hook_point(loaded.model, self.profile.model.block)
         return loaded
 
-    @cached_property
-    def mask_id(self) -> int:
-        """Id of the special token."""
+    def replacement(self, arm: Arm) -> dict:
+        """What stands at an arm's masked positions, as keywords of `mask_tokens`."""
         from masksae.models import token_id
 
-        return token_id(self.language_model.tokenizer, self.profile.model.mask_token)
+        if arm.token not in ("rare", "random"):
+            return {"token_id": token_id(self.language_model.tokenizer, arm.token or self.profile.model.mask_token)}
+        text = self.ids("train")[:, 0 if self.bos_id is None else 1 :].flatten()
+        if arm.token == "random":
+            return {"token_id": 0, "replacements": text}
+        found, counts = text.unique(return_counts=True)
+        return {"token_id": found[counts.argmin()].item()}
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -98,20 +79,15 @@ class Run:
         """`datasets.Dataset`s of token blocks: train and held_out."""
         from masksae import corpus, sources
 
-        text = self.profile.text
-        key = run_id(
-            [
-                self.profile.model.source,
-                self.profile.model.bos_token,
-                text.model_dump(),
-                code_id("corpus", *SOURCE_CODE),
-            ]
-        )
+        text, model = self.profile.text, self.profile.model
+        held_out = text.held_out_tokens + self.profile.contexts.tokens
+        code = code_id("corpus", *SOURCE_CODE)
+        key = run_id([model.source, model.bos_token, text.model_dump(), held_out, code])
         return corpus.build(
             chain.from_iterable(sources.documents(source) for source in text.sources),
             self.language_model.tokenizer,
             cache_dir("blocks", key),
-            tokens={"train": text.train_tokens, "held_out": text.held_out_tokens},
+            tokens={"train": text.train_tokens, "held_out": held_out},
             block_length=text.block_length,
             bos_id=self.bos_id,
             held_out_share=text.held_out_share,
@@ -120,17 +96,23 @@ class Run:
         )
 
     def ids(self, split: str) -> Tensor:
-        """Token blocks int64 [n, block_length]."""
+        """Token blocks int64 [n, block_length]: "train", "held_out", or "contexts", which is more held-out text."""
         from masksae.corpus import as_tensor
 
-        return as_tensor(self.blocks[split])
+        if split == "train":
+            return as_tensor(self.blocks[split])
+        ids, first = (
+            as_tensor(self.blocks["held_out"]),
+            -(-self.profile.text.held_out_tokens // self.profile.text.block_length),
+        )
+        return ids[:first] if split == "held_out" else ids[first:]
 
     def corrupt(self, arm: Arm, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks as an arm's model sees them, and where they are masked."""
         from masksae.masking import mask_tokens
 
         spare = () if self.bos_id is None else (self.bos_id,)
-        return mask_tokens(ids, p=arm.p, token_id=self.mask_id, seed=arm.seed, spare=spare)
+        return mask_tokens(ids, p=arm.p, seed=arm.seed, spare=spare, **self.replacement(arm))
 
     def activations(self, ids: Tensor, label: str | None = None) -> Tensor:
         """Residual stream [tokens, d] at the hook point, BOS left out."""
@@ -146,58 +128,78 @@ class Run:
 
         training = self.profile.training
         scratch = cache_dir("activations", self._id("stream", arm)) if training.epochs > 1 else None
-        return from_model(
+        stream = from_model(
             self.language_model,
             self.ids("train"),
             block=self.profile.model.block,
             p=arm.p,
-            token_id=self.mask_id,
             mask_seed=arm.seed,
             bos_id=self.bos_id,
             batch_size=training.batch_size,
             seed=self.profile.text.seed,
             pool_tokens=training.pool_tokens,
             scratch=scratch,
+            share=arm.tokens,
+            **self.replacement(arm),
         )
+        return stream.with_targets(self.stream(Arm(name="clean", p=0, tokens=arm.tokens))) if arm.denoise else stream
 
     @cached_property
     def saes(self) -> dict[str, SAE]:
-        """Trained SAEs by name, such as "masked-matryoshka20-s0"; trains the groups that are not finished."""
+        """Trained SAEs by name, such as "masked-matryoshka20-s0", ablations too; trains the groups that are not finished."""
         trained = {}
-        for arm in self.profile.arms:
+        for arm in self.arms:
             trained |= self._group(arm)
         return trained
 
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms and the ablations."""
+        return [*self.profile.arms, *self.profile.ablations]
+
     def members(self, arm: Arm) -> list[tuple[str, Grid, int]]:
-        """(name, grid, seed) of every SAE of an arm."""
-        return [(f"{arm.name}-{grid.name}-s{seed}", grid, seed) for grid in self.profile.saes for seed in grid.seeds]
+        """(name, grid, seed) of every SAE of an arm or of an ablation."""
+        grids = self.profile.saes if arm in self.profile.arms else self.profile.saes[:1]
+        return [(f"{arm.name}-{grid.name}-s{seed}", grid, seed) for grid in grids for seed in arm.seeds or grid.seeds]
 
     @property
     def table(self) -> list[dict]:
-        """One row per SAE: what it is, without scores."""
+        """One row per SAE of the arms: what it is, without scores."""
+        return self.rows_of(self.profile.arms)
+
+    def rows_of(self, arms: list[Arm]) -> list[dict]:
+        """One row per SAE of some arms or ablations."""
         return [
             {"sae": name, "arm": arm.name, "p": arm.p, "grid": grid.name, "k": grid.selection.config.goal, "seed": seed}
             | {"architecture": grid.architecture}
-            for arm in self.profile.arms
+            for arm in arms
             for name, grid, seed in self.members(arm)
         ]
 
     def _id(self, kind: str, arm: Arm) -> str:
         """Id of an arm's activation stream, or of the group of SAEs trained on it."""
         profile = self.profile
-        stream = [profile.model.model_dump(), profile.text.model_dump(), arm.p, arm.seed, profile.training.pool_tokens]
+        masks = [arm.p, arm.seed, arm.token] if arm.p else []
+        stream = [profile.model.model_dump(), profile.text.model_dump(), masks, profile.training.pool_tokens]
         if kind == "stream":
             return run_id([stream, code_id(*SOURCE_CODE, *STREAM_CODE)])
-        grids = [grid.model_dump(mode="json") for grid in profile.saes]
-        return run_id([stream, profile.training.model_dump(), grids, code_id(*SOURCE_CODE, *TRAINING_CODE)])
+        saes = [(grid.model_dump(mode="json"), seed) for _, grid, seed in self.members(arm)]
+        return run_id(
+            [stream, arm.tokens, arm.drop_masked, arm.denoise, profile.training.model_dump(), saes]
+            + [code_id(*SOURCE_CODE, *TRAINING_CODE)]
+        )
+
+    def _folder(self, arm: Arm) -> Path:
+        """Where an arm's SAEs, checkpoint and snapshots are kept."""
+        return cache_dir("groups", self._id("group", arm), arm.name)
 
     def _group(self, arm: Arm) -> dict[str, SAE]:
         """All SAEs of one arm: read back if finished, else trained (or trained on from the last checkpoint)."""
-        members = self.members(arm)
-        kept, shown = cache_dir("groups", self._id("group", arm), arm.name), self.build / "saes" / arm.name
+        members, kept, shown = self.members(arm), self._folder(arm), self.build / "saes" / arm.name
         if not (kept / "saes").exists():
             ensure_writable(kept)
-            saes = self._train(arm, [grid.config(self._width, seed) for _, grid, seed in members], kept)
+            drop = arm.drop_masked or arm.denoise
+            saes = self._train(arm, [grid.config(self._width, seed, drop) for _, grid, seed in members], kept)
             with atomic_dir(kept / "saes") as tmp:
                 for (name, _, _), sae in zip(members, saes):
                     sae.save(tmp / name)
@@ -211,30 +213,36 @@ class Run:
         return self.language_model.model.config.hidden_size
 
     def _train(self, arm: Arm, configs: list[SAEConfig], folder: Path) -> list[SAE]:
-        from masksae.recipe import TrainConfig
         from masksae.training import train
 
         training, stream = self.profile.training, self.stream(arm)
-        config = TrainConfig(
-            steps=training.epochs * stream.batches_per_epoch,
-            lr=training.lr,
-            warmup=training.warmup,
-            decay=training.decay,
-            sparsity_warmup=training.sparsity_warmup,
-            threshold_start=training.threshold_start,
-            threshold_ema=training.threshold_ema,
-        )
-        print(
-            f"arm {arm.name}: {len(configs)} SAEs, {config.steps} steps of {training.batch_size} tokens",
-            file=sys.stderr,
-            flush=True,
-        )
+        config = training.config(training.epochs * stream.batches_per_epoch)
+        done = f"arm {arm.name}: {len(configs)} SAEs, {config.steps} steps of {training.batch_size} tokens"
+        print(done, file=sys.stderr, flush=True)
         return train(configs, stream, config, checkpoint_dir=folder, device=self.device)
 
-    def load_saes(self) -> dict[str, SAE]:
-        """The SAEs that 02_train left in build/. Raises DataError with the remedy if they are not there."""
+    def snapshots(self, arm: Arm) -> dict[int, dict[str, SAE]]:
+        """SAEs of the first grid by step and name, the finished ones too; an arm whose scratch was deleted is trained again."""
+        from masksae.training import load_snapshots
+
+        finished, first = self.load_saes([arm]), self.profile.saes[0].name
+        last = next(iter(finished.values())).history[-1]["step"] + 1
+        kept = load_snapshots(self._folder(arm), device=self.device)
+        if sorted(kept) != sorted(n for n in self.profile.training.snapshots if n < last):
+            shutil.rmtree(self._folder(arm), ignore_errors=True)
+            self._group(arm)
+            kept = load_snapshots(self._folder(arm), device=self.device)
+        steps = kept | {last: finished.values()}
+        return {
+            step: {name: sae for (name, grid, _), sae in zip(self.members(arm), saes) if grid.name == first}
+            for step, saes in steps.items()
+        }
+
+    def load_saes(self, arms: list[Arm] | None = None) -> dict[str, SAE]:
+        """The SAEs that 02_train left in build/, of the profile's arms or of those given. Raises DataError with the remedy if they are not
+        there."""
         folder, found = self.build / "saes", {}
-        for row in self.table:
+        for row in self.table if arms is None else self.rows_of(arms):
             path = folder / row["arm"] / row["sae"]
             if not path.exists():
                 raise DataError(

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from masksae.code_ids import SOURCE_CODE
 from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads
 from masksae.scores import score_saes
 from masksae.shifts import Shift
 from masksae.sources import binary_tasks, probe_table
-from masksae.stages import SOURCE_CODE, Run
+from masksae.stages import Run
 from masksae.tracing import activations
 
 BATCH = 64

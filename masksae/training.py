@@ -105,7 +105,7 @@ class Group:
         self.scale = self.stream.scale()
         first = next(self.stream.batches(self.views))
         self.stream.load_state_dict(position)
-        medians = [geometric_median(x / self.scale) for x, _ in first]
+        medians = [geometric_median(x / self.scale) for x, *_ in first]
         with torch.no_grad():
             for member in self.members:
                 if member.sae.config.selection.median_start:
@@ -121,10 +121,11 @@ class Group:
             for n, target in due.pop(self.step, []):
                 self._snapshot(config, n, target)
                 batches = self.stream.batches(self.views)
-            xs = [x / self.scale for x, _ in next(batches)]
+            views = [[x / self.scale, *(t / self.scale for t in target)] for x, _, *target in next(batches)]
             record = self.step % config.log_every == 0 or self.step == config.steps - 1
             for member in self.members:
-                member.step(xs[self.views.index(view_of(member.sae.config, self.stream))], self.step, record)
+                x, *target = views[self.views.index(view_of(member.sae.config, self.stream))]
+                member.step(x, self.step, record, *target)
             self.step += 1
             tick()
             if record:

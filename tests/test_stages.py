@@ -61,6 +61,7 @@ def profile(folder, name="tiny", **changes):
         ],
         "evaluation": {"ce_tokens": 320},
         "absorption": {"words": 50},
+        "contexts": {"tokens": 320, "positives": 20},
         "probing": {
             "tasks": [str(folder / "task.csv")],
             "shifted": [str(folder / "task_OOD.csv")],
@@ -110,7 +111,7 @@ def test_the_masked_arm_is_trained_on_what_the_model_makes_of_masked_text(projec
     x, is_masked = run.stream(arm)._load(0)
     ids, where = run.corrupt(arm, run.ids("train"))
     assert 0.25 < is_masked.double().mean() < 0.35 and torch.equal(is_masked, where[:, 1:].flatten()[: len(x)])
-    assert (ids[:, 0] == run.bos_id).all() and (ids[where] == run.mask_id).all()
+    assert (ids[:, 0] == run.bos_id).all() and (ids[where] == run.replacement(arm)["token_id"]).all()
     expected = run.activations(ids[: len(x) // 31])
     torch.testing.assert_close(x.float(), expected, rtol=1e-2, atol=1e-2)
 
