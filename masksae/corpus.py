@@ -4,6 +4,7 @@ A block is the BOS token (if the profile names one) and the next block_length - 
 that does not fill a block is left out, so no block spans two documents and no separator token is needed. A document is held
 out or not by a hash of its text: duplicates always fall on the same side, whatever the sources, their order and the amount. Other
 documents may quote one another, so a held-out block that shares 24 consecutive tokens with the training blocks is dropped.
+A split "contexts" goes on with held-out documents where "held_out" is full.
 """
 
 import hashlib
@@ -15,8 +16,6 @@ from torch import Tensor
 
 from masksae.errors import DataError
 from masksae.files import atomic_dir, recover
-
-SPLITS = ("train", "held_out")
 
 REPEAT = 24
 """Consecutive tokens that two blocks must share for one to repeat the other."""
@@ -50,9 +49,9 @@ def build(
     documents: Iterable[str], tokenizer, folder, *, tokens: dict[str, int], block_length: int, bos_id: int | None,
     held_out_share: float, seed: int, ordered: bool = True, progress: bool = True,
 ) -> dict:  # fmt: skip
-    """Both splits as `datasets.Dataset`s of blocks, saved under `folder` and read back: {"train": ..., "held_out": ...}.
+    """The splits as `datasets.Dataset`s of blocks, saved under `folder` and read back: {"train": ..., "held_out": ...}.
 
-    tokens    wanted size of each split; documents are read until both are full, so a stream need not end. Held-out blocks that
+    tokens    wanted size of each split ("contexts" may be among them); documents are read until all are full, so a stream need not end. Held-out blocks that
               repeat training text are dropped then (a few per cent where sources quote each other)
     ordered   read all documents first and take them in a seeded order; False takes a stream as it comes
 
@@ -65,17 +64,18 @@ def build(
         texts = in_order(documents, seed) if ordered else documents
         blocks = _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress)
         first = 0 if bos_id is None else 1
-        repeated = repeats(blocks["held_out"][:, first:], blocks["train"][:, first:])
-        if repeated.all():
-            raise DataError(
-                "Every held-out block repeats training text. Give text that is less alike, or another text.seed."
-            )
-        blocks["held_out"] = blocks["held_out"][~repeated]
+        for split in tokens.keys() - {"train"}:
+            repeated = repeats(blocks[split][:, first:], blocks["train"][:, first:])
+            if repeated.all():
+                raise DataError(
+                    f"Every block of {split} repeats training text. Give text that is less alike, or another text.seed."
+                )
+            blocks[split] = blocks[split][~repeated]
         with atomic_dir(folder) as tmp:
             features = datasets.Features({"ids": datasets.List(datasets.Value("int32"), length=block_length)})
-            for split in SPLITS:
+            for split in tokens:
                 datasets.Dataset.from_dict({"ids": blocks[split]}, features=features).save_to_disk(tmp / split)
-    return {split: datasets.load_from_disk(folder / split) for split in SPLITS}
+    return {split: datasets.load_from_disk(folder / split) for split in tokens}
 
 
 def repeats(blocks: np.ndarray, others: np.ndarray, run: int = REPEAT) -> np.ndarray:
@@ -101,18 +101,20 @@ def as_tensor(dataset) -> Tensor:
 
 
 def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress) -> dict[str, np.ndarray]:
-    """Blocks of both splits, in the order of the documents."""
+    """Blocks of the splits, in the order of the documents."""
     from tqdm import tqdm
 
-    wanted = {split: -(-tokens[split] // block_length) for split in SPLITS}
-    blocks: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    found, documents = dict.fromkeys(SPLITS, 0), 0
+    wanted = {split: -(-tokens[split] // block_length) for split in tokens}
+    blocks: dict[str, list[np.ndarray]] = {split: [] for split in tokens}
+    found, documents = dict.fromkeys(tokens, 0), 0
     with tqdm(
         total=sum(wanted.values()), desc="token blocks", unit="block", disable=not progress, mininterval=1
     ) as bar:
         for text in texts:
             documents += 1
             split = "held_out" if is_held_out(text, held_out_share) else "train"
+            if split == "held_out" and "contexts" in tokens and found[split] == wanted[split]:
+                split = "contexts"
             if found[split] < wanted[split]:
                 new = token_blocks(text, tokenizer, block_length=block_length, bos_id=bos_id)
                 new = new[: wanted[split] - found[split]]
@@ -122,7 +124,7 @@ def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progre
             elif found == wanted:
                 break
     _check_filled(found, wanted, documents, block_length)
-    return {split: np.concatenate(blocks[split]) for split in SPLITS}
+    return {split: np.concatenate(blocks[split]) for split in tokens}
 
 
 def _check_filled(found: dict[str, int], wanted: dict[str, int], documents: int, block_length: int) -> None:
@@ -132,8 +134,8 @@ def _check_filled(found: dict[str, int], wanted: dict[str, int], documents: int,
         raise DataError(
             f"None of {documents} documents fills a block of {block_length} tokens. Lower text.block_length or give longer documents."
         )
-    short = {split: f"{found[split]} of {wanted[split]}" for split in SPLITS if found[split] < wanted[split]}
+    short = {split: f"{found[split]} of {wanted[split]}" for split in found if found[split] < wanted[split]}
     if short:
         raise DataError(
-            f"The text ran out after {documents} documents, with blocks {short}. Lower text.train_tokens or text.held_out_tokens, or add sources."
+            f"The text ran out after {documents} documents, with blocks {short}. Lower text.train_tokens, text.held_out_tokens or contexts.tokens, or add sources."
         )

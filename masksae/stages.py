@@ -76,18 +76,17 @@ class Run:
 
     @cached_property
     def blocks(self) -> dict:
-        """`datasets.Dataset`s of token blocks: train and held_out."""
+        """`datasets.Dataset`s of token blocks: train, held_out, and contexts, which is more held-out text."""
         from masksae import corpus, sources
 
-        text, model = self.profile.text, self.profile.model
-        held_out = text.held_out_tokens + self.profile.contexts.tokens
+        text, model, contexts = self.profile.text, self.profile.model, self.profile.contexts.tokens
         code = code_id("corpus", *SOURCE_CODE)
-        key = run_id([model.source, model.bos_token, text.model_dump(), held_out, code])
+        key = run_id([model.source, model.bos_token, text.model_dump(), contexts, code])
         return corpus.build(
             chain.from_iterable(sources.documents(source) for source in text.sources),
             self.language_model.tokenizer,
             cache_dir("blocks", key),
-            tokens={"train": text.train_tokens, "held_out": held_out},
+            tokens={"train": text.train_tokens, "held_out": text.held_out_tokens, "contexts": contexts},
             block_length=text.block_length,
             bos_id=self.bos_id,
             held_out_share=text.held_out_share,
@@ -96,16 +95,10 @@ class Run:
         )
 
     def ids(self, split: str) -> Tensor:
-        """Token blocks int64 [n, block_length]: "train", "held_out", or "contexts", which is more held-out text."""
+        """Token blocks int64 [n, block_length]."""
         from masksae.corpus import as_tensor
 
-        if split == "train":
-            return as_tensor(self.blocks[split])
-        ids, first = (
-            as_tensor(self.blocks["held_out"]),
-            -(-self.profile.text.held_out_tokens // self.profile.text.block_length),
-        )
-        return ids[:first] if split == "held_out" else ids[first:]
+        return as_tensor(self.blocks[split])
 
     def corrupt(self, arm: Arm, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks as an arm's model sees them, and where they are masked."""

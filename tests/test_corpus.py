@@ -130,5 +130,5 @@ def test_held_out_blocks_that_quote_training_text_are_dropped(tmp_path, monkeypa
 
 
 def test_text_that_only_repeats_itself(tmp_path):
-    with pytest.raises(DataError, match="Every held-out block repeats training text"):
+    with pytest.raises(DataError, match="Every block of held_out repeats training text"):
         build(tmp_path, ["a" * (40 + i) for i in range(300)], "same")
