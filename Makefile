@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PEERS := .venv-peers
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup repro status test lint lab clean peers test-peers benchmark
+.PHONY: help setup repro site status test lint lab clean peers test-peers benchmark
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -33,6 +33,9 @@ $(READY): requirements.lock pyproject.toml
 
 repro: $(READY)  ## bring every result of PROFILE up to date
 	@python -m masksae.pipeline repro "$(PROFILE)"
+
+site: $(READY)  ## static pages of all that was run: build/site/index.html
+	@python -m masksae.site
 
 status: $(READY)  ## what `make repro` would do for PROFILE
 	@python -m masksae.pipeline status "$(PROFILE)"

@@ -11,9 +11,10 @@ import pandas as pd
 from masksae.files import write_text
 
 COLOURS = {"unmasked": "#0072b2", "masked": "#d55e00"}
-OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7fff", "#5e5e5e", "#b2182b")
 FAMILY = (*COLOURS.values(), *OTHER_COLOURS)
 GREY = "#808080"
+MARKERS = "osD^vPX*"
 
 
 def palette(arms) -> dict[str, str]:
@@ -37,6 +38,9 @@ def style() -> None:
             "svg.hashsalt": "masksae",
             "svg.fonttype": "path",
             "figure.dpi": 110,
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
             "legend.frameon": False,
             "grid.color": GREY,
         }
@@ -180,36 +184,53 @@ def draw_absorption(rows: list[dict]):
     return dots(panels, share=True, bottom=0)
 
 
-def draw_letters(rows: list[dict], grid: str):
-    """Full absorption per letter at matched clean L0, one dot per SAE, both arms."""
+def draw_items(rows: list[dict], grid: str, items: str):
+    """Full absorption per letter (`items` "letters") or per context ("parents") at matched clean L0, one dot per SAE."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     part = [row for row in rows if row["mode"] == "matched" and row["grid"] == grid]
     table = pd.DataFrame(
-        [
-            {"arm": row["arm"], "seed": row["seed"], "letter": item["letter"].upper(), "full": item["full"]}
-            for row in part
-            for item in row["letters"]
-        ]
+        {"arm": row["arm"], "item": item["letter"], "full": item["full"]} for row in part for item in row[items]
     )
     figure, axis = plt.subplots(figsize=(9, 3))
-    order = sorted(table["letter"].unique())
-    sns.stripplot(
-        table,
-        x="letter",
-        y="full",
-        hue="arm",
-        order=order,
-        dodge=True,
-        jitter=False,
-        palette=palette(table["arm"].unique()),
-        size=4,
-        alpha=0.8,
-        ax=axis,
-    )
+    options = dict(dodge=True, jitter=False, palette=palette(table["arm"].unique()), size=4, alpha=0.8, ax=axis)
+    sns.stripplot(table, x="item", y="full", hue="arm", order=sorted(table["item"].unique()), **options)
     axis.set(xlabel=None, ylabel="full absorption", title=f"{grid}, one dot per SAE", ylim=(-0.02, None))
+    if items == "parents":
+        plt.setp(axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
     axis.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def draw_fronts(trained: pd.DataFrame, matched: pd.DataFrame):
+    """Absorption of every SAE against what it costs: clean L0, as trained; explained variance, at clean L0 = k. Colour is the arm, marker the
+    grid. Low absorption is up."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    grids, colours = list(dict.fromkeys(matched["grid"])), palette(dict.fromkeys(matched["arm"]))
+    for axis, table, x in ((axes[0], trained, "l0"), (axes[1], matched, "ev_centred")):
+        for arm, colour in colours.items():
+            for grid, marker in zip(grids, MARKERS * len(grids)):
+                part = table[(table["arm"] == arm) & (table["grid"] == grid)]
+                axis.scatter(part[x], part["mean_full"], color=colour, marker=marker, s=30, alpha=0.85)
+        axis.grid(alpha=0.3)
+    axes[0].set(
+        xscale="log", xlabel="clean L0, as trained (log scale)", ylabel="mean full absorption\nof first letters"
+    )
+    axes[0].xaxis.set_major_formatter("{x:g}")
+    axes[0].xaxis.set_minor_formatter("")
+    axes[0].set_xticks(sorted(set(matched["k"])), minor=False)
+    axes[1].set(xlabel="explained variance (centred), at clean L0 = k")
+    axes[0].invert_yaxis()
+    handles = [plt.Line2D([], [], color=colour, linewidth=5, label=arm) for arm, colour in colours.items()]
+    handles += [
+        plt.Line2D([], [], color=GREY, marker=marker, linestyle="", label=grid)
+        for grid, marker in zip(grids, MARKERS * len(grids))
+    ]
+    axes[1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    figure.tight_layout()
     return figure
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import yaml
 
+from masksae import site
 from masksae.errors import ConfigError, MasksaeError
-from masksae.files import ensure_writable, write_json, write_text
+from masksae.files import ensure_writable, read_json, write_json, write_text
 from masksae.profile import load_profile, profile_path
 from masksae.stages import repository
 
@@ -51,7 +52,10 @@ def reproduce(profile) -> int:
     status = dvc("repro", profile)
     if status == 0:
         name = load_profile(profile).name
-        print(f"\nResults: results/{name}/claims.json, figures/{name}/, build/{name}/*.ipynb (executed notebooks)")
+        print(f"\nResults: results/{name}/claims.json, figures/{name}/, build/{name}/*.ipynb (executed notebooks)\n")
+        for key, value in read_json(repository() / "results" / name / "claims.json").items():
+            print(f"  {key}  {value['verdict']:13} {value['claim']}")
+        print(f"\nTo read: {site.build().as_uri()}")
     return status
 
 

@@ -8,7 +8,16 @@ import pandas as pd
 
 from masksae.errors import DataError
 from masksae.files import write_text
-from masksae.stats import Effect, combine, holm, interpolate, paired_effect, paired_effect_by_item, variance_components
+from masksae.stats import (
+    Effect,
+    combine,
+    holm,
+    interpolate,
+    paired_effect,
+    paired_effect_by_item,
+    pairs_needed,
+    variance_components,
+)
 
 CLAIMS = {
     "C1": "Masking reduces feature absorption",
@@ -26,7 +35,7 @@ def merge(*results: list[dict], mode: str = "matched") -> pd.DataFrame:
     table = pd.DataFrame(results[0])
     for rows in results[1:]:
         more = pd.DataFrame([row | _items(row) for row in rows])
-        nested = ["letters", "tasks", "excluded", "threshold", "groups", "pairs"]
+        nested = ["letters", "parents", "tasks", "excluded", "threshold", "groups", "pairs"]
         table = table.merge(more.drop(columns=nested, errors="ignore"), on=keys, validate="one_to_one")
     return table[table["mode"] == mode].reset_index(drop=True)
 
@@ -35,6 +44,8 @@ def _items(row: dict) -> dict[str, dict[str, float]]:
     found = {}
     if "letters" in row:
         found["mean_full_items"] = {item["letter"]: item["full"] for item in row["letters"]}
+    if "parents" in row:
+        found["context_full_items"] = {item["letter"]: item["full"] for item in row["parents"]}
     for task in row.get("tasks", ()):
         for k, auc in task["auc"].items():
             found.setdefault(f"{task['family']}_auc_{k}_items", {})[task["task"]] = auc
@@ -68,6 +79,7 @@ def baseline_arm(scores: pd.DataFrame) -> str:
 
 COLUMNS = {
     "mean_full": "absorption",
+    "context_full": "absorption by context",
     "ev_centred": "explained variance",
     "ce_score": "CE score",
     "probing_auc_": "probing, AUC",
@@ -136,17 +148,24 @@ def decided_by(scores: pd.DataFrame) -> dict[str, tuple[str, str, int]]:
 def claims(scores: pd.DataFrame, arm: str) -> dict:
     """The verdicts, keyed C1 to C5. Decided at matched clean L0, each on the first grid, C4 by C1 to C3 on all grids.
 
-    Each verdict has its own 5 %. `p_holm` is the p-value of its t test that holds for all of them at once.
+    Each verdict has its own 5 %. `p_holm` is the p-value of its t test that holds for all of them at once. `pairs_needed`: pairs that would
+    settle an inconclusive one four times out of five, were the true effect the one found. C1 is about first letters, which the paper
+    measures; `cross_token` is the same for parents that another token sets.
     """
     grids, decided = list(dict.fromkeys(scores["grid"])), decided_by(scores)
     result = {}
     for key, (column, name, direction) in decided.items():
         found = effect(scores, column, grids[0], arm)
         result[key] = {"verdict": found.verdict(direction), "score": name, "grid": grids[0], **found.to_dict()}
+        if result[key]["verdict"] == "inconclusive" and found.size:
+            result[key]["pairs_needed"] = pairs_needed(found.size)
     adjusted = holm({key: value["p_value"] for key, value in result.items() if value["p_value"] is not None})
     for key, value in result.items():
         value["p_holm"] = adjusted.get(key)
     result["C1"]["dense_absorbers"] = dense_absorbers(scores, grids[0])
+    if "context_full" in scores:
+        cross = effect(scores, "context_full", grids[0], arm)
+        result["C1"]["cross_token"] = {"verdict": cross.verdict(-1), **cross.to_dict()}
     for key in ("C2", "C3"):
         result.setdefault(key, {"verdict": "not measured", "reason": "No result of this profile speaks to it."})
     across = {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from masksae.code_ids import SOURCE_CODE
 from masksae.metrics.absorption import first_letter, icl_prefixes, single_token_words
+from masksae.metrics.contexts import context_absorption
 from masksae.metrics.probes import letter_probe
 from masksae.metrics.reconstruction import calibrated_threshold, ce_score, kl_score, reconstruction
 from masksae.parallel import in_threads
@@ -39,13 +40,60 @@ def thresholds(run: Run) -> dict[str, dict[str, float | None]]:
     """Inference thresholds of every SAE in each mode; TopK needs none, it keeps k latents of every token anyway."""
 
     def make() -> dict:
-        saes = run.load_saes()
-        ks = {row["sae"]: row["k"] for row in run.table if type(saes[row["sae"]].config.selection) is not TopK}
-        matched = in_threads(lambda sae: calibrated_threshold(saes[sae], run.held_out, ks[sae]), ks, label="thresholds")
-        found = {sae: {"as_trained": saes[sae].threshold.item(), "matched": t} for sae, t in zip(ks, matched)}
-        return {sae: found.get(sae, {"as_trained": None, "matched": None}) for sae in saes}
+        saes, ks = run.load_saes(), {row["sae"]: row["k"] for row in run.table}
+        matched = in_threads(lambda name: matched_threshold(run, saes[name], ks[name]), ks, label="thresholds")
+        return {
+            name: {"as_trained": None if t is None else saes[name].threshold.item(), "matched": t}
+            for name, t in zip(ks, matched)
+        }
 
     return run.rows("thresholds", run.profile.text, ("metrics.reconstruction",), make)
+
+
+def matched_threshold(run: Run, sae: SAE, k: float) -> float | None:
+    """The threshold at which clean L0 is k; None for TopK, which keeps k latents of every token anyway."""
+    return None if type(sae.config.selection) is TopK else calibrated_threshold(sae, run.held_out, k)
+
+
+def vocabulary(tokenizer) -> list[str]:
+    """Text of every token id, with its leading space."""
+    return [tokenizer.decode([token]) for token in range(len(tokenizer))]
+
+
+def context_probes(run: Run) -> tuple[Tensor, list]:
+    """Activations [m, d] at the words of the context text, and a probe for each parent; shared by all SAEs."""
+    from masksae.metrics import contexts
+
+    task, ids = run.profile.contexts, run.ids("contexts")
+    where, labels = contexts.occurrences(ids, vocabulary(run.language_model.tokenizer))
+    key, code = [run.profile.text.model_dump(), task.tokens], (*SOURCE_CODE, "corpus", "tracing", "metrics.contexts")
+    first = 0 if run.bos_id is None else 1
+    rows = where[:, 0] * (ids.shape[1] - first) + where[:, 1] - first
+    make = lambda: {"x": run.activations(ids, label="activations of the context text")[rows]}
+    x = run.scratch("contexts", key, code, make)["x"]
+    return x, contexts.context_probes(x, labels, where[:, 0], positives=task.positives, seed=task.seed)
+
+
+def context_scores(run: Run) -> list[dict]:
+    """As `absorption_scores`, for parents that another token sets."""
+
+    def make() -> list[dict]:
+        x, probes = context_probes(run)
+        options = dict(min_parents=run.profile.contexts.min_parents, seed=run.profile.contexts.seed)
+        return score_saes(
+            run,
+            "absorption by context",
+            lambda sae, t: _context_row(context_absorption(sae, x, probes, threshold=t, **options)),
+        )
+
+    return run.rows("contexts", run.profile.contexts, CONTEXT_CODE, make)
+
+
+def _context_row(found) -> dict:
+    """A result under names that can stand beside those of first letters in a row."""
+    renamed = {"mean_full": "context_full", "mean_fraction": "context_fraction", "letters": "parents"}
+    renamed |= {"dense_absorbers": "context_dense_absorbers", "excluded": "excluded"}
+    return {new: value for old, value in found.to_dict().items() if (new := renamed.get(old))}
 
 
 def score_saes(run: Run, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
@@ -113,6 +161,7 @@ def _word_activations(run: Run, words: list[str], ids: Tensor, draw: int) -> Ten
 
 
 ABSORPTION_CODE = ("metrics.reconstruction", "metrics.probes", "metrics.absorption", "scores")
+CONTEXT_CODE = (*ABSORPTION_CODE, "metrics.contexts")
 
 
 def absorption_scores(run: Run) -> list[dict]:

@@ -120,7 +120,7 @@ class Run:
         from masksae.activations import from_model
 
         training = self.profile.training
-        scratch = cache_dir("activations", self._id("stream", arm)) if training.epochs > 1 else None
+        scratch = cache_dir("activations", self.id_of("stream", arm)) if training.epochs > 1 else None
         stream = from_model(
             self.language_model,
             self.ids("train"),
@@ -169,7 +169,7 @@ class Run:
             for name, grid, seed in self.members(arm)
         ]
 
-    def _id(self, kind: str, arm: Arm) -> str:
+    def id_of(self, kind: str, arm: Arm) -> str:
         """Id of an arm's activation stream, or of the group of SAEs trained on it."""
         profile = self.profile
         masks = [arm.p, arm.seed, arm.token] if arm.p else []
@@ -184,7 +184,7 @@ class Run:
 
     def _folder(self, arm: Arm) -> Path:
         """Where an arm's SAEs, checkpoint and snapshots are kept."""
-        return cache_dir("groups", self._id("group", arm), arm.name)
+        return cache_dir("groups", self.id_of("group", arm), arm.name)
 
     def _group(self, arm: Arm) -> dict[str, SAE]:
         """All SAEs of one arm: read back if finished, else trained (or trained on from the last checkpoint)."""
@@ -270,7 +270,7 @@ class Run:
 
     def rows(self, kind: str, section, code: tuple[str, ...], make) -> list[dict]:
         """Score rows that `make()` gives, kept in scratch under an id of the SAEs, a section of the profile and the code in `code`."""
-        groups = [self._id("group", arm) for arm in self.profile.arms]
+        groups = [self.id_of("group", arm) for arm in self.profile.arms]
         return self.kept(kind, [self.table, groups, section.model_dump(), code_id(*code)], make)
 
     def kept(self, kind: str, key, make) -> list[dict]:

@@ -170,8 +170,9 @@ def _mean_square(values: np.ndarray, subset: tuple[int, ...]) -> float:
     return float(cells * (effect**2).sum() / degrees)
 
 
-def interpolate(l0: Sequence[float], values: Sequence[float], at: float) -> float | None:
-    """A score at the L0 `at`, linear in log L0 between the SAEs of other k; None outside of them: nothing is extrapolated.
+def interpolate(l0: Sequence[float], values: Sequence[float], at: float, *, log: bool = True) -> float | None:
+    """A score at the L0 `at`, linear in log L0 (or in another quantity as it is) between the SAEs of other k; None outside of them: nothing
+    is extrapolated.
 
     >>> interpolate([10, 40], [0.7, 0.9], at=20)
     0.8
@@ -179,7 +180,20 @@ def interpolate(l0: Sequence[float], values: Sequence[float], at: float) -> floa
     points = sorted(zip(l0, values))
     if len(points) < 2 or not points[0][0] <= at <= points[-1][0]:
         return None
-    return round(float(np.interp(math.log(at), [math.log(x) for x, _ in points], [y for _, y in points])), 12)
+    scale = math.log if log else float
+    return round(float(np.interp(scale(at), [scale(x) for x, _ in points], [y for _, y in points])), 12)
+
+
+def pairs_needed(size: float) -> int | None:
+    """Pairs at which an effect of this size (`Effect.size`) is found four times out of five; None beyond a thousand.
+
+    >>> pairs_needed(1.0), pairs_needed(0.01)
+    (11, None)
+    """
+    from scipy import stats
+
+    quantiles = lambda n: stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) + stats.t.ppf(POWER, n - 1)
+    return next((n for n in range(2, 1001) if quantiles(n) <= abs(size) * n**0.5), None)
 
 
 def combine(verdicts: Sequence[str]) -> str:

@@ -128,7 +128,7 @@ def test_what_is_finished_is_read_back_and_what_is_missing_is_made(project, monk
     monkeypatch.undo()
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "cache"))
     for arm in again.profile.arms:
-        group = cache_dir("groups", again._id("group", arm), arm.name)
+        group = cache_dir("groups", again.id_of("group", arm), arm.name)
         assert [p.name for p in group.iterdir()] == ["saes"]  # the checkpoint is gone once the SAEs are there
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "other"))
     assert all(torch.equal(sae.W_dec, before[name]) for name, sae in Run(path).saes.items())

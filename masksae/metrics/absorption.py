@@ -30,11 +30,11 @@ TEMPLATE, ANSWER = "{word} has the first letter:", " {letter}"
 
 @dataclass(frozen=True)
 class LetterResult:
-    """One letter of one SAE."""
+    """One letter, or another parent (`metrics.contexts`), of one SAE."""
 
     letter: str
     words: int
-    """Test words with this letter that the probe recognises."""
+    """Test words with this letter (or parent) that the probe recognises."""
     full: float
     """Share of them that are fully absorbed."""
     fraction: float
@@ -152,17 +152,41 @@ def first_letter(
     if not passed:
         raise DataError("The probe recognises no test word. Give more words, or activations of a later block.")
     f, w_dec = sae.encode(word_acts.to(sae.device), threshold).cpu(), sae.W_dec.cpu()
-    ranked = rank_latents(f[~probe.is_test], letters[~probe.is_test], seed=seed)
-    results, absorbers = [], []
-    for letter in passed:
-        main, score = main_latents(f, letters == letter, probe.is_test, ranked[letter].tolist())
-        mine = probe.is_test & (letters == letter) & recognised[:, letter]
-        full, fraction = absorbed(word_acts[mine], f[mine], w_dec, probe.weight[letter], main)
-        legacy = legacy_fraction(f[mine], w_dec, probe.weight[letter], main)
-        absorbers.append((f[mine][full] * (w_dec @ probe.weight[letter])).argmax(1))
-        means = [values.double().mean().item() for values in (full, fraction, legacy)]
-        results.append(LetterResult(_name(letter), int(mine.sum()), *means, main, score, probe.f1[letter]))
-    dense = ((f > 0).double().mean(0) > DENSE)[torch.cat(absorbers)].double()
+    y = torch.nn.functional.one_hot(letters[~probe.is_test], LETTERS).float()
+    ranked = rank_latents(f[~probe.is_test], y, seed=seed)
+    found = [
+        parent_result(
+            _name(letter), word_acts, f, w_dec, letters == letter, probe.is_test, recognised[:, letter], probe.weight[letter],
+            ranked[letter].tolist(), probe.f1[letter],
+        )
+        for letter in passed
+    ]  # fmt: skip
+    excluded = tuple(_name(letter) for letter in range(LETTERS) if letter not in passed)
+    return summary(found, (f > 0).double().mean(0), excluded)
+
+
+def parent_result(
+    name: str, x: Tensor, f: Tensor, w_dec: Tensor, positive: Tensor, is_test: Tensor, recognised: Tensor, direction: Tensor,
+    ranked: list[int], probe_f1: float,
+) -> tuple[LetterResult, Tensor]:  # fmt: skip
+    """Absorption of one parent and the latents that absorbed it, one per fully absorbed word.
+
+    x [n, d] and its latents f [n, F]; bool [n]: has the parent, is for testing, is recognised by the probe; the probe's direction [d];
+    latents by how well they tell the parent, best first.
+    """
+    main, score = main_latents(f, positive, is_test, ranked)
+    mine = is_test & positive & recognised
+    full, fraction = absorbed(x[mine], f[mine], w_dec, direction, main)
+    legacy = legacy_fraction(f[mine], w_dec, direction, main)
+    absorbers = (f[mine][full] * (w_dec @ direction)).argmax(1)
+    means = [values.double().mean().item() for values in (full, fraction, legacy)]
+    return LetterResult(name, int(mine.sum()), *means, main, score, probe_f1), absorbers
+
+
+def summary(found: list[tuple[LetterResult, Tensor]], density: Tensor, excluded: tuple[str, ...]) -> AbsorptionResult:
+    """Means over parents. `density` [F]: share of all words on which a latent fires."""
+    results = [result for result, _ in found]
+    dense = (density > DENSE)[torch.cat([absorbers for _, absorbers in found])].double()
     return AbsorptionResult(
         mean_full=fmean(r.full for r in results),
         mean_fraction=fmean(r.fraction for r in results),
@@ -170,7 +194,7 @@ def first_letter(
         mean_split_latents=fmean(len(r.main) for r in results),
         dense_absorbers=dense.mean().item() if len(dense) else None,
         letters=tuple(results),
-        excluded=tuple(_name(letter) for letter in range(LETTERS) if letter not in passed),
+        excluded=excluded,
     )
 
 
@@ -178,10 +202,9 @@ def _name(letter: int) -> str:
     return chr(ord("a") + letter)
 
 
-def rank_latents(f: Tensor, letters: Tensor, *, seed: int) -> Tensor:
-    """[26, 10]: for each letter the latents of f [n, F] with the largest weight in an L1-regularised probe, best first."""
-    y = torch.nn.functional.one_hot(letters, LETTERS).float()
-    weight, _ = fit_linear(f, y, batch=256, weight_decay=1e-6, l1=0.01, seed=seed)
+def rank_latents(f: Tensor, y: Tensor, *, seed: int, batch: int = 256) -> Tensor:
+    """[c, 10]: for each column of y [n, c] the latents of f [n, F] with the largest weight in an L1-regularised probe, best first."""
+    weight, _ = fit_linear(f, y, batch=batch, weight_decay=1e-6, l1=0.01, seed=seed)
     return weight.topk(min(MAX_MAIN, weight.shape[1]), dim=1).indices
 
 

@@ -1,0 +1,157 @@
+"""Static pages of what was run: `python -m masksae.site` turns build/, figures/, results/ and the docstrings into build/site/.
+
+One page per executed notebook, one per profile with every figure beside its caption, its notebook and its parameters, and the API
+reference. Plain HTML and CSS: it opens from the disk, needs no network, and follows the reader's light or dark setting.
+"""
+
+import html
+import shutil
+import sys
+from pathlib import Path
+
+from masksae.errors import DataError
+from masksae.files import atomic_dir, read_json, write_text
+from masksae.profile import PROFILES, load_profile
+from masksae.report import CLAIMS, describe
+from masksae.stages import repository
+from masksae.stats import Effect
+
+TEMPLATE = Path(__file__).with_name("site.html")
+ORDER = ("laptop", "overnight", "gemma", "paper", "architectures", "smoke")
+"""Profiles in the order in which a reader wants them; others follow."""
+
+
+def build(root: Path | None = None) -> Path:
+    """Write build/site/ from what is there; returns its index.html. Raises DataError if no notebook was executed."""
+    root = root or repository()
+    folders = {path.parent.name: path.parent for path in sorted((root / "build").glob("*/[0-9][0-9]_*.ipynb"))}
+    if not folders:
+        raise DataError(
+            f"{root / 'build'} holds no executed notebook. Run `make repro` first (or PROFILE=smoke for minutes)."
+        )
+    names = sorted(folders, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    with atomic_dir(root / "build" / "site") as site:
+        for name in names:
+            _profile(root, folders[name], name, names, site / name)
+        _api(site / "api")
+        _page(site / "index.html", "masksae", _front(root, names), names, "")
+    return root / "build" / "site" / "index.html"
+
+
+def _page(path: Path, title: str, body: str, profiles: list[str], up: str, here: str = "") -> None:
+    links = [
+        ("index.html", "masksae"),
+        *((f"{name}/index.html", name) for name in profiles),
+        ("api/masksae.html", "API"),
+    ]
+    menu = " ".join(f'<a href="{up}{link}">{html.escape(text)}</a>' for link, text in links)
+    page = TEMPLATE.read_text(encoding="utf-8")
+    for key, value in {"TITLE": html.escape(title), "MENU": menu, "HERE": here, "CODE_STYLE": _code_style()}.items():
+        page = page.replace(f"@{key}@", value)
+    write_text(path, page.replace("@BODY@", body))
+
+
+def _code_style() -> str:
+    """Pygments' colours for both settings."""
+    from pygments.formatters import HtmlFormatter
+
+    light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "github-dark"))
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
+
+
+def _front(root: Path, names: list[str]) -> str:
+    parts = [
+        "<h1>masksae</h1><p>The open companion to <i>Improving Robustness In Sparse Autoencoders via Masked Regularization</i> "
+        '(<a href="https://arxiv.org/abs/2604.06495">arXiv 2604.06495</a>): its claims, tested, with the controls that they need.</p>'
+    ]
+    for name in names:
+        profile = load_profile(root / "profiles" / f"{name}.yaml" if not (PROFILES / f"{name}.yaml").exists() else name)
+        parts.append(f'<h2><a href="{name}/index.html">{name}</a></h2><p>{html.escape(profile.description)}</p>')
+        headline = root / "figures" / name / "04_absorption" / "along.svg"
+        if headline.exists():
+            parts.append(_figure(headline, f"{name}/figures/04_absorption/along.svg", f"{name}/"))
+        parts.append(verdicts(root / "results" / name / "claims.json"))
+    return "\n".join(parts)
+
+
+def verdicts(path: Path) -> str:
+    """HTML table of the verdicts of one profile, "" where there are none."""
+    if not path.exists():
+        return ""
+    rows = []
+    for key, value in read_json(path).items():
+        found = describe(Effect.from_dict(value)) if "difference" in value else "; ".join(
+            f"{grid}: " + ", ".join(f"{claim} {verdict}" for claim, verdict in cell.items())
+            for grid, cell in value.get("grids", {}).items()
+        )  # fmt: skip
+        cells = [key, CLAIMS[key], value["verdict"], found or value.get("reason", "")]
+        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "<tr><th></th><th>claim</th><th>verdict</th><th>unmasked → masked</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _profile(root: Path, executed: Path, name: str, names: list[str], target: Path) -> None:
+    """Pages of one profile: its notebooks, its figures and tables, its parameters."""
+    notebooks = sorted(path for path in executed.glob("[0-9][0-9]_*.ipynb") if not path.stem.endswith(".failed"))
+    pages = [path.stem for path in notebooks]
+    menu = " ".join(f'<a href="{page}.html">{page}</a>' for page in [*pages, "parameters"])
+    here = f'<nav><a href="index.html">{name}</a> {menu}</nav>'
+    for path in notebooks:
+        _page(target / f"{path.stem}.html", f"{path.stem}, {name}", _notebook(path), names, "../", here)
+    source = next(p for p in (PROFILES / f"{name}.yaml", root / "profiles" / f"{name}.yaml") if p.exists())
+    _page(
+        target / "parameters.html", f"parameters, {name}", f"<h1>{source.name}</h1>{_yaml(source)}", names, "../", here
+    )
+    parts = [f"<h1>{name}</h1>", verdicts(root / "results" / name / "claims.json")]
+    figures = root / "figures" / name
+    if figures.exists():
+        shutil.copytree(figures, target / "figures")
+    for page in pages:
+        pictures = sorted((figures / page).glob("*.svg"))
+        parts += [f'<h2><a href="{page}.html">{page}</a></h2>'] if pictures else []
+        parts += [_figure(svg, f"figures/{page}/{svg.name}", "") for svg in pictures]
+        parts += [_markdown(table) for table in sorted((figures / page).glob("*.md"))]
+    _page(target / "index.html", name, "\n".join(parts), names, "../", here)
+
+
+def _figure(svg: Path, link: str, up: str) -> str:
+    """A figure with its caption and links to the notebook that drew it and to its parameters."""
+    caption = html.escape(svg.with_suffix(".txt").read_text(encoding="utf-8").strip())
+    notebook = svg.parent.name
+    links = f'<a href="{up}{notebook}.html">notebook {notebook}</a> · <a href="{up}parameters.html">parameters</a>'
+    return f'<figure><a href="{link}"><img src="{link}" alt="{caption}"></a><figcaption>{caption} {links}</figcaption></figure>'
+
+
+def _notebook(path: Path) -> str:
+    from nbconvert import HTMLExporter
+
+    return HTMLExporter(template_name="basic").from_filename(path)[0]
+
+
+def _markdown(path: Path) -> str:
+    from markdown_it import MarkdownIt
+
+    return MarkdownIt().enable("table").render(path.read_text(encoding="utf-8"))
+
+
+def _yaml(path: Path) -> str:
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import YamlLexer
+
+    return highlight(path.read_text(encoding="utf-8"), YamlLexer(), HtmlFormatter())
+
+
+def _api(target: Path) -> None:
+    """The reference, from docstrings."""
+    import pdoc
+
+    pdoc.render.configure(docformat="markdown", show_source=True, search=False)
+    pdoc.pdoc("masksae", output_directory=target)
+
+
+if __name__ == "__main__":
+    try:
+        print(build().as_uri())
+    except DataError as error:
+        sys.exit(f"masksae: {error}")
