@@ -41,7 +41,9 @@ def _arm_rows(run: Run, arm) -> list[dict]:
         )  # fmt: skip
 
     options = [run.profile.absorption.model_dump(exclude={"draws", "splits"}), run.profile.contexts.model_dump()]
-    return run.kept("along", [run.id_of("group", arm), options, code_id(*CONTEXT_CODE, "along")], make)
+    return run.kept(
+        "along", [run.rows_of([arm]), run.id_of("group", arm), options, code_id(*CONTEXT_CODE, "along")], make
+    )
 
 
 def _scores(run: Run, sae: SAE, k: float, words: list[str], x_words: Tensor, probe, x_contexts: Tensor, probes) -> dict:

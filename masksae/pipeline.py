@@ -7,6 +7,7 @@ own lock, its own outputs.
 
 import argparse
 import os
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def reproduce(profile) -> int:
     """`dvc repro` for a profile; a good profile is checked before, a summary printed after."""
+    ask_for_terms(load_profile(profile).model.source)
     status = dvc("repro", profile)
     if status == 0:
         name = load_profile(profile).name
@@ -57,6 +59,18 @@ def reproduce(profile) -> int:
             print(f"  {key}  {value['verdict']:13} {value['claim']}")
         print(f"\nTo read: {site.build().as_uri()}")
     return status
+
+
+def ask_for_terms(source: str) -> None:
+    """Show the terms of a model that has some, once, and ask. Raises SourceError if they are refused, or if nobody is there to ask."""
+    from masksae.models import accept_terms, require_terms, terms
+
+    text = terms(source)
+    if text and sys.stdin.isatty():
+        pydoc.pager(text)
+        if input(f"Do you accept these terms, for {source}? Type yes: ").strip().lower() == "yes":
+            accept_terms(source)
+    require_terms(source)
 
 
 def dvc(command: str, profile) -> int:

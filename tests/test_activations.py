@@ -205,3 +205,25 @@ def test_the_pool_moves_to_the_device_and_batches_are_made_there():
     batch, is_masked = next(stream.to("meta").batches([(0, False)]))[0]
     assert batch.device.type == is_masked.device.type == "meta" and batch.shape == (4, 2)
     assert next(iter(stream.to("cpu"))) is not None
+
+
+def test_targets_travel_with_their_rows():
+    x = rows(40)
+    masked = x[:, 0] % 2 == 0
+    noisy = ActivationStream.from_array(x + 1000, batch_size=7, seed=3, is_masked=masked)
+    stream = noisy.with_targets(ActivationStream.from_array(x, batch_size=7, seed=3))
+    for [(batch, _, target)] in islice(stream.batches([(3, True)]), 12):
+        assert torch.equal(batch - 1000, target) and not (target[:, 0] % 2 == 0).any()
+    stream.load_state_dict(noisy.state_dict())
+    assert all(torch.equal(a[0], b[0]) for a, b in islice(zip(stream, noisy), 5))
+    with pytest.raises(DataError, match="in pools of"):
+        noisy.with_targets(ActivationStream.from_array(x[:30], batch_size=7, seed=3))
+
+
+def test_a_share_of_the_blocks_uses_the_scratch_of_the_whole(language_model, ids, tmp_path):
+    options = dict(block=1, p=0.3, token_id=0, mask_seed=0, bos_id=None, batch_size=4, seed=0, pool_tokens=45)
+    whole = from_model(language_model, ids, scratch=tmp_path, progress=False, **options)
+    part = from_model(language_model, ids, scratch=tmp_path, progress=False, share=0.6, **options)
+    assert part._sizes == [45, 18] and whole._sizes == [45, 45, 18]
+    x, is_masked = part._load(1)
+    assert torch.equal(x, whole._load(1)[0][:18]) and len(is_masked) == 18

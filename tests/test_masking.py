@@ -104,3 +104,16 @@ def test_bad_input(ids, changed, error, words):
     with pytest.raises(error) as caught:
         mask_tokens(ids, **(GOOD | changed))
     assert words in str(caught.value)
+
+
+def test_replacements_are_drawn_by_their_share_at_the_same_places():
+    ids, drawn = torch.full((200, 50), 7), torch.tensor([1, 1, 1, 2])
+    plain, is_masked = mask_tokens(ids, p=0.4, token_id=0, seed=5)
+    corrupted, again = mask_tokens(ids, p=0.4, token_id=0, seed=5, replacements=drawn)
+    assert torch.equal(is_masked, again) and (corrupted[~again] == 7).all()
+    share = (corrupted[again] == 1).double().mean().item()
+    assert set(corrupted[again].tolist()) == {1, 2} and share == pytest.approx(0.75, abs=0.03)
+    later, _ = mask_tokens(ids[3:], p=0.4, token_id=0, seed=5, first_sequence=3, replacements=drawn)
+    assert torch.equal(later, corrupted[3:])
+    with pytest.raises(DataError, match="replacements must be int64"):
+        mask_tokens(ids, p=0.4, token_id=0, seed=5, replacements=torch.tensor([1.0]))

@@ -139,3 +139,24 @@ def test_exploding_loss_stops_with_the_step_the_sae_and_the_last_checkpoint(tmp_
         run(train_config(log_every=log_every), source=source, checkpoint_dir=tmp_path)
     assert json.loads((tmp_path / "checkpoint/state.json").read_text())["step"] == 20
     assert same(run(checkpoint_dir=tmp_path), run())
+
+
+def test_denoising_learns_to_undo_noise():
+    """Targets are clean activations, inputs have noise: the SAE's output is nearer to the clean ones than an ordinary SAE's."""
+    x, _ = sparse_world()
+    noisy = x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    source = ActivationStream.from_array(noisy, batch_size=200, seed=0)
+    denoising = source.with_targets(ActivationStream.from_array(x, batch_size=200, seed=0))
+    config = [SAEConfig(D, F, BatchTopK(3), seed=0)]
+    [plain] = run(train_config(400), config, ActivationStream.from_array(noisy, batch_size=200, seed=0))
+    [trained] = run(train_config(400), config, denoising)
+    error = lambda sae: (sae(noisy) - x).square().mean().item()
+    assert error(trained) < 0.97 * error(plain)
+
+
+def test_targets_that_are_the_input_change_nothing():
+    source = stream()
+    [*plain] = run(train_config(30), EVERY)
+    same_targets = ActivationStream.from_array(sparse_world()[0], batch_size=200, seed=0)
+    [*again] = run(train_config(30), EVERY, source.with_targets(same_targets))
+    assert same(plain, again)
