@@ -14,7 +14,6 @@ from pathlib import Path
 
 import yaml
 
-from masksae import site
 from masksae.errors import ConfigError, MasksaeError
 from masksae.files import ensure_writable, read_json, write_json, write_text
 from masksae.profile import load_profile, profile_path
@@ -57,6 +56,8 @@ def reproduce(profile) -> int:
         print(f"\nResults: results/{name}/claims.json, figures/{name}/, build/{name}/*.ipynb (executed notebooks)\n")
         for key, value in read_json(repository() / "results" / name / "claims.json").items():
             print(f"  {key}  {value['verdict']:13} {value['claim']}")
+        from masksae import site
+
         print(f"\nTo read: {site.build().as_uri()}")
     return status
 
