@@ -99,8 +99,8 @@ def draw_along(rows: list[dict]):
             for axis, x in zip(line, (mean.index, mean["ev_centred"])):
                 axis.errorbar(x, mean[kind], yerr=_half_interval(part, kind), color=colour, linewidth=2.2, capsize=3,
                               elinewidth=1, marker="o", markersize=4, label=arm)  # fmt: skip
-        line[0].set(ylabel=f"mean full absorption,\n{title}", ylim=(0, None), xscale="log")
-        line[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+        line[0].set(ylabel=f"mean full absorption,\n{title}", ylim=(0, 1.15 * table[kind].max()), xscale="log")
+    axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     ticks = sorted(table["step"].unique())
     ticks = [t for t, following in zip(ticks, [*ticks[1:], math.inf]) if following > 1.3 * t]
     axes[-1, 0].set(xlabel="training steps (log scale)", xticks=ticks, xticklabels=ticks)
@@ -135,7 +135,7 @@ def draw_ablations(rows: list[dict]):
     table = pd.DataFrame(finished(rows))
     table["l0_ratio"] = table["l0_as_trained"] / table["k"]
     arms = list(dict.fromkeys(table["arm"]))
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(3.1 * len(PANELS) + 1.4, 0.9 + 0.42 * len(arms)), sharey=True)
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(12.5, 1.2 + 0.45 * len(arms)), sharey=True)
     for axis, (column, label) in zip(axes, PANELS.items()):
         for _, part in table.groupby("seed"):
             axis.plot(part[column], [arms.index(a) for a in part["arm"]], color=GREY, linewidth=0.5, alpha=0.5)
@@ -144,7 +144,8 @@ def draw_ablations(rows: list[dict]):
             axis.scatter(values, [arms.index(arm)] * len(values), color=colour, s=20, alpha=0.8, zorder=2)
             axis.scatter(values.mean(), arms.index(arm), color=colour, marker="|", s=420, linewidth=2.5, zorder=3)
         axis.axvline(table.loc[table["arm"] == arms[0], column].mean(), color=GREY, linestyle=":", linewidth=1)
+        axis.locator_params(axis="x", nbins=4)
         axis.set(xlabel=label, yticks=range(len(arms)), yticklabels=[arm.replace("_", " ") for arm in arms])
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)
     figure.tight_layout()
     return figure

@@ -159,18 +159,25 @@ def story_html(story: Story, rows: int = 8) -> str:
 
 
 def draw_absorbers(stories: dict[str, dict[str, Story]]):
-    """A panel per kind of parent, a dot per absorbed word: on which share of words its absorber fires, and how far that points along the
-    parent. Kind -> arm -> story."""
+    """A panel per kind of parent, a dot per absorber, larger the more words it absorbed: on which share of all words it fires, and how far it
+    points along the parent. Kind -> arm -> story."""
     import matplotlib.pyplot as plt
+    import pandas as pd
 
     figure, axes = plt.subplots(1, len(stories), figsize=(4.4 * len(stories) + 1.4, 3.6), sharey=True, squeeze=False)
     for axis, (kind, by_arm) in zip(axes[0], stories.items()):
         for arm, colour in palette(by_arm).items():
-            missed = by_arm[arm].missed
-            x, y = ([row[key] for row in missed] for key in ("fires on", "cosine with parent"))
-            axis.scatter(x, y, color=colour, s=18, alpha=0.6, label=f"{arm}, {len(missed)} words")
+            keys, missed = ["fires on", "cosine with parent"], by_arm[arm].missed
+            counts = (
+                pd.DataFrame(missed, columns=["absorber", *keys])
+                .groupby(["absorber", *keys])
+                .size()
+                .reset_index(name="n")
+            )
+            label = f"{arm}: {len(missed)} words, {len(counts)} absorbers"
+            axis.scatter(counts[keys[0]], counts[keys[1]], color=colour, s=12 + 6 * counts["n"], alpha=0.6, label=label)
         axis.set(title=kind, xlabel="share of words on which the absorber fires", xlim=(-0.03, 1.03))
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.1), markerscale=0.7)
     axes[0, 0].set(ylabel="decoder cosine of the absorber\nwith the parent's direction")
     figure.tight_layout()
     return figure

@@ -17,6 +17,12 @@ from pathlib import Path
 from masksae.errors import OutputError
 
 
+def repository() -> Path:
+    """Folder of the project: the nearest one above the working folder (or it) that holds dvc.yaml; else the working folder."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").exists()), here)
+
+
 def cache_dir(*parts: str) -> Path:
     """The user's cache (downloads and scratch): `$MASKSAE_CACHE`, else `$XDG_CACHE_HOME/masksae` or `~/.cache/masksae`."""
     root = os.environ.get("MASKSAE_CACHE")

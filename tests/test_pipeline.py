@@ -72,6 +72,17 @@ def test_every_notebook_has_a_stage_and_every_output_is_of_one_profile():
             assert set(params["${profile_file}"]) <= set(Profile.model_fields)
 
 
+def test_a_missing_result_is_blamed_on_the_notebook_that_writes_it():
+    from masksae.stages import WRITES
+
+    written = {
+        Path(next(iter(out))).stem: stage["cmd"].split()[4]
+        for stage in STAGES.values()
+        for out in stage.get("metrics", [])
+    }
+    assert {name: notebook for notebook, names in WRITES.items() for name in names} == written
+
+
 def test_default_profile():
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     assert params == {"profile": "laptop", "profile_file": "profiles/laptop.yaml", "root": "."}

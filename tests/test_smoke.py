@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, dead_links, troubles
 
 from masksae.files import read_json
 
@@ -58,3 +59,12 @@ def test_nothing_is_dirty_afterwards(smoke):
     assert git_status() == smoke  # in a fresh clone: both empty
     status = run(sys.executable, "-m", "masksae.pipeline", "status", "smoke")
     assert status.returncode == 0 and "up to date" in status.stdout, status.stdout
+
+
+def test_the_site_has_no_dead_links_and_opens_in_a_browser(smoke):
+    site = ROOT / "build/site"
+    pages = [str(path.relative_to(site)) for path in site.rglob("*.html")]
+    assert {"index.html", "smoke/index.html", "smoke/04_absorption.html", "smoke/10_explore.html"} <= set(pages)
+    assert dead_links(site) == []
+    if CHROMIUM:
+        assert troubles(site, pages) == []

@@ -165,7 +165,7 @@ def test_results_travel_through_files(project):
     run = Run(profile(project))
     run.save_result("facts", {"x": 1})
     assert Run(project / "tiny.yaml").result("facts") == {"x": 1} == read_json(project / "results/tiny/facts.json")
-    with pytest.raises(DataError, match=r"claims.json is missing. Run the notebook"):
+    with pytest.raises(DataError, match=r"claims.json is missing. Run notebook 09_paper .* run 09_paper"):
         run.result("claims")
     with pytest.raises(DataError, match="Run notebook 02_train"):
         run.load_saes()
@@ -204,3 +204,47 @@ def test_read_only_output_folder(project, as_nobody):
     name, message = as_nobody(lambda: Run(path))
     project.chmod(0o755)
     assert name == "OutputError" and "results" in message
+
+
+def test_a_changed_arm_changes_only_what_depends_on_it(project):
+    ablations = [{"name": "dropped", "p": 0.3, "drop_masked": True}]
+    before = Run(profile(project, ablations=ablations))
+    arms = [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.2}]
+    after = Run(profile(project, "changed", ablations=ablations, arms=arms))
+    same = [a.name for a, b in zip(before.arms, after.arms) if before.id_of("group", a) == after.id_of("group", b)]
+    assert same == ["unmasked", "dropped"]
+    unmasked, masked, dropped = before.arms
+    assert before.id_of("stream", masked) == before.id_of("stream", dropped)  # one forward serves both
+    assert before.id_of("stream", masked) != after.id_of("stream", after.arms[1])
+
+
+def test_pictures_and_tables_are_no_part_of_any_id():
+    from masksae import along, code_ids, concepts, scores, tasks
+
+    used = {*code_ids.SOURCE_CODE, *code_ids.TRAINING_CODE, *scores.CONTEXT_CODE}
+    drawing = {"figures", "task_figures", "simulation_figures", "along_report", "report", "site", "explore", "stages"}
+    assert not used & drawing
+    for module in (along, concepts, scores, tasks):
+        source = open(module.__file__, encoding="utf-8").read()
+        assert not any(f'"{name}"' in source for name in drawing)
+
+
+def test_every_kind_of_replacement(project):
+    ablations = [
+        {"name": "rare", "p": 0.3, "token": "rare"},
+        {"name": "random", "p": 0.3, "token": "random"},
+        {"name": "letter", "p": 0.3, "token": "e"},
+        {"name": "denoising", "p": 0.3, "denoise": True, "seeds": [0]},
+    ]
+    run = Run(profile(project, ablations=ablations))
+    _, masked, rare, random, letter, denoising = run.arms
+    text = run.ids("train")
+    counts = text[:, 1:].flatten().bincount()
+    token = run.replacement(rare)["token_id"]
+    assert counts[token] == counts[counts > 0].min() and token != run.bos_id
+    shown, where = run.corrupt(random, text)
+    assert len(shown[where].unique()) > 10 and torch.equal(where, run.corrupt(masked, text)[1])
+    assert run.replacement(letter)["token_id"] != run.replacement(masked)["token_id"]
+    x, is_masked, clean = next(run.stream(denoising).batches([(0, True)]))[0]
+    assert not is_masked.any() and not torch.equal(x, clean)
+    assert {sae.config.drop_masked for sae in run._group(denoising).values()} == {True}

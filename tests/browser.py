@@ -1,0 +1,77 @@
+"""Open pages in a real browser and see what goes wrong: messages on the console, files that the server does not have, links to nowhere."""
+
+import functools
+import html.parser
+import http.server
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from urllib.parse import unquote
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def troubles(folder: Path, pages: list[str]) -> list[str]:
+    """Console messages and failed requests when every page is opened in headless Chromium, each in a frame of one window."""
+    failed = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            if self.path != "/every-page":
+                return super().do_GET()
+            body = "".join(f'<iframe src="/{page}"></iframe>' for page in pages).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def send_error(self, code, *rest, **more):
+            failed.append(f"{code} for {self.path}")
+            super().send_error(code, *rest, **more)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/every-page"
+        options = (
+            "--headless --no-sandbox --disable-gpu --enable-logging=stderr --v=0 --virtual-time-budget=20000 --dump-dom"
+        )
+        found = subprocess.run([CHROMIUM, *options.split(), address], capture_output=True, text=True, timeout=300)
+    finally:
+        server.shutdown()
+    assert "iframe" in found.stdout, found.stderr  # it did open
+    return failed + re.findall(r"CONSOLE.*", found.stderr)
+
+
+class _Links(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.targets, self.anchors = [], set()
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.anchors.add(values.get("id"))
+        self.targets += [values[key] for key in ("href", "src") if values.get(key)]
+
+
+def dead_links(folder: Path) -> list[str]:
+    """Links, images and anchors of the pages in a folder that lead nowhere inside it."""
+    read = {}
+    for path in folder.rglob("*.html"):
+        read[path.resolve()] = _Links()
+        read[path.resolve()].feed(path.read_text(encoding="utf-8"))
+    dead = []
+    for page, links in read.items():
+        for target in links.targets:
+            if re.match(r"(https?|data|mailto):", target):
+                continue
+            path, _, anchor = target.partition("#")
+            goal = (page.parent / unquote(path)).resolve() if path else page
+            if not goal.exists() or (anchor and goal in read and unquote(anchor) not in read[goal].anchors):
+                dead.append(f"{page.name}: {target}")
+    return dead
