@@ -143,10 +143,15 @@ def _yaml(path: Path) -> str:
 
 def _api(target: Path) -> None:
     """The reference, from docstrings."""
+    import pkgutil
+
     import pdoc
 
+    import masksae
+
+    modules = [f"masksae.{m.name}" for m in pkgutil.iter_modules(masksae.__path__) if m.name not in masksae.__all__]
     pdoc.render.configure(docformat="markdown", show_source=True, search=False)
-    pdoc.pdoc("masksae", output_directory=target)
+    pdoc.pdoc("masksae", *modules, output_directory=target)
 
 
 if __name__ == "__main__":
