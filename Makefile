@@ -59,7 +59,7 @@ $(PEERS)/.ready: requirements-peers.lock pyproject.toml
 	@touch $@
 
 test-peers: $(PEERS)/.ready  ## agreement and exchange with those libraries
-	@$(PEERS)/bin/python -m pytest -q tests/test_peers.py tests/test_peers_exchange.py tests/test_peers_metrics.py
+	@$(PEERS)/bin/python -m pytest -q tests/test_peers*.py
 
 benchmark: $(PEERS)/.ready  ## time and memory of a training step beside theirs
 	@$(PEERS)/bin/python benchmarks/train.py

@@ -77,3 +77,9 @@ def test_version_and_commands():
     assert masksae.__version__ == PROJECT["version"]
     assert "make test" in (ROOT / ".ci/run").read_text() and "make test" in (ROOT / "README.md").read_text()
     assert "make test" in (ROOT / ".github/workflows/test.yml").read_text()
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"] and citation["license"] == PROJECT["license"]
+    assert "2604.06495" in citation["references"][0]["url"]
