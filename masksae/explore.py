@@ -12,11 +12,11 @@ from torch import Tensor
 
 from masksae.errors import ConfigError, nearest
 from masksae.figures import palette
-from masksae.metrics.absorption import absorbed, main_latents, rank_latents
-from masksae.metrics.contexts import occurrences
+from masksae.metrics.absorption import AbsorptionResult, LetterResult, absorbed, first_letter
+from masksae.metrics.contexts import context_absorption
 from masksae.metrics.probes import first_letters, letter_probe
 from masksae.saes.sae import SAE
-from masksae.scores import context_probes, vocabulary, word_activations
+from masksae.scores import context_probes, context_sample, vocabulary, word_activations
 from masksae.stages import Run
 
 BEFORE, AFTER = 8, 4
@@ -51,9 +51,9 @@ class Explorer:
         """The parent "starts with `letter`", on words in the prompts of the first-letter task."""
         words, x, probe = self._words
         [number] = first_letters([letter])
-        positive = first_letters(words) == number
-        sample = (x, words, positive, probe.is_test, probe.weight[number])
-        return _story(f"starts with {letter.upper()}", sae, *sample, threshold=threshold)
+        metric = first_letter(sae, x, words, probe=probe, threshold=threshold, min_letters=1)
+        sample = (x, words, first_letters(words) == number, probe.is_test, probe.weight[number])
+        return _story(f"starts with {letter.upper()}", sae, _of(metric, letter.lower()), *sample, threshold=threshold)
 
     def context(self, sae: SAE, parent: str, threshold: float | None = None) -> Story:
         """The parent "follows `parent`", on words of held-out text. Raises ConfigError for a parent without a probe."""
@@ -62,9 +62,10 @@ class Explorer:
         if found is None:
             names = [probe.name for probe in probes]
             raise ConfigError(f"There is no parent {parent!r} here.{nearest(parent, names)} Known: {', '.join(names)}.")
+        metric = context_absorption(sae, x, [found], min_parents=1, threshold=threshold)
         names = [texts[i] for i in found.rows.tolist()]
         sample = (x[found.rows], names, found.positive, found.is_test, found.weight)
-        return _story(f"follows {parent}", sae, *sample, threshold=threshold)
+        return _story(f"follows {parent}", sae, _of(metric, parent), *sample, threshold=threshold)
 
     def top_contexts(self, sae: SAE, latent: int, n: int = 5, threshold: float | None = None) -> str:
         """HTML: the places in held-out text where a latent fires most, at most one a block, tokens shaded by how strongly it fires."""
@@ -91,27 +92,27 @@ class Explorer:
     @cached_property
     def _contexts(self):
         ids = self.run.ids("contexts")
-        where, _ = occurrences(ids, self._texts)
+        _, _, where = context_sample(self.run)
         shown = ["".join(self._texts[t] for t in ids[b, max(0, i - 3) : i + 1].tolist()) for b, i in where.tolist()]
         return *context_probes(self.run), shown
 
 
+def _of(result: AbsorptionResult, name: str) -> LetterResult:
+    """One parent of a result. Raises ConfigError if it did not pass the probe gate."""
+    found = next((letter for letter in result.letters if letter.letter == name), None)
+    if found is None:
+        raise ConfigError(f"{name!r} does not pass the probe gate here. Left out: {', '.join(result.excluded)}.")
+    return found
+
+
 @torch.no_grad()
 def _story(
-    parent: str,
-    sae: SAE,
-    x: Tensor,
-    words: list[str],
-    positive: Tensor,
-    is_test: Tensor,
-    direction: Tensor,
-    *,
-    threshold,
-) -> Story:
+    parent: str, sae: SAE, metric: LetterResult, x: Tensor, words: list[str], positive: Tensor, is_test: Tensor,
+    direction: Tensor, *, threshold: float | None,
+) -> Story:  # fmt: skip
     f, w_dec = sae.encode(x.to(sae.device), threshold).cpu(), torch.nn.functional.normalize(sae.W_dec.cpu(), dim=1)
     direction = direction / direction.norm()
-    ranked = rank_latents(f[~is_test], positive[~is_test, None].float(), seed=0)[0].tolist()
-    main, f1 = main_latents(f, positive, is_test, ranked)
+    main, f1 = metric.main, metric.f1
     mine = (is_test & positive).nonzero().squeeze(1)
     full, _ = absorbed(x[mine], f[mine], sae.W_dec.cpu(), direction, main)
     carried = f[mine] * (sae.W_dec.cpu() @ direction)

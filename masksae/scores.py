@@ -60,17 +60,26 @@ def vocabulary(tokenizer) -> list[str]:
     return [tokenizer.decode([token]) for token in range(len(tokenizer))]
 
 
+def context_sample(run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    """Words of the context text, sinks left out: activations [m, d], labels bool [m, parents], block and position int64 [m, 2]."""
+    from masksae.metrics import contexts
+
+    ids, first = run.ids("contexts"), 0 if run.bos_id is None else 1
+    where, labels = contexts.occurrences(ids, vocabulary(run.language_model.tokenizer))
+    rows = where[:, 0] * (ids.shape[1] - first) + where[:, 1] - first
+    key = [run.profile.text.model_dump(), run.profile.contexts.tokens]
+    make = lambda: {"x": run.activations(ids, label="activations of the context text")[rows]}
+    x = run.scratch("contexts", key, (*SOURCE_CODE, "corpus", "tracing", "metrics.contexts"), make)["x"]
+    kept = ~contexts.sinks(x)
+    return x[kept], labels[kept], where[kept]
+
+
 def context_probes(run: Run) -> tuple[Tensor, list]:
     """Activations [m, d] at the words of the context text, and a probe for each parent; shared by all SAEs."""
     from masksae.metrics import contexts
 
-    task, ids = run.profile.contexts, run.ids("contexts")
-    where, labels = contexts.occurrences(ids, vocabulary(run.language_model.tokenizer))
-    key, code = [run.profile.text.model_dump(), task.tokens], (*SOURCE_CODE, "corpus", "tracing", "metrics.contexts")
-    first = 0 if run.bos_id is None else 1
-    rows = where[:, 0] * (ids.shape[1] - first) + where[:, 1] - first
-    make = lambda: {"x": run.activations(ids, label="activations of the context text")[rows]}
-    x = run.scratch("contexts", key, code, make)["x"]
+    x, labels, where = context_sample(run)
+    task = run.profile.contexts
     return x, contexts.context_probes(x, labels, where[:, 0], positives=task.positives, seed=task.seed)
 
 

@@ -1,5 +1,7 @@
 """The explorer on a tiny run: stories of letters and contexts agree with the metric's rule, contexts show the tokens that fire."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_stages import profile, project  # noqa: F401
@@ -34,7 +36,8 @@ def test_a_story_names_the_missed_word_and_its_absorber():
         sae.b_enc.zero_(), sae.b_dec.zero_(), sae.threshold.fill_(0.0)
     x, words, positive, is_test = planted()
     direction = torch.tensor([2.0, 0.0, 0.0])
-    story = explore._story("p", sae, x, words, positive, is_test, direction, threshold=None)
+    metric = SimpleNamespace(main=(0,), f1=0.9)
+    story = explore._story("p", sae, metric, x, words, positive, is_test, direction, threshold=None)
     assert story.main == (0,) and story.tested == 5 and story.main_cosine == pytest.approx(1.0)
     [missed] = story.missed
     assert missed["word"] == "word0" and missed["absorber"] == 1

@@ -127,3 +127,29 @@ def test_too_few_parents_is_an_error_that_names_them():
 def test_the_word_list_has_no_overlap_that_would_make_a_parent_trivial():
     prepositions, determiners = (set(contexts.BEFORE[key].split()) for key in ("a preposition", "a determiner"))
     assert not prepositions & determiners and len(PARENTS) == 13 == len(set(PARENTS))
+
+
+def test_sinks_are_rows_of_outlying_norm():
+    x = torch.ones(100, 4)
+    x[7] *= 3.5
+    x[8] *= 2.5
+    assert contexts.sinks(x).nonzero().tolist() == [[7]]
+
+
+def test_fits_in_step_agree_with_one_at_a_time():
+    """Against scikit-learn without a penalty, on samples of unequal size."""
+    from sklearn.linear_model import LogisticRegression
+
+    from masksae.metrics.probes import fit_each
+
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(n, 5, generator=generator) for n in (640, 400)]
+    ys = [x @ torch.tensor([2.0, -1.0, 0.0, 0.5, 0.0]) + torch.randn(len(x), generator=generator) > 0 for x in xs]
+    weight = fit_each(xs, ys, batch=64, l1=0.0, seed=0, epochs=600)
+    for x, y, w in zip(xs, ys, weight):
+        model = LogisticRegression(C=1e6, class_weight="balanced").fit(x.numpy(), y.numpy())
+        theirs = torch.from_numpy(model.coef_[0]).float()
+        assert torch.nn.functional.cosine_similarity(w, theirs, dim=0) > 0.999
+        assert w.norm() == pytest.approx(theirs.norm().item(), rel=0.05)
+    sparse = fit_each(xs, ys, batch=64, l1=0.03, seed=0, epochs=200)
+    assert (sparse[:, [2, 4]].abs() < 0.05).all() and (sparse[:, 0] > 0.5).all()

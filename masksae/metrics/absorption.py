@@ -154,33 +154,26 @@ def first_letter(
     f, w_dec = sae.encode(word_acts.to(sae.device), threshold).cpu(), sae.W_dec.cpu()
     y = torch.nn.functional.one_hot(letters[~probe.is_test], LETTERS).float()
     ranked = rank_latents(f[~probe.is_test], y, seed=seed)
-    found = [
-        parent_result(
-            _name(letter), word_acts, f, w_dec, letters == letter, probe.is_test, recognised[:, letter], probe.weight[letter],
-            ranked[letter].tolist(), probe.f1[letter],
-        )
-        for letter in passed
-    ]  # fmt: skip
+    found = []
+    for letter in passed:
+        main, score = main_latents(f, letters == letter, probe.is_test, ranked[letter].tolist())
+        mine = probe.is_test & (letters == letter) & recognised[:, letter]
+        sample = word_acts[mine], f[mine], w_dec, probe.weight[letter]
+        found.append(parent_result(_name(letter), *sample, main, score, probe.f1[letter]))
     excluded = tuple(_name(letter) for letter in range(LETTERS) if letter not in passed)
     return summary(found, (f > 0).double().mean(0), excluded)
 
 
 def parent_result(
-    name: str, x: Tensor, f: Tensor, w_dec: Tensor, positive: Tensor, is_test: Tensor, recognised: Tensor, direction: Tensor,
-    ranked: list[int], probe_f1: float,
+    name: str, x: Tensor, f: Tensor, w_dec: Tensor, direction: Tensor, main: tuple[int, ...], main_f1: float, probe_f1: float
 ) -> tuple[LetterResult, Tensor]:  # fmt: skip
-    """Absorption of one parent and the latents that absorbed it, one per fully absorbed word.
-
-    x [n, d] and its latents f [n, F]; bool [n]: has the parent, is for testing, is recognised by the probe; the probe's direction [d];
-    latents by how well they tell the parent, best first.
-    """
-    main, score = main_latents(f, positive, is_test, ranked)
-    mine = is_test & positive & recognised
-    full, fraction = absorbed(x[mine], f[mine], w_dec, direction, main)
-    legacy = legacy_fraction(f[mine], w_dec, direction, main)
-    absorbers = (f[mine][full] * (w_dec @ direction)).argmax(1)
+    """Absorption of one parent on its recognised test words x [n, d], f [n, F], and the latents that absorbed it, one per fully absorbed
+    word."""
+    full, fraction = absorbed(x, f, w_dec, direction, main)
+    legacy = legacy_fraction(f, w_dec, direction, main)
+    absorbers = (f[full] * (w_dec @ direction)).argmax(1)
     means = [values.double().mean().item() for values in (full, fraction, legacy)]
-    return LetterResult(name, int(mine.sum()), *means, main, score, probe_f1), absorbers
+    return LetterResult(name, len(x), *means, main, main_f1, probe_f1), absorbers
 
 
 def summary(found: list[tuple[LetterResult, Tensor]], density: Tensor, excluded: tuple[str, ...]) -> AbsorptionResult:
@@ -202,9 +195,9 @@ def _name(letter: int) -> str:
     return chr(ord("a") + letter)
 
 
-def rank_latents(f: Tensor, y: Tensor, *, seed: int, batch: int = 256) -> Tensor:
+def rank_latents(f: Tensor, y: Tensor, *, seed: int) -> Tensor:
     """[c, 10]: for each column of y [n, c] the latents of f [n, F] with the largest weight in an L1-regularised probe, best first."""
-    weight, _ = fit_linear(f, y, batch=batch, weight_decay=1e-6, l1=0.01, seed=seed)
+    weight, _ = fit_linear(f, y, batch=256, weight_decay=1e-6, l1=0.01, seed=seed)
     return weight.topk(min(MAX_MAIN, weight.shape[1]), dim=1).indices
 
 

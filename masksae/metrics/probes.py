@@ -93,3 +93,33 @@ def fit_linear(
             total.backward()
             adam.step()
     return weight.detach(), bias.detach()
+
+
+def fit_each(xs: list[Tensor], ys: list[Tensor], *, batch: int, l1: float, seed: int, epochs: int = 50) -> Tensor:
+    """As `fit_linear`, one regression per sample x [n_i, d] and y bool [n_i], all in step: weight [samples, d].
+
+    Every sample takes as many steps as the largest, going round its rows again. The gradient of the logistic loss is written out: with
+    so small steps most of the time would be autograd's.
+    """
+    generator, steps = torch.Generator().manual_seed(seed), epochs * -(-max(map(len, xs)) // batch)
+    order = torch.stack([_rounds(len(x), steps * batch, generator) for x in xs])
+    x, y = (torch.nn.utils.rnn.pad_sequence([t.float() for t in each], batch_first=True) for each in (xs, ys))
+    positive = torch.stack([(len(t) - t.sum()) / t.sum().clamp(min=1) for t in ys])[:, None]
+    weight, bias = torch.zeros(len(xs), x.shape[2]), torch.zeros(len(xs), 1)
+    adam, which = torch.optim.Adam([weight, bias], fused=True), torch.arange(len(xs))[:, None]
+    for step in range(steps):
+        for group in adam.param_groups:
+            group["lr"] = 1e-2 * 1e-3 ** (step * epochs // steps / epochs)
+        rows = order[:, step * batch : (step + 1) * batch]
+        part, true = x[which, rows], y[which, rows]
+        error = torch.sigmoid(torch.bmm(part, weight[:, :, None])[:, :, 0] + bias) - true
+        error *= torch.where(true > 0, positive, 1.0) / batch
+        weight.grad = torch.bmm(error[:, None], part)[:, 0] + l1 * weight.sign()
+        bias.grad = error.sum(1, keepdim=True)
+        adam.step()
+    return weight
+
+
+def _rounds(n: int, length: int, generator: torch.Generator) -> Tensor:
+    """Numbers below n in random order, round after round, `length` of them."""
+    return torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-length // n))])[:length]
