@@ -145,7 +145,7 @@ def test_fits_in_step_agree_with_one_at_a_time():
     generator = torch.Generator().manual_seed(0)
     xs = [torch.randn(n, 5, generator=generator) for n in (640, 400)]
     ys = [x @ torch.tensor([2.0, -1.0, 0.0, 0.5, 0.0]) + torch.randn(len(x), generator=generator) > 0 for x in xs]
-    weight = fit_each(xs, ys, batch=64, l1=0.0, seed=0, epochs=600)
+    weight = fit_each(xs, ys, batch=64, l1=0.0, seed=0, epochs=2500)
     for x, y, w in zip(xs, ys, weight):
         model = LogisticRegression(C=1e6, class_weight="balanced").fit(x.numpy(), y.numpy())
         theirs = torch.from_numpy(model.coef_[0]).float()
