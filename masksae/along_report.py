@@ -7,8 +7,10 @@ import pandas as pd
 
 from masksae.along import KINDS
 from masksae.figures import GREY, palette
-from masksae.report import baseline_arm, describe, treated_arms
+from masksae.report import baseline_arm, change, describe, treated_arms
 from masksae.stats import Effect, interpolate, paired_effect, paired_effect_by_item
+
+SHORT = {"letters": "same token", "contexts": "cross-token"}
 
 
 def finished(rows: list[dict]) -> list[dict]:
@@ -71,6 +73,16 @@ def growth(rows: list[dict]) -> list[dict]:
             effect = paired_effect([row[kind] for row in before], [row[kind] for row in after])
             found.append({"arm": arm, "kind": name, "from": steps[-2], "to": steps[-1], "change": describe(effect)})
     return found
+
+
+def caption(found: list[dict]) -> str:
+    """The numbers that belong under the headline: each arm less the unmasked one, at equal steps."""
+    parts = []
+    for arm in dict.fromkeys(row["arm"] for row in found):
+        by_kind = {row["kind"]: Effect.from_dict(row) for row in found if row["arm"] == arm and row["equal"] == "steps"}
+        numbers = ", ".join(f"{short} {change(by_kind[KINDS[kind]])}" for kind, short in SHORT.items())
+        parts.append(f"{arm.replace('_', ' ')}: {numbers}")
+    return "Less unmasked, at the last step: " + "; ".join(parts) + "."
 
 
 def effect_table(found: list[dict]) -> pd.DataFrame:

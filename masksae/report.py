@@ -9,15 +9,8 @@ import pandas as pd
 from masksae.errors import DataError
 from masksae.files import write_text
 from masksae.stats import (
-    Effect,
-    combine,
-    holm,
-    interpolate,
-    paired_effect,
-    paired_effect_by_item,
-    pairs_needed,
-    variance_components,
-)
+    Effect, combine, holm, interpolate, paired_effect, paired_effect_by_item, pairs_needed, variance_components,
+)  # fmt: skip
 
 CLAIMS = {
     "C1": "Masking reduces feature absorption",
@@ -128,6 +121,22 @@ def describe(e: Effect, digits: int = 3) -> str:
     if e.low is not None and e.verdict(1) == e.verdict(-1):
         interval += f"; detectable {number(e.detectable)}"
     return f"{number(e.baseline)} → {number(e.treated)} ({'+' if e.difference > 0 else ''}{number(e.difference)}, {interval})"
+
+
+def change(e: Effect, digits: int = 3) -> str:
+    """ "−0.053 (95 % −0.094 to −0.012)"."""
+    number = lambda v: f"{v:+.{digits}f}".replace("-", "−")
+    return number(e.difference) + ("" if e.low is None else f" (95 % {number(e.low)} to {number(e.high)})")
+
+
+def caption(scores: pd.DataFrame, grid: str, arm: str) -> str:
+    """What an arm changes in one grid, as a sentence for a caption."""
+    named = {"absorption of first letters": "mean_full", "explained variance": "ev_centred"}
+    return (
+        f"{grid}, {arm}: "
+        + ", ".join(f"{name} {change(effect(scores, s, grid, arm))}" for name, s in named.items())
+        + "."
+    )
 
 
 def decided_by(scores: pd.DataFrame) -> dict[str, tuple[str, str, int]]:

@@ -85,3 +85,8 @@ def test_snapshots_of_a_run(project):  # noqa: F811
     assert list(run.snapshots(dropped)[last]) == ["dropped-plain-s0", "dropped-plain-s1"]
     short = run.snapshots(fewer)
     assert list(short[max(short)]) == ["fewer-plain-s1"] and max(short) == pytest.approx(last / 2, abs=2)
+
+
+def test_the_caption_has_the_numbers(rows):
+    text = along_report.caption(along_report.effects(rows))
+    assert "masked: same token −0.150 (95 % −0.150 to −0.150), cross-token −0.125" in text and "worse: same token" in text
