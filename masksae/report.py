@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from masksae import stats
 from masksae.errors import DataError
 from masksae.files import write_text
-from masksae.stats import (
-    Effect, combine, holm, interpolate, paired_effect, paired_effect_by_item, pairs_needed, variance_components,
-)  # fmt: skip
+from masksae.stats import Effect, paired_effect, paired_effect_by_item
 
 CLAIMS = {
     "C1": "Masking reduces feature absorption",
@@ -167,8 +166,8 @@ def claims(scores: pd.DataFrame, arm: str) -> dict:
         found = effect(scores, column, grids[0], arm)
         result[key] = {"verdict": found.verdict(direction), "score": name, "grid": grids[0], **found.to_dict()}
         if result[key]["verdict"] == "inconclusive" and found.size:
-            result[key]["pairs_needed"] = pairs_needed(found.size)
-    adjusted = holm({key: value["p_value"] for key, value in result.items() if value["p_value"] is not None})
+            result[key]["pairs_needed"] = stats.pairs_needed(found.size)
+    adjusted = stats.holm({key: value["p_value"] for key, value in result.items() if value["p_value"] is not None})
     for key, value in result.items():
         value["p_holm"] = adjusted.get(key)
     result["C1"]["dense_absorbers"] = dense_absorbers(scores, grids[0])
@@ -186,7 +185,7 @@ def claims(scores: pd.DataFrame, arm: str) -> dict:
         for grid in grids
     }
     verdicts = [verdict for cell in across.values() for verdict in cell.values()]
-    result["C4"] = {"verdict": combine(verdicts) if len(grids) > 1 else "not measured", "grids": across}
+    result["C4"] = {"verdict": stats.combine(verdicts) if len(grids) > 1 else "not measured", "grids": across}
     return {key: {"claim": claim, **result[key]} for key, claim in CLAIMS.items()}
 
 
@@ -212,7 +211,9 @@ def interpolated(*results: list[dict]) -> pd.DataFrame:
 
 def at_l0(scores: pd.DataFrame, score: str, l0: float) -> dict[int, float]:
     """A score of each seed's SAEs at one L0, for the seeds whose SAEs enclose it."""
-    found = {seed: interpolate(part["l0"].tolist(), part[score].tolist(), l0) for seed, part in scores.groupby("seed")}
+    found = {
+        seed: stats.interpolate(part["l0"].tolist(), part[score].tolist(), l0) for seed, part in scores.groupby("seed")
+    }
     return {seed: value for seed, value in found.items() if value is not None}
 
 
@@ -230,7 +231,7 @@ def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
     found = []
     for name, array in values.items():
         used = [axis for axis, size in zip(axes, array.shape) if size > 1]
-        parts = variance_components(array.squeeze(), used)
+        parts = stats.variance_components(array.squeeze(), used)
         total = sum(parts.values()) or 1.0
         found += [
             {"of": name, "mean": float(array.mean()), "source": source, "sd": v**0.5, "share": v / total}
