@@ -211,9 +211,8 @@ def interpolated(*results: list[dict]) -> pd.DataFrame:
 
 def at_l0(scores: pd.DataFrame, score: str, l0: float) -> dict[int, float]:
     """A score of each seed's SAEs at one L0, for the seeds whose SAEs enclose it."""
-    found = {
-        seed: stats.interpolate(part["l0"].tolist(), part[score].tolist(), l0) for seed, part in scores.groupby("seed")
-    }
+    at = lambda part: stats.interpolate(part["l0"].tolist(), part[score].tolist(), l0)
+    found = {seed: at(part) for seed, part in scores.groupby("seed")}
     return {seed: value for seed, value in found.items() if value is not None}
 
 

@@ -89,4 +89,6 @@ def test_snapshots_of_a_run(project):  # noqa: F811
 
 def test_the_caption_has_the_numbers(rows):
     text = along_report.caption(along_report.effects(rows))
-    assert "masked: same token −0.150 (95 % −0.150 to −0.150), cross-token −0.125" in text and "worse: same token" in text
+    assert (
+        "masked: same token −0.150 (95 % −0.150 to −0.150), cross-token −0.125" in text and "worse: same token" in text
+    )

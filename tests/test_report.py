@@ -233,7 +233,8 @@ def history(scale=1, n=5):
 DRAWINGS = {
     "reconstruction": lambda: figures.draw_reconstruction(planted()[0]),
     "absorption": lambda: figures.draw_absorption(planted()[1]),
-    "letters": lambda: figures.draw_letters(planted()[1], "matryoshka20"),
+    "letters": lambda: figures.draw_items(planted()[1], "matryoshka20", "letters"),
+    "fronts": lambda: figures.draw_fronts(report.merge(*planted()).assign(l0=25.0), report.merge(*planted())),
     "probing": lambda: task_figures.draw_probing(probed("probing", 0.05), "probing"),
     "tasks": lambda: task_figures.draw_tasks(probed("probing", 0.05), "matryoshka20", 5),
     "perturbation": lambda: task_figures.draw_perturbation(ablated(), "matryoshka20"),
