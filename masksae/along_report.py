@@ -75,6 +75,22 @@ def growth(rows: list[dict]) -> list[dict]:
     return found
 
 
+def quality(letters: list[dict], contexts: list[dict]) -> list[dict]:
+    """How good the main latents are whose silence counts as absorption: per kind, grid and arm at matched clean L0 the mean absorption, the
+    mean F1 of the main latents, and the share of absorbed words credited to a latent that fires on many words."""
+    found = []
+    for kind, rows, items, prefix in (
+        ("letters", letters, "letters", ("mean_full", "dense_absorbers")),
+        ("contexts", contexts, "parents", ("context_full", "context_dense_absorbers")),
+    ):
+        table = pd.DataFrame([row for row in rows if row["mode"] == "matched"])
+        table["f1"] = [np.mean([item["f1"] for item in row]) for row in table[items]]
+        means = table.groupby(["grid", "arm"], sort=False)[[prefix[0], "f1", prefix[1]]].mean().reset_index()
+        means.columns = ["SAEs", "arm", "absorption", "F1 of main latents", "dense absorbers"]
+        found += [{"kind": KINDS[kind]} | row for row in means.to_dict("records")]
+    return found
+
+
 def caption(found: list[dict]) -> str:
     """The numbers that belong under the headline: each arm less the unmasked one, at equal steps."""
     parts = []
