@@ -41,6 +41,32 @@ def test_what_is_said_of_the_noise_is_what_was_measured():
         assert 0.02 < off < 0.03
 
 
+def test_what_is_said_of_absorption_along_training_is_what_was_measured():
+    found = {(e["arm"], e["kind"][:5], e["equal"]): e for e in read_json(ROOT / "results/laptop/along_effects.json")}
+    nothing = lambda e: e["low"] < 0 < e["high"]
+    assert found["masked", "same ", "steps"]["low"] > 0 and nothing(found["masked", "same ", "EV"])
+    for arm, kind in (
+        ("dropped", "same "),
+        ("dropped", "cross"),
+        ("masked", "cross"),
+        ("p10", "same "),
+        ("fewer_tokens", "same "),
+    ):
+        assert nothing(found[arm, kind, "steps"])
+    assert found["dropped", "cross", "steps"]["detectable"] < 0.035
+    assert found["masked", "cross", "steps"]["detectable"] < 0.085
+    rises = {arm: e["difference"] for (arm, kind, equal), e in found.items() if kind == "same " and equal == "steps"}
+    assert max(rises, key=rises.get) == "p50"
+    curve = [row for row in read_json(ROOT / "results/laptop/along.json") if row["arm"] == "unmasked"]
+    mean = lambda step: sum(row["letters"] for row in curve if row["step"] == step) / 5
+    first, quarter, half, last = sorted({row["step"] for row in curve})
+    assert mean(first) < mean(quarter) > mean(half) > mean(last)
+    ev = lambda arm: [row["ev_centred"] for row in read_json(ROOT / "results/laptop/along.json") if row["arm"] == arm][
+        -5:
+    ]
+    assert 0.035 < sum(ev("unmasked")) / 5 - sum(ev("dropped")) / 5 < 0.045
+
+
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
