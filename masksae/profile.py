@@ -37,7 +37,7 @@ class Profile(Section):
     model: Model
     text: Text
     arms: Annotated[list[Arm], Field(min_length=1)]
-    ablations: list[Arm] = []
+    ablations: list[Arm]
     """Further arms, with SAEs of the first grid only; compared in notebooks 04 and 08."""
     training: Training
     saes: Annotated[list[Grid], Field(min_length=1)]

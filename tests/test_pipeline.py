@@ -72,6 +72,14 @@ def test_every_notebook_has_a_stage_and_every_output_is_of_one_profile():
             assert set(params["${profile_file}"]) <= set(Profile.model_fields)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_has_every_key_that_a_stage_depends_on(path):
+    """DVC stops at a key that is not there, even one with a default."""
+    keys = {key for stage in STAGES.values() for params in stage.get("params", []) for key in params["${profile_file}"]}
+    assert keys <= set(yaml.safe_load(path.read_text()))
+    assert all(Profile.model_fields[key].is_required() for key in keys)
+
+
 def test_a_missing_result_is_blamed_on_the_notebook_that_writes_it():
     from masksae.stages import WRITES
 

@@ -42,20 +42,21 @@ def test_what_is_said_of_the_noise_is_what_was_measured():
 
 
 def test_what_is_said_of_absorption_along_training_is_what_was_measured():
-    found = {(e["arm"], e["kind"][:5], e["equal"]): e for e in read_json(ROOT / "results/laptop/along_effects.json")}
+    found = {(e["arm"], e["kind"][:13], e["equal"]): e for e in read_json(ROOT / "results/laptop/along_effects.json")}
+    same, cross = "same token (f", "cross-token ("
     nothing = lambda e: e["low"] < 0 < e["high"]
-    assert found["masked", "same ", "steps"]["low"] > 0 and nothing(found["masked", "same ", "EV"])
+    assert found["masked", same, "steps"]["low"] > 0 and nothing(found["masked", same, "EV"])
     for arm, kind in (
-        ("dropped", "same "),
-        ("dropped", "cross"),
-        ("masked", "cross"),
-        ("p10", "same "),
-        ("fewer_tokens", "same "),
+        ("dropped", same),
+        ("dropped", cross),
+        ("masked", cross),
+        ("p10", same),
+        ("fewer_tokens", same),
     ):
         assert nothing(found[arm, kind, "steps"])
-    assert found["dropped", "cross", "steps"]["detectable"] < 0.035
-    assert found["masked", "cross", "steps"]["detectable"] < 0.085
-    rises = {arm: e["difference"] for (arm, kind, equal), e in found.items() if kind == "same " and equal == "steps"}
+    assert found["dropped", cross, "steps"]["detectable"] < 0.035
+    assert found["masked", cross, "steps"]["detectable"] < 0.085
+    rises = {arm: e["difference"] for (arm, kind, equal), e in found.items() if kind == same and equal == "steps"}
     assert max(rises, key=rises.get) == "p50"
     curve = [row for row in read_json(ROOT / "results/laptop/along.json") if row["arm"] == "unmasked"]
     mean = lambda step: sum(row["letters"] for row in curve if row["step"] == step) / 5

@@ -40,6 +40,7 @@ def profile(folder, name="tiny", **changes):
             "held_out_share": 0.15,
         },
         "arms": [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.3}],
+        "ablations": [],
         "training": {
             "epochs": 2,
             "batch_size": 256,
