@@ -21,7 +21,7 @@ setup: $(READY)  ## make the virtual environment with the pinned packages of req
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is %d.%d. Set PYTHON=." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@echo "setting up $(VENV) (once, a few minutes)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --clear $(VENV)
 	@python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@if git rev-parse --git-dir >/dev/null 2>&1; then \
@@ -53,7 +53,7 @@ peers: $(PEERS)/.ready  ## a second environment with the libraries we compare wi
 
 $(PEERS)/.ready: requirements-peers.lock pyproject.toml
 	@echo "setting up $(PEERS) (once, a few minutes)"
-	@$(PYTHON) -m venv $(PEERS)
+	@$(PYTHON) -m venv --clear $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.lock
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@

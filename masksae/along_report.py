@@ -8,7 +8,7 @@ import pandas as pd
 from masksae.along import KINDS
 from masksae.figures import GREY, palette
 from masksae.report import baseline_arm, change, describe, treated_arms
-from masksae.stats import Effect, interpolate, paired_effect, paired_effect_by_item
+from masksae.stats import Effect, holm, interpolate, paired_effect, paired_effect_by_item
 
 SHORT = {"letters": "same token", "contexts": "cross-token"}
 
@@ -56,6 +56,23 @@ def _at_ev(rows: list[dict], row: dict, kind: str, ev: float) -> float | None:
     """Absorption that the SAE of `row` had when its clean explained variance was `ev`."""
     curve = [r for r in rows if r["arm"] == row["arm"] and r["seed"] == row["seed"]]
     return interpolate([r["ev_centred"] for r in curve], [r[kind] for r in curve], ev, log=False)
+
+
+def by_parent(rows: list[dict], arm: str, kind: str = "contexts") -> list[dict]:
+    """What an arm changes parent by parent, finished SAEs paired by seed, the clearest first; `p_holm` holds for all parents at once."""
+    done = finished(rows)
+    base = {row["seed"]: row[f"{kind}_items"] for row in done if row["arm"] == baseline_arm(pd.DataFrame(done))}
+    treated = {row["seed"]: row[f"{kind}_items"] for row in done if row["arm"] == arm}
+    found = {
+        parent: paired_effect([base[seed][parent] for seed in treated], [items[parent] for items in treated.values()])
+        for parent in next(iter(base.values()))
+    }
+    adjusted = holm({parent: e.p_value for parent, e in found.items() if e.p_value is not None})
+    table = [
+        {"arm": arm, "parent": parent, "effect": describe(e), "p": e.p_value, "p_holm": adjusted.get(parent)}
+        for parent, e in found.items()
+    ]
+    return sorted(table, key=lambda row: 1.0 if row["p"] is None else row["p"])
 
 
 def growth(rows: list[dict]) -> list[dict]:

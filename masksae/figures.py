@@ -14,7 +14,7 @@ COLOURS = {"unmasked": "#0072b2", "masked": "#d55e00"}
 OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7fff", "#5e5e5e", "#b2182b")
 FAMILY = (*COLOURS.values(), *OTHER_COLOURS)
 GREY = "#808080"
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*<>hp"
 
 
 def palette(arms) -> dict[str, str]:

@@ -107,3 +107,12 @@ def test_quality_of_the_main_latents():
     first, second, third = along_report.quality(letters, contexts)
     assert first["absorption"] == pytest.approx(0.2) and first["F1 of main latents"] == pytest.approx((0.3 + 0.4) / 2)
     assert second["arm"] == "masked" and third["kind"].startswith("cross-token") and third["absorption"] == 0.1
+
+
+def test_parent_by_parent(rows):
+    for row in rows:
+        if row["arm"] == "masked":
+            row["contexts_items"]["to"] = 0.15 + 0.01 * row["seed"]
+    table = along_report.by_parent(rows, "masked")
+    assert [row["parent"] for row in table] == ["the", "to"] and "0.150 → 0.025" in table[0]["effect"]
+    assert table[0]["p"] < 0.01 < table[1]["p"] and table[0]["p_holm"] == pytest.approx(2 * table[0]["p"])

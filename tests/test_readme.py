@@ -68,6 +68,19 @@ def test_what_is_said_of_absorption_along_training_is_what_was_measured():
     assert 0.035 < sum(ev("unmasked")) / 5 - sum(ev("dropped")) / 5 < 0.045
 
 
+def test_what_is_said_of_single_parents_is_what_was_measured():
+    from masksae import along_report
+
+    rows = read_json(ROOT / "results/laptop/along.json")
+    done = along_report.finished(rows)
+    mean = lambda arm, parent: sum(r["contexts_items"][parent] for r in done if r["arm"] == arm) / 5
+    for arm in ("masked", "dropped"):
+        for parent in ("the", "and", "of"):
+            assert 0.2 < mean(arm, parent) / mean("unmasked", parent) < 0.67
+        assert all(mean(arm, parent) > mean("unmasked", parent) for parent in ("a number", "a preposition"))
+        assert all(row["p_holm"] > 0.05 for row in along_report.by_parent(rows, arm))
+
+
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
