@@ -188,7 +188,7 @@ def pairs_needed(size: float) -> int | None:
     """Pairs at which an effect of this size (`Effect.size`) is found four times out of five; None beyond a thousand.
 
     >>> pairs_needed(1.0), pairs_needed(0.01)
-    (11, None)
+    (10, None)
     """
     from scipy import stats
 

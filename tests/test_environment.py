@@ -54,6 +54,7 @@ def test_what_the_code_imports_is_declared():
         "IPython": "jupyter",
         "nbformat": "jupyter",
         "pyarrow": "datasets",
+        "markdown_it": "markdown-it-py",
     }
     imported = set()
     for path in [*ROOT.glob("masksae/**/*.py"), *ROOT.glob("benchmarks/*.py")]:

@@ -245,7 +245,8 @@ def test_every_text_source_and_model_has_its_package():
     for package, _ in sources.TEXTS.values():
         assert package in packages.PACKAGES
     for model in sources.MODELS.values():
-        assert model.package in packages.PACKAGES
+        assert all(package in packages.PACKAGES for package, _ in model.parts)
+        assert model.terms is None or model.terms[0] in packages.PACKAGES
     for package in packages.PACKAGES.values():
         assert len(package.sha256) == 64 and package.licence and package.version in package.file
 
