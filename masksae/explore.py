@@ -110,21 +110,26 @@ def _story(
     parent: str, sae: SAE, metric: LetterResult, x: Tensor, words: list[str], positive: Tensor, is_test: Tensor,
     direction: Tensor, *, threshold: float | None,
 ) -> Story:  # fmt: skip
-    f, w_dec = sae.encode(x.to(sae.device), threshold).cpu(), torch.nn.functional.normalize(sae.W_dec.cpu(), dim=1)
-    direction = direction / direction.norm()
-    main, f1 = metric.main, metric.f1
+    f, w_dec = sae.encode(x.to(sae.device), threshold).cpu(), sae.W_dec.cpu()
+    rows, direction = torch.nn.functional.normalize(w_dec, dim=1), direction / direction.norm()
     mine = (is_test & positive).nonzero().squeeze(1)
-    full, _ = absorbed(x[mine], f[mine], sae.W_dec.cpu(), direction, main)
-    carried = f[mine] * (sae.W_dec.cpu() @ direction)
-    missed = []
-    for row, by, share in zip(mine[full].tolist(), carried[full].argmax(1).tolist(), (carried / (x[mine] @ direction)[:, None])[full].amax(1).tolist()):  # fmt: skip
-        cosine = [(w_dec[by] @ direction).item(), (w_dec[by] @ w_dec[main[0]]).item()]
-        fires = (f[:, by] > 0).double().mean().item()
-        missed.append(
-            {"word": words[row].strip(), "absorber": by, "share": share}
-            | {"cosine with parent": cosine[0], "cosine with main": cosine[1], "fires on": fires}
-        )
-    return Story(parent, main, f1, len(mine), missed, (w_dec[main[0]] @ direction).item())
+    full, _ = absorbed(x[mine], f[mine], w_dec, direction, metric.main)
+    mine = mine[full]
+    carried, by = (f[mine] * (w_dec @ direction)).max(1)
+    shares, main = carried / (x[mine] @ direction), rows[metric.main[0]]
+    missed = [
+        {
+            "word": words[word].strip(),
+            "absorber": latent,
+            "share": share,
+            "cosine with parent": (rows[latent] @ direction).item(),
+            "cosine with main": (rows[latent] @ main).item(),
+            "fires on": (f[:, latent] > 0).double().mean().item(),
+        }
+        for word, latent, share in zip(mine.tolist(), by.tolist(), shares.tolist())
+    ]
+    tested = int((is_test & positive).sum())
+    return Story(parent, metric.main, metric.f1, tested, missed, (main @ direction).item())
 
 
 def _line(texts: list[str], ids: Tensor, strength: Tensor, at: int) -> str:
