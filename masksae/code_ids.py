@@ -6,7 +6,7 @@ from pathlib import Path
 
 from masksae.files import run_id
 
-SOURCE_CODE = ("packages", "sources", "models")
+SOURCE_CODE = ("packages", "hub", "sources", "models")
 STREAM_CODE = ("corpus", "masking", "tracing", "activations")
 SAE_CODE = ("saes.config", "saes.sae", "saes.rules", "saes.loss", "saes.sparse")
 TRAINING_CODE = (*STREAM_CODE, *SAE_CODE, "recipe", "member", "training")

@@ -15,8 +15,8 @@ from masksae.errors import DataError
 from masksae.metrics.perturbation import Probe, Texts, fit_probe, scr, tpp
 from masksae.metrics.sparse_probing import probe, sparse_probing
 from masksae.scores import score_saes
-from masksae.sources import probe_table
 from masksae.stages import Run
+from masksae.tables import probe_table
 from masksae.tasks import labels, text_batches
 
 ROOM = 0.1
@@ -61,7 +61,7 @@ def pool(run: Run, texts: list[str], label: str) -> Pool:
                 parts[row] = values[:length]
         return {"x": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
 
-    return Pool(**run.scratch("pools", [texts, limit], (*SOURCE_CODE, "tracing", "tasks", "concepts"), make))
+    return Pool(**run.scratch("pools", [texts, limit], (*SOURCE_CODE, "tables", "tracing", "tasks", "concepts"), make))
 
 
 def distinct_texts(task: str) -> dict[str, bool]:
@@ -224,7 +224,16 @@ def pair_scores(run: Run, found: Pair, sae, threshold) -> dict:
 
 def concept_scores(run: Run) -> list[dict]:
     """One row per SAE and mode: TPP and SCR by number of ablated latents, accuracy of k-sparse probes, and the tables they are means of."""
-    code = (*SOURCE_CODE, "tracing", "tasks", "concepts", "metrics.sparse_probing", "metrics.perturbation", "scores")
+    code = (
+        *SOURCE_CODE,
+        "tables",
+        "tracing",
+        "tasks",
+        "concepts",
+        "metrics.sparse_probing",
+        "metrics.perturbation",
+        "scores",
+    )
 
     def make() -> list[dict]:
         options = run.profile.perturbation

@@ -5,20 +5,41 @@ that does not fill a block is left out, so no block spans two documents and no s
 out or not by a hash of its text: duplicates always fall on the same side, whatever the sources, their order and the amount. Other
 documents may quote one another, so a held-out block that shares 24 consecutive tokens with the training blocks is dropped.
 A split "contexts" goes on with held-out documents where "held_out" is full.
+
+Half a billion tokens are 2 GB here. They are kept in parts as they come, each with the place in the text where it ends, so that a
+stream that breaks goes on; memory never holds more than a part.
 """
 
 import hashlib
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from masksae.errors import DataError
-from masksae.files import atomic_dir, recover
+from masksae.files import (
+    atomic_dir,
+    atomic_file,
+    ensure_writable,
+    read_json,
+    read_safetensors,
+    recover,
+    save_tensors,
+    write_json,
+)
 
 REPEAT = 24
 """Consecutive tokens that two blocks must share for one to repeat the other."""
+
+TOGETHER = 64
+"""Documents that are tokenised at a time."""
+
+PART = 2**15
+"""Blocks of a part: what a break in a stream can cost at most."""
 
 
 def digest(text: str, seed: int = 0) -> int:
@@ -36,55 +57,74 @@ def in_order(documents: Iterable[str], seed: int) -> list[str]:
     return sorted(set(documents), key=lambda text: (digest(text, seed + 1), text))
 
 
-def token_blocks(text: str, tokenizer, *, block_length: int, bos_id: int | None) -> np.ndarray:
-    """The whole blocks of a document: int32 [n, block_length]."""
+def token_blocks(ids: list[int], *, block_length: int, bos_id: int | None) -> np.ndarray:
+    """The whole blocks of a document's token ids: int32 [n, block_length]."""
     first = 0 if bos_id is None else 1
     body = block_length - first
-    ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
-    whole = ids[: len(ids) // body * body].reshape(-1, body)
+    whole = np.array(ids, dtype=np.int32)[: len(ids) // body * body].reshape(-1, body)
     return whole if bos_id is None else np.pad(whole, ((0, 0), (1, 0)), constant_values=bos_id)
 
 
 def build(
-    documents: Iterable[str], tokenizer, folder, *, tokens: dict[str, int], block_length: int, bos_id: int | None,
+    documents, tokenizer, folder, *, tokens: dict[str, int], block_length: int, bos_id: int | None,
     held_out_share: float, seed: int, ordered: bool = True, progress: bool = True,
 ) -> dict:  # fmt: skip
     """The splits as `datasets.Dataset`s of blocks, saved under `folder` and read back: {"train": ..., "held_out": ...}.
 
-    tokens    wanted size of each split ("contexts" may be among them); documents are read until all are full, so a stream need not end. Held-out blocks that
-              repeat training text are dropped then (a few per cent where sources quote each other)
-    ordered   read all documents first and take them in a seeded order; False takes a stream as it comes
+    documents  texts, or a `sources.TextStream`: then what was tokenised is kept in parts on the way, and another call goes on after the
+               last of them
+    tokens     wanted size of each split ("contexts" may be among them); documents are read until all are full, so a stream need not end.
+               Held-out blocks that repeat training text are dropped then (a few per cent where sources quote each other)
+    ordered    read all documents first and take them in a seeded order; False takes them as they come
 
-    Raises DataError if there is no text, if no document fills a block, or if the text runs out too early.
+    Raises DataError if there is no text, if no document fills a block, or if the text runs out too early; SourceError.
     """
     import datasets
+    from filelock import FileLock
 
     folder = recover(folder)
-    if not folder.exists():
-        texts = in_order(documents, seed) if ordered else documents
-        blocks = _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress)
-        first = 0 if bos_id is None else 1
-        for split in tokens.keys() - {"train"}:
-            repeated = repeats(blocks[split][:, first:], blocks["train"][:, first:])
-            if repeated.all():
-                raise DataError(
-                    f"Every block of {split} repeats training text. Give text that is less alike, or another text.seed."
-                )
-            blocks[split] = blocks[split][~repeated]
-        with atomic_dir(folder) as tmp:
-            features = datasets.Features({"ids": datasets.List(datasets.Value("int32"), length=block_length)})
-            for split in tokens:
-                datasets.Dataset.from_dict({"ids": blocks[split]}, features=features).save_to_disk(tmp / split)
+    ensure_writable(folder.parent)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.exists():
+            parts = Parts(folder.with_name(f"{folder.name}.parts"), tokens, block_length)
+            if hasattr(documents, "read") and not ordered:
+                texts = parts.resume(documents)
+            else:
+                texts = ((text, None) for text in (in_order(documents, seed) if ordered else documents))
+            _fill(parts, texts, tokenizer, bos_id, held_out_share, progress)
+            _save(parts.blocks(), folder, 0 if bos_id is None else 1)
+            parts.remove()
     return {split: datasets.load_from_disk(folder / split) for split in tokens}
 
 
-def repeats(blocks: np.ndarray, others: np.ndarray, run: int = REPEAT) -> np.ndarray:
-    """bool [n]: which of `blocks` [n, s] share `run` consecutive ids (all, if s is less) with any of `others` [m, s]."""
+def _save(blocks: dict[str, list[np.ndarray]], folder, first: int) -> None:
+    """Write the splits, each a list of pieces, without what repeats training text."""
+    import datasets
+    import pyarrow as pa
+
+    for split in blocks.keys() - {"train"}:
+        whole = np.concatenate(blocks[split])
+        repeated = repeats(whole[:, first:], *(piece[:, first:] for piece in blocks["train"]))
+        if repeated.all():
+            raise DataError(
+                f"Every block of {split} repeats training text. Give text that is less alike, or another text.seed."
+            )
+        blocks[split] = [whole[~repeated]]
+    column = lambda ids: pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), ids.shape[1])
+    with atomic_dir(folder) as tmp:
+        for split, pieces in blocks.items():
+            table = pa.table({"ids": pa.chunked_array([column(ids) for ids in pieces])})
+            datasets.Dataset(table, fingerprint=f"{folder.name}-{split}").save_to_disk(tmp / split)
+
+
+def repeats(blocks: np.ndarray, *others: np.ndarray, run: int = REPEAT) -> np.ndarray:
+    """bool [n]: which of `blocks` [n, s] share `run` consecutive ids (all, if s is less) with any of the `others`, each [m, s]."""
     run = min(run, blocks.shape[1])
     mine = _fingerprints(blocks, run)
     found = np.zeros(mine.shape, dtype=bool)
-    for low in range(0, len(others), 4096):
-        found |= np.isin(mine, _fingerprints(others[low : low + 4096], run))
+    for piece in others:
+        for low in range(0, len(piece), 4096):
+            found |= np.isin(mine, _fingerprints(piece[low : low + 4096], run))
     return found.any(1)
 
 
@@ -95,36 +135,109 @@ def _fingerprints(blocks: np.ndarray, run: int) -> np.ndarray:
     return (windows * weights).sum(-1, dtype=np.uint64)
 
 
-def as_tensor(dataset) -> Tensor:
-    """Blocks of a data set as int64 [n, block_length]."""
-    return torch.from_numpy(dataset.with_format("numpy")[:]["ids"]).long()
+class Blocks:
+    """Token blocks on disk: `blocks[a:b]` reads int64 [b - a, block_length]."""
+
+    def __init__(self, dataset):
+        self._dataset = dataset.with_format("numpy")
+        self.shape = (len(dataset), len(dataset[0]["ids"]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return torch.from_numpy(np.array(self._dataset[part]["ids"])).long()
 
 
-def _fill(texts, tokenizer, tokens, block_length, bos_id, held_out_share, progress) -> dict[str, np.ndarray]:
-    """Blocks of the splits, in the order of the documents."""
+class Parts:
+    """Blocks found so far: the last ones in memory, those before on disk with the place in the text up to which they go."""
+
+    def __init__(self, folder: Path, tokens: dict[str, int], block_length: int):
+        self.folder, self.block_length = folder, block_length
+        self.wanted = {split: -(-size // block_length) for split, size in tokens.items()}
+        self.found = dict.fromkeys(tokens, 0)
+        self.place, self.documents = None, 0
+        self._new: dict[str, list[np.ndarray]] = {split: [] for split in tokens}
+
+    def resume(self, stream) -> Iterator[tuple[str, tuple]]:
+        """The stream's documents with their places, after the last part. Raises SourceError if its shards are no longer the same."""
+        record, self.place = self.folder / "shards.json", (0, 0, 0)
+        if record.exists():
+            stream.go_back_to(read_json(record))
+        else:
+            write_json(record, stream.record())
+        for file in self._files():
+            for split, ids in self._read(file).items():
+                self.found[split] += len(ids)
+            self.place, self.documents = self._end(file)
+        return stream.read(self.place)
+
+    def add(self, split: str, ids: np.ndarray) -> int:
+        """Take blocks as long as the split has room; how many."""
+        ids = ids[: self.wanted[split] - self.found[split]]
+        self._new[split].append(ids)
+        self.found[split] += len(ids)
+        return len(ids)
+
+    def keep(self, least: int | None = None) -> None:
+        """Write what is in memory as a part, if it is `least` blocks (PART) or more and the text has places."""
+        if self.place is None or sum(map(len, sum(self._new.values(), []))) < (least or PART):
+            return
+        with atomic_file(self.folder / f"part-{len(self._files()):06d}.safetensors") as tmp:
+            tensors = {split: torch.from_numpy(ids) for split, ids in self._gathered().items()}
+            save_tensors(tensors | {"end": torch.tensor([*self.place, self.documents])}, tmp)
+        self._new = {split: [] for split in self._new}
+
+    def blocks(self) -> dict[str, list[np.ndarray]]:
+        """All blocks of each split, in pieces int32 [n, block_length]; those on disk are mapped, not read."""
+        parts = [self._read(file) for file in self._files()] if self.place is not None else []
+        parts.append(self._gathered())
+        return {split: [part[split] for part in parts] for split in self.wanted}
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _gathered(self) -> dict[str, np.ndarray]:
+        empty = np.empty((0, self.block_length), dtype=np.int32)
+        return {split: np.concatenate([empty, *ids]) for split, ids in self._new.items()}
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.safetensors"))
+
+    def _read(self, file: Path) -> dict[str, np.ndarray]:
+        return {split: tensor.numpy() for split, tensor in read_safetensors(file).items() if split != "end"}
+
+    def _end(self, file: Path) -> tuple[tuple, int]:
+        *place, documents = read_safetensors(file)["end"].tolist()
+        return tuple(place), documents
+
+
+def _fill(parts: Parts, texts, tokenizer, bos_id: int | None, share: float, progress: bool) -> None:
+    """Fill the splits with the blocks of the documents, in their order; many documents are tokenised at a time, on all cores."""
     from tqdm import tqdm
 
-    wanted = {split: -(-tokens[split] // block_length) for split in tokens}
-    blocks: dict[str, list[np.ndarray]] = {split: [] for split in tokens}
-    found, documents = dict.fromkeys(tokens, 0), 0
-    with tqdm(
-        total=sum(wanted.values()), desc="token blocks", unit="block", disable=not progress, mininterval=1
-    ) as bar:
-        for text in texts:
-            documents += 1
-            split = "held_out" if is_held_out(text, held_out_share) else "train"
-            if split == "held_out" and "contexts" in tokens and found[split] == wanted[split]:
-                split = "contexts"
-            if found[split] < wanted[split]:
-                new = token_blocks(text, tokenizer, block_length=block_length, bos_id=bos_id)
-                new = new[: wanted[split] - found[split]]
-                blocks[split].append(new)
-                found[split] += len(new)
-                bar.update(len(new))
-            elif found == wanted:
-                break
-    _check_filled(found, wanted, documents, block_length)
-    return {split: np.concatenate(blocks[split]) for split in tokens}
+    wanted, found = parts.wanted, parts.found
+    total, done = sum(wanted.values()), sum(found.values())
+    with tqdm(total=total, initial=done, desc="token blocks", unit="block", disable=not progress, mininterval=1) as bar:
+        whole = True  # whether the blocks in memory and the place in the text belong together
+        try:
+            while found != wanted and (batch := list(islice(texts, TOGETHER))):
+                ids = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
+                blocks = [token_blocks(each, block_length=parts.block_length, bos_id=bos_id) for each in ids]
+                whole = False
+                for (text, place), new in zip(batch, blocks):
+                    split = "held_out" if is_held_out(text, share) else "train"
+                    if split == "held_out" and "contexts" in wanted and found[split] == wanted[split]:
+                        split = "contexts"
+                    bar.update(parts.add(split, new))
+                    parts.place, parts.documents = place, parts.documents + 1
+                parts.keep()
+                whole = True
+        except BaseException:
+            if whole:
+                parts.keep(least=1)
+            raise
+    _check_filled(found, wanted, parts.documents, parts.block_length)
 
 
 def _check_filled(found: dict[str, int], wanted: dict[str, int], documents: int, block_length: int) -> None:

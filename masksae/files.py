@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from masksae.errors import OutputError
+from masksae.errors import DataError, OutputError
 
 
 def repository() -> Path:
@@ -127,6 +127,17 @@ def save_tensors(tensors: dict, path) -> None:
         if found := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(found[1]), str(error)) from error
         raise
+
+
+def read_safetensors(path) -> dict:
+    """Tensors of a safetensors file, on the CPU. Raises DataError if it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DataError(f"The scratch file {path} is damaged ({error}). Delete it; it is made again.") from error
 
 
 def write_json(path, value) -> Path:

