@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from masksae.errors import ConfigError, DataError
-from masksae.files import atomic_file, ensure_writable, save_tensors
+from masksae.files import atomic_file, ensure_writable, read_safetensors, save_tensors
 
 Pool = tuple[Tensor, ...]
 """Activations [n, d] (any float type), is_masked bool [n], and where there are any, targets [n, d]: what is to be reconstructed."""
@@ -75,7 +75,8 @@ class ActivationStream:
 
     def to(self, device) -> "ActivationStream":
         """Keep the pool in use on `device`: a GPU then gets it once, and no step waits for a copy."""
-        self._device, self._held, self._ahead = torch.device(device), None, None
+        if torch.device(device) != self._device:
+            self._device, self._held, self._ahead = torch.device(device), None, None
         return self
 
     def __iter__(self) -> Iterator[Pool]:
@@ -138,11 +139,21 @@ class ActivationStream:
         if self._held is None or self._held[0] != number:
             self._held = None
             ahead, self._ahead = self._ahead, None
-            self._held = number, ahead[1].result() if ahead and ahead[0] == number else self._read(number)
+            self._held = number, _handed_over(ahead[1].result()) if ahead and ahead[0] == number else self._read(number)
             if self._worker:
                 following = (number + 1) % len(self._sizes)
-                self._ahead = following, self._worker.submit(self._read, following)
+                self._ahead = following, self._worker.submit(self._read_beside, following)
         return self._held[1]
+
+    def _read_beside(self, number: int) -> Pool:
+        """`_read` in the worker thread; on a GPU in a stream of its own, or it would queue up behind the training steps."""
+        if self._device.type != "cuda":
+            return self._read(number)
+        beside = torch.cuda.Stream(self._device)
+        with torch.cuda.stream(beside):
+            pool = self._read(number)
+        beside.synchronize()
+        return pool
 
     def _read(self, number: int) -> Pool:
         x, is_masked, *targets = self._load(number)
@@ -156,18 +167,29 @@ class ActivationStream:
         return tuple(values.to(self._device) for values in (x, is_masked, *targets))
 
 
+def _handed_over(pool: Pool) -> Pool:
+    """Tell a GPU's allocator that a pool made in one stream is used in another, so that its memory is not reused too early."""
+    for tensor in pool:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return pool
+
+
 def from_model(
-    language_model, blocks: Tensor, *, block: int, p: float, token_id: int, mask_seed: int, bos_id: int | None,
-    batch_size: int, seed: int, pool_tokens: int = 131_072, scratch: Path | None = None, sequences: int = 16, progress: bool = True,
-    replacements: Tensor | None = None, share: float = 1.0,
+    language_model, blocks, *, block: int, p: float, token_id: int, mask_seed: int, bos_id: int | None,
+    batch_size: int, seed: int, pool_tokens: int = 131_072, scratch: Path | None = None, sequences: int | None = None, progress: bool = True,
+    replacements: Tensor | None = None, share: float = 1.0, overlap: bool | None = None,
 ) -> ActivationStream:  # fmt: skip
-    """Stream of the activations after `block` on token blocks [n, s] that are masked on the way in.
+    """Stream of the activations after `block` on token blocks [n, s] (a tensor, or `corpus.Blocks`) that are masked on the way in.
 
     The BOS position is left out: an attention sink whose norm is several times everyone else's. With `scratch`, each pool is
-    kept there (half precision) and later epochs and runs read it back; without, every visit runs the model.
+    kept there (half precision) and later epochs and runs read it back; without, every visit runs the model, and the pool stays on its
+    device.
 
+    sequences     per forward; None: 16 on a CPU, else 256
     replacements  as in `mask_tokens`
     share         use only the first blocks, this share of them; scratch is that of the whole
+    overlap       make the next pool while the SAEs train on the current one; None: on GPUs only, since on a CPU both want the same cores
     """
     from masksae.masking import mask_tokens
     from masksae.tracing import activations, hook_point
@@ -176,7 +198,11 @@ def from_model(
     first = 0 if bos_id is None else 1
     kept = blocks.shape[1] - first
     rows, used = -(-pool_tokens // kept), max(1, round(share * len(blocks)))
-    stretches = list(zip(range(0, len(blocks), rows), blocks.split(rows)))
+    starts = range(0, len(blocks), rows)
+    device = language_model.model.device
+    sequences = sequences or (16 if device.type == "cpu" else 256)
+    where = {"device": "cpu"} if scratch is not None else {"device": device, "dtype": None}
+    ahead = device.type == "cuda" if overlap is None else overlap
     if scratch is not None:
         ensure_writable(scratch)
 
@@ -184,22 +210,22 @@ def from_model(
         file = None if scratch is None else Path(scratch) / f"pool-{number:05d}.safetensors"
         if file is not None and file.exists():
             return _read_pool(file)
-        start, ids = stretches[number]
+        start = starts[number]
+        ids = blocks[start : start + rows]
         spare = () if bos_id is None else (bos_id,)
         corrupted, is_masked = mask_tokens(
             ids, p=p, token_id=token_id, seed=mask_seed, first_sequence=start, spare=spare, replacements=replacements
         )
-        label = f"activations, pool {number + 1} of {len(stretches)}" if progress else None
-        x = activations(language_model.model, corrupted, block=block, batch=sequences, label=label)[:, first:]
+        label = f"activations, pool {number + 1} of {len(starts)}" if progress and not ahead else None
+        x = activations(language_model.model, corrupted, block=block, batch=sequences, label=label, **where)[:, first:]
         pool = x.reshape(-1, x.shape[-1]), is_masked[:, first:].reshape(-1)
         if file is not None:
             _write_pool(file, pool)
             return _read_pool(file)
         return pool
 
-    sizes = [min(len(ids), used - start) * kept for start, ids in stretches if start < used]
+    sizes = [min(rows, used - start) * kept for start in starts if start < used]
     first_rows = lambda number: tuple(values[: sizes[number]] for values in load(number))
-    ahead = language_model.model.device.type == "cuda"
     return ActivationStream(first_rows, sizes, batch_size=batch_size, seed=seed, prefetch=ahead)
 
 
@@ -212,13 +238,5 @@ def _write_pool(file: Path, pool: Pool) -> None:
 
 
 def _read_pool(file: Path) -> Pool:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise DataError(
-            f"The activation scratch file {file} is damaged ({error}). Delete it; it is made again."
-        ) from error
+    tensors = read_safetensors(file)
     return tensors["x"], tensors["is_masked"]

@@ -33,11 +33,14 @@ def hook_point(model: nn.Module, block: int) -> str:
 
 @torch.no_grad()
 def activations(
-    model: nn.Module, ids: Tensor, *, block: int, batch: int = 16, label: str | None = None, cache=None
-) -> Tensor:
-    """Residual stream after `block`: float [n, s, d] for ids int64 [n, s], on the CPU.
+    model: nn.Module, ids: Tensor, *, block: int, batch: int = 16, label: str | None = None, cache=None, device="cpu",
+    dtype: torch.dtype | None = torch.float32,
+) -> Tensor:  # fmt: skip
+    """Residual stream after `block`: [n, s, d] for ids int64 [n, s].
 
     batch   sequences per forward
+    device  where the result goes, piece by piece
+    dtype   of the result; None: the model's own
     label   if given, a progress bar with this text
     cache   a transformers cache that holds a prefix shared by all sequences; it is copied, never changed
     """
@@ -50,7 +53,7 @@ def activations(
         inputs = {"input_ids": part.to(model.device), "use_cache": False}
         if cache is not None:
             inputs |= {"past_key_values": _repeat(cache, len(part)), "use_cache": True}
-        parts.append(_run_to(traced, path, inputs).cpu())
+        parts.append(_run_to(traced, path, inputs).to(device, dtype))
     return torch.cat(parts)
 
 
@@ -103,7 +106,7 @@ def spliced_losses(
             original = _log_probabilities(logits, first)
             total["original"] = total["original"] + _sums(original, original, part[:, first + 1 :])
             for name, replace in {"zero": torch.zeros_like, **replacements}.items():
-                new = torch.cat([x[:, :first], replace(x[:, first:]).to(x.dtype)], dim=1)
+                new = torch.cat([x[:, :first], replace(x[:, first:].float()).to(x.dtype)], dim=1)
                 changed = _log_probabilities(_resumed(model, part, block, new), first)
                 total[name] = total[name] + _sums(changed, original, part[:, first + 1 :])
             bar.update()

@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
+import masksae
 from masksae import ActivationStream
 from masksae.activations import from_model
 from masksae.errors import ConfigError, DataError
@@ -227,3 +228,33 @@ def test_a_share_of_the_blocks_uses_the_scratch_of_the_whole(language_model, ids
     assert part._sizes == [45, 18] and whole._sizes == [45, 45, 18]
     x, is_masked = part._load(1)
     assert torch.equal(x, whole._load(1)[0][:18]) and len(is_masked) == 18
+
+
+@pytest.mark.parametrize("drop_masked", [False, True])
+def test_the_next_pool_made_beside_training_changes_nothing(language_model, ids, drop_masked):
+    """As on a GPU: the model runs in a thread while SAEs train, and nothing is stored."""
+    options = dict(
+        block=1, p=0.4, token_id=1, mask_seed=0, bos_id=None, batch_size=8, seed=0, pool_tokens=30, progress=False
+    )
+    config = masksae.TrainConfig(steps=40, lr=1e-3, warmup=2, threshold_start=5)
+    saes = [masksae.SAEConfig(16, 32, masksae.BatchTopK(3), seed=s, drop_masked=drop_masked) for s in range(2)]
+    found = [
+        masksae.train(saes, from_model(language_model, ids, overlap=overlap, **options), config, progress=False)
+        for overlap in (False, True)
+    ]
+    for one, other in zip(*found):
+        assert torch.equal(one.W_dec, other.W_dec) and torch.equal(one.threshold, other.threshold)
+
+
+def test_blocks_on_disk_give_the_stream_of_blocks_in_memory(language_model, ids, tmp_path):
+    import datasets
+
+    from masksae.corpus import Blocks
+
+    stored = Blocks(datasets.Dataset.from_dict({"ids": ids.int().numpy()}))
+    assert len(stored) == len(ids) and stored.shape == tuple(ids.shape) and torch.equal(stored[3:7], ids[3:7])
+    options = dict(
+        block=1, p=0.4, token_id=1, mask_seed=0, bos_id=None, batch_size=8, seed=0, pool_tokens=30, progress=False
+    )
+    for (a, m), (b, n), _ in zip(*(from_model(language_model, x, **options) for x in (ids, stored)), range(20)):
+        assert torch.equal(a, b) and torch.equal(m, n)
