@@ -25,6 +25,10 @@ class OutputError(MasksaeError, OSError):
     """A folder or a disk that results cannot be written to."""
 
 
+class JobError(MasksaeError, RuntimeError):
+    """Jobs in other processes, or on a cluster, that failed."""
+
+
 def nearest(word: str, known) -> str:
     """A hint for a misspelt `word`: " Did you mean 'x'?" plus the known names.
 

@@ -27,7 +27,7 @@ def norms(run: Run, sequences: int = 32) -> list[dict]:
     rows = []
     first = 0 if run.bos_id is None else 1
     for arm in run.profile.arms:
-        ids, is_masked = run.corrupt(arm, run.ids("train")[:sequences])
+        ids, is_masked = run.corrupt(arm, run.ids("train", slice(sequences)))
         norm = run.activations(ids).norm(dim=1)
         rows += [
             {"arm": arm.name, "masked": m, "norm": round(v, 4)}
@@ -198,7 +198,7 @@ def absorption_noise(run: Run) -> list[dict]:
 
 def _absorption_noise(run: Run) -> list[dict]:
     task, saes, at, rows = run.profile.absorption, run.load_saes(), thresholds(run), []
-    table = [row for row in run.table if row["grid"] == run.profile.saes[0].name]
+    table = [row for row in run.table if row["grid"] == run.profile.grids[0].name]
     for draw in range(task.draws):
         words, x = word_activations(run, draw)
         for split in range(task.splits):

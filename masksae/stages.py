@@ -11,47 +11,26 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
+from filelock import FileLock
 from torch import Tensor
 
+from masksae import jobs
 from masksae.code_ids import SOURCE_CODE, STREAM_CODE, TRAINING_CODE, code_id
 from masksae.errors import DataError
 from masksae.files import (
     atomic_dir,
     cache_dir,
     ensure_writable,
-    read_json,
-    repository,
     run_id,
-    save_tensors,
-    write_json,
 )
-from masksae.profile import Arm, Grid, load_profile
+from masksae.profile import Arm, Grid
 from masksae.saes.config import SAEConfig
 from masksae.saes.sae import SAE
-
-WRITES = {
-    "00_mechanism": ["mechanism"],
-    "01_data": ["data"],
-    "02_train": ["train"],
-    "03_reconstruction": ["reconstruction"],
-    "04_absorption": ["absorption", "contexts", "along", "along_effects", "noise"],
-    "05_probing": ["probing"],
-    "06_perturbation": ["perturbation"],
-    "07_ood": ["ood"],
-    "09_paper": ["claims"],
-}
-"""Results of each notebook."""
+from masksae.store import Store
 
 
-class Run:
-    """One profile at work. Folders: `results`, `figures`, `build` (all of this profile only)."""
-
-    def __init__(self, profile="smoke"):
-        self.profile, self.source = load_profile(profile), str(profile)
-        root, name = repository(), self.profile.name
-        self.results, self.figures, self.build = (root / kind / name for kind in ("results", "figures", "build"))
-        for folder in (self.results, self.figures, self.build):
-            ensure_writable(folder)
+class Run(Store):
+    """One profile at work: model, text, arms, and the groups of SAEs trained on them."""
 
     @cached_property
     def device(self) -> str:
@@ -66,7 +45,7 @@ class Run:
         from masksae.models import load_model
         from masksae.tracing import hook_point
 
-        loaded = load_model(self.profile.model.source, device=self.device)
+        loaded = load_model(self.profile.model.source, device=self.device, dtype=self.profile.model.dtype)
         hook_point(loaded.model, self.profile.model.block)
         return loaded
 
@@ -96,10 +75,11 @@ class Run:
         from masksae import corpus, sources
 
         text, model, contexts = self.profile.text, self.profile.model, self.profile.contexts.tokens
+        streamed = any(source.startswith("hub:") for source in text.sources)
         code = code_id("corpus", *SOURCE_CODE)
         key = run_id([model.source, model.bos_token, text.model_dump(), contexts, code])
         return corpus.build(
-            chain.from_iterable(sources.documents(source) for source in text.sources),
+            sources.TextStream(text.sources) if streamed else chain.from_iterable(map(sources.documents, text.sources)),
             self.language_model.tokenizer,
             cache_dir("blocks", key),
             tokens={"train": text.train_tokens, "held_out": text.held_out_tokens, "contexts": contexts},
@@ -107,14 +87,14 @@ class Run:
             bos_id=self.bos_id,
             held_out_share=text.held_out_share,
             seed=text.seed,
-            ordered=not any(source.startswith("hub:") for source in text.sources),
+            ordered=not streamed,
         )
 
-    def ids(self, split: str) -> Tensor:
+    def ids(self, split: str, part: slice = slice(None)) -> Tensor:
         """Token blocks int64 [n, block_length]."""
-        from masksae.corpus import as_tensor
+        from masksae.corpus import Blocks
 
-        return as_tensor(self.blocks[split])
+        return Blocks(self.blocks[split])[part]
 
     def corrupt(self, arm: Arm, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks as an arm's model sees them, and where they are masked."""
@@ -134,11 +114,12 @@ class Run:
     def stream(self, arm: Arm):
         """Training activations of an arm."""
         from masksae.activations import from_model
+        from masksae.corpus import Blocks
 
         training = self.profile.training
         scratch = cache_dir("activations", self.id_of("stream", arm)) if training.epochs > 1 else None
         stream = from_model(
-            self.language_model, self.ids("train"), block=self.profile.model.block, p=arm.p, mask_seed=arm.seed, bos_id=self.bos_id,
+            self.language_model, Blocks(self.blocks["train"]), block=self.profile.model.block, p=arm.p, mask_seed=arm.seed, bos_id=self.bos_id,
             batch_size=training.batch_size, seed=self.profile.text.seed, pool_tokens=training.pool_tokens, scratch=scratch,
             share=arm.tokens, **self.replacement(arm),
         )  # fmt: skip
@@ -147,10 +128,27 @@ class Run:
     @cached_property
     def saes(self) -> dict[str, SAE]:
         """Trained SAEs by name, such as "masked-matryoshka20-s0", ablations too; trains the groups that are not finished."""
+        missing = [arm for arm in self.arms if not (self._folder(arm) / "saes").exists()]
+        if missing and jobs.executor()[0] != "inline":
+            self.blocks  # made once, before several jobs want them
+            jobs.run_jobs([jobs.Job(arm.name, "masksae.stages:train_arm", (self.source, arm.name)) for arm in missing])
         trained = {}
         for arm in self.arms:
             trained |= self._group(arm)
         return trained
+
+    @property
+    def finished(self) -> bool:
+        """Whether every group is trained."""
+        return all((self._folder(arm) / "saes").exists() for arm in self.arms)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the run has in the user's cache already."""
+        folders = [self._folder(arm) for arm in self.arms]
+        folders += [cache_dir("activations", self.id_of("stream", arm)) for arm in self.arms]
+        files = (file for folder in {*folders} if folder.exists() for file in folder.rglob("*") if file.is_file())
+        return sum(file.stat().st_size for file in files)
 
     @property
     def arms(self) -> list[Arm]:
@@ -159,7 +157,7 @@ class Run:
 
     def members(self, arm: Arm) -> list[tuple[str, Grid, int]]:
         """(name, grid, seed) of every SAE of an arm or of an ablation."""
-        grids = self.profile.saes if arm in self.profile.arms else self.profile.saes[:1]
+        grids = self.profile.grids if arm in self.profile.arms else self.profile.grids[:1]
         return [(f"{arm.name}-{grid.name}-s{seed}", grid, seed) for grid in grids for seed in arm.seeds or grid.seeds]
 
     @property
@@ -196,14 +194,15 @@ class Run:
     def _group(self, arm: Arm) -> dict[str, SAE]:
         """All SAEs of one arm: read back if finished, else trained (or trained on from the last checkpoint)."""
         members, kept, shown = self.members(arm), self._folder(arm), self.build / "saes" / arm.name
-        if not (kept / "saes").exists():
-            ensure_writable(kept)
-            drop = arm.drop_masked or arm.denoise
-            saes = self._train(arm, [grid.config(self._width, seed, drop) for _, grid, seed in members], kept)
-            with atomic_dir(kept / "saes") as tmp:
-                for (name, _, _), sae in zip(members, saes):
-                    sae.save(tmp / name)
-            shutil.rmtree(kept / "checkpoint", ignore_errors=True)
+        ensure_writable(kept)
+        with FileLock(kept / ".lock"):  # a second run of the same group waits, and finds it done
+            if not (kept / "saes").exists():
+                drop = arm.drop_masked or arm.denoise
+                saes = self._train(arm, [grid.config(self._width, seed, drop) for _, grid, seed in members], kept)
+                with atomic_dir(kept / "saes") as tmp:
+                    for (name, _, _), sae in zip(members, saes):
+                        sae.save(tmp / name)
+                shutil.rmtree(kept / "checkpoint", ignore_errors=True)
         with atomic_dir(shown) as tmp:
             shutil.copytree(kept / "saes", tmp, dirs_exist_ok=True)
         return {name: SAE.load(kept / "saes" / name, device=self.device) for name, _, _ in members}
@@ -225,7 +224,7 @@ class Run:
         """SAEs of the first grid by step and name, the finished ones too; an arm whose scratch was deleted is trained again."""
         from masksae.training import load_snapshots
 
-        finished, first = self.load_saes([arm]), self.profile.saes[0].name
+        finished, first = self.load_saes([arm]), self.profile.grids[0].name
         last = next(iter(finished.values())).history[-1]["step"] + 1
         kept = load_snapshots(self._folder(arm), device=self.device)
         if sorted(kept) != sorted(n for n in self.profile.training.snapshots if n < last):
@@ -251,43 +250,10 @@ class Run:
             found[row["sae"]] = SAE.load(path, device=self.device)
         return found
 
-    def save_result(self, name: str, value) -> None:
-        """Write results/<profile>/NAME.json."""
-        write_json(self.results / f"{name}.json", value)
-
-    def result(self, name: str):
-        """Read results/<profile>/NAME.json. Raises DataError with the remedy if it is not there."""
-        path = self.results / f"{name}.json"
-        if not path.exists():
-            notebook = next((notebook for notebook, names in WRITES.items() if name in names), "that writes it")
-            raise DataError(
-                f"{path} is missing. Run notebook {notebook} with profile {self.profile.name} first. From here, in a cell: "
-                f"!python -m masksae.pipeline run {notebook} {self.source}. Everything: `make repro PROFILE={self.source}`."
-            )
-        return read_json(path)
-
-    def scratch(self, kind: str, key, code: tuple[str, ...], make) -> dict[str, Tensor]:
-        """Tensors that `make()` gives, kept in scratch under an id of `key` and of the code in `code`."""
-        from safetensors.torch import load_file
-
-        folder = cache_dir(kind, run_id([self.profile.model.model_dump(), key, code_id(*code)]))
-        if not folder.exists():
-            tensors = make()
-            with atomic_dir(folder) as tmp:
-                save_tensors(tensors, tmp / "tensors.safetensors")
-        return load_file(folder / "tensors.safetensors")
-
     def rows(self, kind: str, section, code: tuple[str, ...], make) -> list[dict]:
         """Score rows that `make()` gives, kept in scratch under an id of the SAEs, a section of the profile and the code in `code`."""
         groups = [self.id_of("group", arm) for arm in self.profile.arms]
         return self.kept(kind, [self.table, groups, section.model_dump(), code_id(*code)], make)
-
-    def kept(self, kind: str, key, make) -> list[dict]:
-        """Rows that `make()` gives, kept in scratch under an id of `key`."""
-        file = cache_dir("scores", f"{kind}-{run_id(key)}.json")
-        if not file.exists():
-            write_json(file, make())
-        return read_json(file)
 
     @cached_property
     def held_out(self) -> Tensor:
@@ -295,3 +261,9 @@ class Run:
         key = self.profile.text.model_dump()
         make = lambda: {"x": self.activations(self.ids("held_out"), label="held-out activations")}
         return self.scratch("held_out", key, (*SOURCE_CODE, "corpus", "tracing"), make)["x"]
+
+
+def train_arm(profile: str, arm: str) -> None:
+    """Train the group of one arm or ablation of a profile, or go on with it: a job of `masksae.jobs`."""
+    run = Run(profile)
+    run._group(next(item for item in run.arms if item.name == arm))

@@ -54,6 +54,7 @@ def test_what_the_code_imports_is_declared():
         "IPython": "jupyter",
         "nbformat": "jupyter",
         "pyarrow": "datasets",
+        "fsspec": "datasets",
         "markdown_it": "markdown-it-py",
     }
     imported = set()

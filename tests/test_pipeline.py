@@ -81,7 +81,7 @@ def test_every_profile_has_every_key_that_a_stage_depends_on(path):
 
 
 def test_a_missing_result_is_blamed_on_the_notebook_that_writes_it():
-    from masksae.stages import WRITES
+    from masksae.store import WRITES
 
     written = {
         Path(next(iter(out))).stem: stage["cmd"].split()[4]

@@ -50,6 +50,7 @@ def profile(folder, name="tiny", **changes):
             "threshold_ema": 0.8,
             "pool_tokens": 2000,
         },
+        "architectures": ["all"],
         "saes": [
             {"name": "plain", "selection": {"rule": "batch_topk", "k": 3}, "n_latents": 32, "seeds": [0, 1]},
             {
@@ -130,7 +131,7 @@ def test_what_is_finished_is_read_back_and_what_is_missing_is_made(project, monk
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "cache"))
     for arm in again.profile.arms:
         group = cache_dir("groups", again.id_of("group", arm), arm.name)
-        assert [p.name for p in group.iterdir()] == ["saes"]  # the checkpoint is gone once the SAEs are there
+        assert {p.name for p in group.iterdir()} == {"saes", ".lock"}  # the checkpoint is gone once the SAEs are there
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "other"))
     assert all(torch.equal(sae.W_dec, before[name]) for name, sae in Run(path).saes.items())
 
