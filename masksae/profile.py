@@ -40,6 +40,8 @@ class Profile(Section):
     ablations: list[Arm]
     """Further arms, with SAEs of the first grid only; compared in notebooks 04 and 08."""
     training: Training
+    architectures: Annotated[list[str], Field(min_length=1)]
+    """Which of the grids under `saes` are trained, by architecture ("Matryoshka BatchTopK"); [all]: every one."""
     saes: Annotated[list[Grid], Field(min_length=1)]
     evaluation: Evaluation
     absorption: Absorption
@@ -48,8 +50,17 @@ class Profile(Section):
     perturbation: Perturbation
     simulation: Simulation
 
+    @property
+    def grids(self) -> list[Grid]:
+        """The SAEs that are trained: those of `saes` whose architecture is wanted."""
+        return [grid for grid in self.saes if {"all", grid.architecture} & {*self.architectures}]
+
     @model_validator(mode="after")
     def _possible(self):
+        known = dict.fromkeys(grid.architecture for grid in self.saes)
+        for name in self.architectures:
+            if name not in known and name != "all":
+                raise ValueError(f"architectures: no grid of saes is a {name!r}.{nearest(name, ['all', *known])}")
         for what, items in (("arms and ablations", [*self.arms, *self.ablations]), ("saes", self.saes)):
             names = [item.name for item in items]
             if len(set(names)) < len(names):
@@ -62,9 +73,9 @@ class Profile(Section):
             if arm.seeds is not None:
                 raise ValueError(f"arms.{arm.name}.seeds: an arm has SAEs of every grid and seed. Leave this key out.")
         for arm in self.ablations:
-            if missing := set(arm.seeds or ()) - set(self.saes[0].seeds):
+            if missing := set(arm.seeds or ()) - set(self.grids[0].seeds):
                 raise ValueError(
-                    f"ablations.{arm.name}.seeds: {sorted(missing)} are not among the first grid's ({self.saes[0].seeds}), so nothing pairs with them."
+                    f"ablations.{arm.name}.seeds: {sorted(missing)} are not among the first grid's ({self.grids[0].seeds}), so nothing pairs with them."
                 )
         if self.text.train_tokens < self.training.batch_size:
             raise ValueError(

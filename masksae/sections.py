@@ -28,6 +28,8 @@ class Model(Section):
     """Hook point: the residual stream after this block, counted from 0."""
     mask_token: str
     """Text of the special token that replaces masked tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of its weights and activations; bfloat16 halves the memory and suits GPUs, and is slow on most CPUs."""
     bos_token: str | None = None
     """Text of the token that starts every block; its own activations are never used. None: no such token."""
 
@@ -80,6 +82,7 @@ class Training(Section):
     warmup: Annotated[int, Field(ge=0)] = 1000
     decay: Share = 0.2
     sparsity_warmup: Annotated[int, Field(ge=0)] | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
     threshold_start: Annotated[int, Field(ge=0)] = 1000
     threshold_ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     pool_tokens: Positive = 131_072
@@ -93,7 +96,9 @@ class Training(Section):
         from masksae.recipe import TrainConfig
 
         shared = self.model_dump(exclude={"epochs", "batch_size", "pool_tokens", "snapshots"})
-        return TrainConfig(steps, snapshots=tuple(n for n in self.snapshots if n < steps), **shared)
+        shared["snapshots"] = tuple(n for n in self.snapshots if n < steps)
+        seldom = {"checkpoint_every": max(200, steps // 100), "log_every": max(20, steps // 1000)}
+        return TrainConfig(steps, **shared, **seldom)
 
 
 RULES = {"topk": TopK, "batch_topk": BatchTopK, "jump_relu": JumpReLU, "relu": ReLU, "gated": Gated}

@@ -52,6 +52,11 @@ MISTAKES = {
     "names twice": (put("arms", 1, "name", value="unmasked"), "arms", "names must differ"),
     "misspelt selection rule": (put("saes", 0, "selection", "rule", value="batchtopk"), "rule", "'batch_topk'"),
     "k above n_latents": (put("saes", 0, "selection", "k", value=2000), "saes.0", "n_latents = 1024"),
+    "an architecture that is not there": (
+        put("architectures", value=["Matryoshka"]),
+        "architectures",
+        "Did you mean 'Matryoshka BatchTopK'",
+    ),
     "prefixes that do not sum to 1": (put("saes", 0, "prefixes", value=[0.5, 0.25]), "saes.0", "sum 0.75"),
     "a prefix without a latent": (put("saes", 0, "prefixes", value=[0.0001, 0.9999]), "saes.0", "empty group"),
     "no seed": (put("saes", 0, "seeds", value=[]), "saes.0.seeds", "at least 1"),

@@ -128,6 +128,7 @@ def test_damaged_files_are_named(tmp_path):
         (lambda: SAEConfig(8, 16, BatchTopK(1), prefixes=(0.5, 0.4)), "sum to 1"),
         (lambda: SAEConfig(8, 16, BatchTopK(1), prefixes=(1.5, -0.5)), "positive fractions"),
         (lambda: SAEConfig(8, 16, BatchTopK(1), prefixes=(0.01, 0.99)), "empty group"),
+        (lambda: SAEConfig(8, 512, BatchTopK(1), prefixes=(1 / 256,) * 256), "at most 255 groups, found 256"),
         (lambda: SAEConfig(8, 16, BatchTopK(1), prefix_weighting="1/g"), "Did you mean '1/G^2'"),
         (lambda: SAEConfig(8, 16, "BatchTopk"), "Did you mean 'BatchTopK'"),
         (lambda: AuxK(k=0), "AuxK.k"),

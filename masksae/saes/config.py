@@ -10,6 +10,9 @@ from typing import ClassVar
 
 from masksae.errors import ConfigError, nearest
 
+MOST_GROUPS = 255
+"""Prefix groups; a step keeps their numbers in a byte each."""
+
 MATRYOSHKA = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)
 """Group fractions of SAEBench's own Matryoshka suite."""
 
@@ -210,6 +213,8 @@ class SAEConfig:
                 raise ConfigError(
                     f"prefixes must be positive fractions that sum to 1, found {self.prefixes} with sum {sum(self.prefixes):.6g}."
                 )
+            if len(self.prefixes) > MOST_GROUPS:
+                raise ConfigError(f"prefixes: at most {MOST_GROUPS} groups, found {len(self.prefixes)}.")
             if min(self.group_sizes) < 1:
                 raise ConfigError(
                     f"prefixes {self.prefixes} leave an empty group in a dictionary of {self.n_latents} latents. Use fewer groups or more latents."
