@@ -1,6 +1,6 @@
 # Two commands do everything on a bare machine with Python 3.11 or later and make:
 #
-#     make repro [PROFILE=smoke|laptop|overnight|paper|path/to/profile.yaml]
+#     make repro [PROFILE=smoke|laptop|gemma|overnight|paper|path/to/profile.yaml]
 #     make test
 
 PROFILE ?= laptop
@@ -8,9 +8,10 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 PEERS := .venv-peers
+export MASKSAE_EXECUTOR := $(or $(EXECUTOR),$(MASKSAE_EXECUTOR))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup repro site status test lint lab clean peers test-peers benchmark
+.PHONY: help setup repro paper plan verify share test-slurm site status test lint lab clean peers test-peers benchmark
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -33,6 +34,22 @@ $(READY): requirements.lock pyproject.toml
 
 repro: $(READY)  ## bring every result of PROFILE up to date
 	@python -m masksae.pipeline repro "$(PROFILE)"
+
+paper: $(READY)  ## the paper at its own scale, both models: needs a hub and a GPU
+	@python -m masksae.pipeline repro paper paper-gemma
+
+plan: $(READY)  ## what PROFILE costs: work, hours, memory, disk; MEASURE=1 times a fraction here
+	@python -m masksae.pipeline plan "$(PROFILE)" $(if $(MEASURE),--measure)
+
+verify: $(READY)  ## published numbers of the paper's models beside those of PROFILE=paper or paper-gemma
+	@python -m masksae.pipeline verify "$(if $(filter laptop,$(PROFILE)),paper,$(PROFILE))"
+
+share: $(READY)  ## SAEs of PROFILE for the hub: build/PROFILE/hub; TO=owner/name pushes them
+	@python -m masksae.pipeline share "$(PROFILE)" $(if $(TO),--to "$(TO)")
+
+test-slurm: $(READY)  ## jobs on a real SLURM of one node, started and stopped here (Debian, as root)
+	@command -v slurmctld munged >/dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge >/dev/null; }
+	@MASKSAE_TEST_SLURM=1 python -m pytest -q tests/test_slurm.py
 
 site: $(READY)  ## static pages of all that was run: build/site/index.html
 	@python -m masksae.site

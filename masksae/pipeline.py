@@ -25,9 +25,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a stage failed, 2 bad input (said in one line)."""
     parser = argparse.ArgumentParser(prog="python -m masksae.pipeline", description="Run the notebooks through DVC.")
     commands = parser.add_subparsers(required=True)
-    repro = commands.add_parser("repro", help="bring every result of a profile up to date")
-    repro.add_argument("profile", nargs="?", default=DEFAULT, help="name or path of a YAML file")
-    repro.set_defaults(run=lambda a: reproduce(a.profile))
+    repro = commands.add_parser("repro", help="bring every result of some profiles up to date")
+    repro.add_argument("profiles", nargs="*", default=[DEFAULT], help="names or paths of YAML files")
+    repro.set_defaults(run=lambda a: next(filter(None, map(reproduce, a.profiles)), 0))
+    plan = commands.add_parser("plan", help="what a profile costs; needs no network")
+    plan.add_argument("profiles", nargs="*", default=[DEFAULT])
+    plan.add_argument("--measure", action="store_true", help="time a fraction of the work here, too: a minute")
+    plan.set_defaults(run=lambda a: [print_plan(profile, a.measure) for profile in a.profiles] and None)
+    verify = commands.add_parser("verify", help="published numbers beside ours; exit status 1 if some differ")
+    verify.add_argument("profile", nargs="?", default="paper")
+    verify.set_defaults(run=lambda a: print_verification(a.profile))
+    share = commands.add_parser("share", help="SAEs of a finished profile in SAELens' form, with a model card")
+    share.add_argument("profile", nargs="?", default=DEFAULT)
+    share.add_argument("--to", metavar="OWNER/NAME", help="push them to this repository of the hub")
+    share.set_defaults(run=lambda a: share_saes(a.profile, a.to))
     status = commands.add_parser("status", help="what `repro` would do")
     status.add_argument("profile", nargs="?", default=DEFAULT)
     status.set_defaults(run=lambda a: dvc("status", a.profile))
@@ -49,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 def reproduce(profile) -> int:
     """`dvc repro` for a profile; a good profile is checked before, a summary printed after."""
     ask_for_terms(load_profile(profile).model.source)
+    check_fit(profile)
     status = dvc("repro", profile)
     if status == 0:
         name = load_profile(profile).name
@@ -59,6 +71,56 @@ def reproduce(profile) -> int:
 
         print(f"\nTo read: {site.build().as_uri()}")
     return status
+
+
+def check_fit(profile) -> None:
+    """Say what a run needs at most, and refuse one that cannot fit here. Raises ConfigError."""
+    from masksae.plan import Plan
+    from masksae.stages import Run
+
+    run = Run(profile)
+    plan = Plan(run.profile)
+    if not run.finished:
+        memory, disk = (sum(parts.values()) / 1e9 for parts in (plan.memory(run.device), plan.disk()))
+        print(
+            f"{run.profile.name} needs up to {memory:.1f} GB of memory on {run.device} and {disk:.1f} GB of disk (`make plan`)",
+            flush=True,
+        )
+        plan.check(run.device, run.kept_bytes)
+
+
+def print_plan(profile, measure: bool) -> None:
+    """Print the cost of a profile; with `measure`, time a fraction of it here."""
+    from masksae import plan_report
+    from masksae.plan import Plan
+    from masksae.stages import Run
+
+    run = Run(profile)
+    plan, measured = Plan(run.profile), None
+    if measure:
+        from masksae.measure import hours_here
+
+        measured = hours_here(plan, run.device)
+    print(plan_report.text(plan, run.device, run.kept_bytes, measured) + "\n")
+
+
+def print_verification(profile) -> int:
+    """Print the reference checks of a profile; 1 if some number differs."""
+    from masksae import verify
+    from masksae.stages import Run
+
+    run = Run(profile)
+    checks = verify.verify(run)
+    print(verify.text(checks, run.profile.name))
+    return int(any(check.verdict == "differs" for check in checks))
+
+
+def share_saes(profile, repository: str | None) -> None:
+    """Build the folder for the hub, and push it if a repository is named."""
+    from masksae import share
+    from masksae.stages import Run
+
+    print(share.upload(Run(profile), repository) if repository else share.build(Run(profile)))
 
 
 def ask_for_terms(source: str) -> None:

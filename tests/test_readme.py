@@ -81,6 +81,35 @@ def test_what_is_said_of_single_parents_is_what_was_measured():
         assert all(row["p_holm"] > 0.05 for row in along_report.by_parent(rows, arm))
 
 
+def test_what_is_said_of_the_second_model_is_what_was_measured():
+    claims = read_json(ROOT / "results/gemma/claims.json")
+    letters, cross, ev = claims["C1"], claims["C1"]["cross_token"], claims["C5"]
+    told = [
+        f"{value:.2f}"[1:] for value in (letters["baseline"], letters["treated"], cross["baseline"], cross["treated"])
+    ]
+    assert told == [".72", ".77", ".25", ".32"] and all(number in README for number in told)
+    assert [f"{ev[key]:.3f}" for key in ("baseline", "treated")] == ["0.868", "0.852"]
+    effects = {(e["arm"], e["kind"], e["equal"]): e for e in read_json(ROOT / "results/gemma/along_effects.json")}
+    assert f"{effects['dropped', 'cross-token (what came before)', 'steps']['treated']:.2f}" == "0.27"
+    assert all(e["low"] < 0 < e["high"] for (_, _, equal), e in effects.items() if equal == "EV")
+    matched = lambda name: [r for r in read_json(ROOT / f"results/gemma/{name}.json") if r["mode"] == "matched"]
+    f1 = [letter["f1"] for row in matched("absorption") for letter in row["letters"]]
+    assert 0.005 < sum(f1) / len(f1) < 0.025
+    dead = [row["dead_latents"] / 2048 for row in matched("reconstruction")]
+    assert 0.6 < sum(dead) / len(dead) < 0.7
+
+
+def test_the_page_on_scale_says_what_a_plan_says():
+    from masksae import load_profile
+    from masksae.plan import Plan
+    from masksae.plan_report import beyond, costs
+
+    page = (ROOT / "docs/scale.md").read_text()
+    for name in ("paper", "paper-gemma"):
+        assert costs(Plan(load_profile(name))) in page
+    assert beyond(load_profile("paper-gemma")) in page
+
+
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -89,9 +118,10 @@ def test_the_example_runs(tmp_path, monkeypatch):
         exec(block, {})
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
-def test_links_lead_somewhere(target):
-    assert target.startswith("https://") or (ROOT / target).exists()
+@pytest.mark.parametrize("page", ["README.md", "docs/scale.md"])
+def test_links_lead_somewhere(page):
+    targets = set(re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()))
+    assert targets and all(t.startswith("https://") or ((ROOT / page).parent / t).exists() for t in targets)
 
 
 def test_every_profile_is_described():
