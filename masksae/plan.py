@@ -135,8 +135,7 @@ class Plan:
 
     def members(self, arm) -> list[SAEConfig]:
         """SAEs of an arm or an ablation."""
-        grids = self.profile.grids if arm in self.profile.arms else self.profile.grids[:1]
-        return [grid.config(self.width, seed) for grid in grids for seed in arm.seeds or grid.seeds]
+        return [grid.config(self.width, seed) for grid, seed in self.profile.members(arm)]
 
     @cached_property
     def saes(self) -> list[SAEConfig]:

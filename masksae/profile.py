@@ -55,6 +55,11 @@ class Profile(Section):
         """The SAEs that are trained: those of `saes` whose architecture is wanted."""
         return [grid for grid in self.saes if {"all", grid.architecture} & {*self.architectures}]
 
+    def members(self, arm: Arm) -> list[tuple[Grid, int]]:
+        """(grid, seed) of every SAE of an arm or of an ablation, which has those of the first grid."""
+        grids = self.grids if arm in self.arms else self.grids[:1]
+        return [(grid, seed) for grid in grids for seed in arm.seeds or grid.seeds]
+
     @model_validator(mode="after")
     def _possible(self):
         known = dict.fromkeys(grid.architecture for grid in self.saes)
