@@ -21,7 +21,7 @@ PRECISION = "float32"
 
 def core(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
     """(eval_result_metrics, eval_result_details, eval_config) of the type "core"."""
-    n_latents = next(grid.n_latents for grid in run.profile.grids if grid.name == row["grid"])
+    n_latents = run.latents_of(row)
     metrics = {
         "model_behavior_preservation": {
             "kl_div_score": row["kl_score"], "kl_div_with_ablation": row["kl_zero"], "kl_div_with_sae": row["kl_sae"],

@@ -44,10 +44,15 @@ def _page(path: Path, title: str, body: str, profiles: list[str], up: str, here:
         ("api/masksae.html", "API"),
     ]
     menu = " ".join(f'<a href="{up}{link}">{html.escape(text)}</a>' for link, text in links)
-    page = TEMPLATE.read_text(encoding="utf-8")
-    for key, value in {"TITLE": html.escape(title), "MENU": menu, "HERE": here, "CODE_STYLE": _code_style()}.items():
-        page = page.replace(f"@{key}@", value)
-    write_text(path, page.replace("@BODY@", body))
+    write_text(path, page(title, body, menu, here, _code_style()))
+
+
+def page(title: str, body: str, menu: str = "", here: str = "", code_style: str = "") -> str:
+    """HTML of one page in the project's look."""
+    text = TEMPLATE.read_text(encoding="utf-8")
+    for key, value in {"TITLE": html.escape(title), "MENU": menu, "HERE": here, "CODE_STYLE": code_style}.items():
+        text = text.replace(f"@{key}@", value)
+    return text.replace("@BODY@", body)
 
 
 def _code_style() -> str:

@@ -157,8 +157,7 @@ class Run(Store):
 
     def members(self, arm: Arm) -> list[tuple[str, Grid, int]]:
         """(name, grid, seed) of every SAE of an arm or of an ablation."""
-        grids = self.profile.grids if arm in self.profile.arms else self.profile.grids[:1]
-        return [(f"{arm.name}-{grid.name}-s{seed}", grid, seed) for grid in grids for seed in arm.seeds or grid.seeds]
+        return [(f"{arm.name}-{grid.name}-s{seed}", grid, seed) for grid, seed in self.profile.members(arm)]
 
     @property
     def table(self) -> list[dict]:
@@ -173,6 +172,10 @@ class Run(Store):
             for arm in arms
             for name, grid, seed in self.members(arm)
         ]
+
+    def latents_of(self, row: dict) -> int:
+        """Size of the dictionary of a row's SAE."""
+        return next(grid.n_latents for grid in self.profile.grids if grid.name == row["grid"])
 
     def id_of(self, kind: str, arm: Arm) -> str:
         """Id of an arm's activation stream, or of the group of SAEs trained on it."""

@@ -1,0 +1,115 @@
+"""Somebody's own SAE, scored as a profile scores its own: `Guest("laptop", "path/to/sae")` stands in a run's place.
+
+The profile gives the model, the block, the clean text and the tasks; the SAE comes from a folder of SAELens, dictionary_learning or masksae.
+What does not depend on the SAE (activations, probes) is shared with the profile's runs; scores are kept under an id of the weights.
+"""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+from masksae.code_ids import code_id
+from masksae.errors import ConfigError, nearest
+from masksae.files import ensure_writable, write_json
+from masksae.metrics.reconstruction import reconstruction
+from masksae.profile import load_profile
+from masksae.saes.sae import SAE
+from masksae.stages import Run
+
+METRICS = ("reconstruction", "absorption", "contexts", "probing", "ood", "perturbation")
+"""What can be scored, in the order of the notebooks."""
+
+
+def load_sae(folder) -> SAE:
+    """Read an SAE of any of the three forms, told by its files. Raises ConfigError, CheckpointError."""
+    from masksae.export import load_dictionary_learning, load_saelens
+
+    folder = Path(folder)
+    readers = {"sae_weights.safetensors": load_saelens, "ae.pt": load_dictionary_learning, "sae.safetensors": SAE.load}
+    for file, read in readers.items():
+        if (folder / file).is_file():
+            return read(folder)
+    raise ConfigError(f"{folder} holds none of {', '.join(readers)}. Give the folder of one SAE.")
+
+
+class Guest(Run):
+    """A profile with one SAE from a folder.
+
+    name  what it is called; None: the folder's name
+    l0    matched clean L0; None: the SAE's own k or target, or else the L0 that it has
+    out   where results go
+    """
+
+    def __init__(self, profile, folder, *, out, name: str | None = None, l0: float | None = None):
+        self.profile, self.source, self.folder = load_profile(profile), str(profile), Path(folder)
+        self.name, self._l0 = name or self.folder.resolve().name, l0
+        self._sae = load_sae(self.folder)
+        self.results = self.figures = self.build = ensure_writable(out)
+        if self._sae.config.d_model != self._width:
+            raise ConfigError(
+                f"The SAE in {folder} reads width {self._sae.config.d_model}, {self.profile.model.source} has {self._width}. Name the profile of its model."
+            )
+        self._sae.to(self.device)
+
+    @cached_property
+    def k(self) -> float:
+        """The clean L0 at which matched scores are taken."""
+        return self._l0 or self._sae.config.selection.goal or round(reconstruction(self._sae, self.held_out).l0, 1)
+
+    @property
+    def table(self) -> list[dict]:
+        """Its one row."""
+        rule = type(self._sae.config.selection).__name__
+        architecture = ("Matryoshka " if self._sae.config.prefixes else "") + rule
+        row = {"sae": self.name, "arm": self.name, "p": 0.0, "grid": self.name, "k": self.k, "seed": 0}
+        return [row | {"architecture": architecture}]
+
+    def load_saes(self, arms=None) -> dict[str, SAE]:
+        return {self.name: self._sae}
+
+    def latents_of(self, row: dict) -> int:
+        return self._sae.config.n_latents
+
+    def rows(self, kind: str, section, code: tuple[str, ...], make) -> list[dict]:
+        """As of a run, under an id of the weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self._sae.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().view(-1).numpy().tobytes())
+        stream = [self.profile.model.model_dump(), self.profile.text.model_dump()]
+        key = [self.table, self._sae.config.to_dict(), digest.hexdigest(), stream, section.model_dump(), code_id(*code)]
+        return self.kept(f"guest-{kind}", key, make)
+
+
+def evaluate(guest: Guest, metrics: list[str]) -> dict[str, list[dict]]:
+    """Rows of each metric, as trained and at matched clean L0; written to `NAME.json` in the guest's folder as they come. Raises ConfigError."""
+    from masksae import concepts, scores, tasks
+
+    scorers = {
+        "reconstruction": scores.reconstruction_scores,
+        "absorption": scores.absorption_scores,
+        "contexts": scores.context_scores,
+        "probing": tasks.probing_scores,
+        "ood": tasks.ood_scores,
+        "perturbation": concepts.concept_scores,
+    }
+    for metric in metrics:
+        if metric not in scorers:
+            raise ConfigError(f"There is no metric {metric!r}.{nearest(metric, METRICS)}")
+    found = {}
+    for metric in METRICS:
+        if metric in metrics:
+            found[metric] = scorers[metric](guest)
+            write_json(guest.results / f"{metric}.json", found[metric])
+    return found
+
+
+def saebench(guest: Guest, found: dict[str, list[dict]]) -> list[Path]:
+    """Write the scores in SAEBench's schema, one file per evaluation and mode."""
+    from masksae.saebench import EVALUATIONS, result
+
+    written = []
+    for kind, (source, _) in EVALUATIONS.items():
+        for row in found.get(source, ()):
+            name = f"{row['sae']}-{row['mode']}_custom_sae_eval_results.json"
+            written.append(write_json(guest.results / "saebench" / kind / name, result(guest, kind, row)))
+    return written
