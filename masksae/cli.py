@@ -164,7 +164,7 @@ def explore_sae(options) -> None:
     from masksae.site import page
 
     visitor = guest.Guest(options.profile, options.sae, out=options.out)
-    look, sae = explore.Explorer(visitor), visitor.load_saes()[visitor.name]
+    look, sae = explore.Explorer(visitor), visitor.sae
     story = look.letter(sae, options.letter) if options.letter else look.context(sae, options.context)
     body = f"<h1>{visitor.name}</h1>{explore.story_html(story)}<h2>Where its first main latent fires most</h2>{look.top_contexts(sae, story.main[0])}"
     print(

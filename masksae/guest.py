@@ -43,40 +43,40 @@ class Guest(Run):
     def __init__(self, profile, folder, *, out, name: str | None = None, l0: float | None = None):
         self.profile, self.source, self.folder = load_profile(profile), str(profile), Path(folder)
         self.name, self._l0 = name or self.folder.resolve().name, l0
-        self._sae = load_sae(self.folder)
+        self.sae = load_sae(self.folder)
         self.results = self.figures = self.build = ensure_writable(out)
-        if self._sae.config.d_model != self._width:
+        if self.sae.config.d_model != self._width:
             raise ConfigError(
-                f"The SAE in {folder} reads width {self._sae.config.d_model}, {self.profile.model.source} has {self._width}. Name the profile of its model."
+                f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has {self._width}. Name the profile of its model."
             )
-        self._sae.to(self.device)
+        self.sae.to(self.device)
 
     @cached_property
     def k(self) -> float:
         """The clean L0 at which matched scores are taken."""
-        return self._l0 or self._sae.config.selection.goal or round(reconstruction(self._sae, self.held_out).l0, 1)
+        return self._l0 or self.sae.config.selection.goal or round(reconstruction(self.sae, self.held_out).l0, 1)
 
     @property
     def table(self) -> list[dict]:
         """Its one row."""
-        rule = type(self._sae.config.selection).__name__
-        architecture = ("Matryoshka " if self._sae.config.prefixes else "") + rule
+        rule = type(self.sae.config.selection).__name__
+        architecture = ("Matryoshka " if self.sae.config.prefixes else "") + rule
         row = {"sae": self.name, "arm": self.name, "p": 0.0, "grid": self.name, "k": self.k, "seed": 0}
         return [row | {"architecture": architecture}]
 
     def load_saes(self, arms=None) -> dict[str, SAE]:
-        return {self.name: self._sae}
+        return {self.name: self.sae}
 
     def latents_of(self, row: dict) -> int:
-        return self._sae.config.n_latents
+        return self.sae.config.n_latents
 
     def rows(self, kind: str, section, code: tuple[str, ...], make) -> list[dict]:
         """As of a run, under an id of the weights."""
         digest = hashlib.sha256()
-        for name, value in sorted(self._sae.state_dict().items()):
+        for name, value in sorted(self.sae.state_dict().items()):
             digest.update(name.encode() + value.cpu().contiguous().view(-1).numpy().tobytes())
         stream = [self.profile.model.model_dump(), self.profile.text.model_dump()]
-        key = [self.table, self._sae.config.to_dict(), digest.hexdigest(), stream, section.model_dump(), code_id(*code)]
+        key = [self.table, self.sae.config.to_dict(), digest.hexdigest(), stream, section.model_dump(), code_id(*code)]
         return self.kept(f"guest-{kind}", key, make)
 
 

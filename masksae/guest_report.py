@@ -30,7 +30,7 @@ SCORES = {
 
 def write(guest: Guest, found: dict[str, list[dict]]) -> Path:
     """Write `report.html` into the guest's folder."""
-    config, profile = guest._sae.config, guest.profile
+    config, profile = guest.sae.config, guest.profile
     head = (
         f"<h1>{html.escape(guest.name)}</h1><p>{html.escape(guest.table[0]['architecture'])}, {config.n_latents:,} latents on width {config.d_model}, read from "
         f"<code>{html.escape(str(guest.folder))}</code>. Scored on {html.escape(profile.model.source)} after block {profile.model.block}.</p>"

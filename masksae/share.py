@@ -5,6 +5,7 @@ from pathlib import Path
 from masksae.errors import ConfigError, DataError, SourceError
 from masksae.export import to_saelens
 from masksae.files import atomic_dir
+from masksae.plan import Plan
 from masksae.stages import Run
 from masksae.tracing import hook_point
 
@@ -20,7 +21,7 @@ def build(run: Run) -> Path:
     """Write build/PROFILE/hub/ and return it. Raises DataError if the SAEs are not trained."""
     saes, target = run.load_saes(), run.build / "hub"
     model = run.profile.model
-    hook, name = hook_point(run.language_model.model, model.block), model.source.removeprefix("hub:")
+    hook, name = hook_point(Plan(run.profile).model, model.block), model.source.removeprefix("hub:")
     with atomic_dir(target) as tmp:
         for row in run.table:
             to_saelens(
