@@ -61,7 +61,7 @@ def scale_note(profile) -> str:
     """Where numbers come from, for captions: profile, model, tokens."""
     text, training = profile.text, profile.training
     return (
-        f"Profile {profile.name}: {profile.model.source}, residual stream after block {profile.model.block}, {text.train_tokens:,} tokens "
+        f"Profile {profile.name}: {profile.model.source}, {profile.model.place}, {text.train_tokens:,} tokens "
         f"an arm x {training.epochs} epochs, up to {text.held_out_tokens:,} held-out tokens."
     )
 

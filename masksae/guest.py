@@ -45,9 +45,9 @@ class Guest(Run):
         self.name, self._l0 = name or self.folder.resolve().name, l0
         self.sae = load_sae(self.folder)
         self.results = self.figures = self.build = ensure_writable(out)
-        if self.sae.config.d_model != self._width:
+        if self.sae.config.d_model != self.width:
             raise ConfigError(
-                f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has {self._width}. Name the profile of its model."
+                f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has {self.width}. Name the profile of its model."
             )
         self.sae.to(self.device)
 

@@ -33,7 +33,7 @@ def write(guest: Guest, found: dict[str, list[dict]]) -> Path:
     config, profile = guest.sae.config, guest.profile
     head = (
         f"<h1>{html.escape(guest.name)}</h1><p>{html.escape(guest.table[0]['architecture'])}, {config.n_latents:,} latents on width {config.d_model}, read from "
-        f"<code>{html.escape(str(guest.folder))}</code>. Scored on {html.escape(profile.model.source)} after block {profile.model.block}.</p>"
+        f"<code>{html.escape(str(guest.folder))}</code>. Scored on {html.escape(profile.model.source)}, {html.escape(profile.model.place)}.</p>"
         "<p><b>As trained</b> uses the SAE's own threshold. <b>Matched</b> moves it so that clean L0 is exactly the value shown: compare SAEs there, since "
         "most scores get better with more latents.</p>"
     )

@@ -18,6 +18,7 @@ import torch
 
 from masksae.errors import ConfigError, SourceError, nearest
 from masksae.files import atomic_dir, cache_dir, ensure_writable, sha256, write_text
+from masksae.memory import available_bytes
 from masksae.packages import fetch, member
 from masksae.sources import MODELS
 
@@ -40,20 +41,45 @@ class LanguageModel:
 
 
 def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
-    """Load "smollm2-135m" (registry package), "hub:owner/name[@revision]" or a folder. Raises ConfigError or SourceError."""
+    """Load "smollm2-135m" (registry package), "hub:owner/name[@revision]", a folder, or a .gguf file, which is dequantised at every load.
+    Raises ConfigError, also for a model that is larger than the free memory, or SourceError."""
     if source in MODELS:
         folder, options, note = _converted(source), {"local_files_only": True}, MODELS[source].note
     elif source.startswith("hub:"):
         folder, _, revision = source.removeprefix("hub:").partition("@")
-        options, note = {"revision": revision or None}, f"{folder} from the hub"
+        options, note = {"revision": revision or "main"}, f"{folder} from the hub"
+    elif source.endswith(".gguf") and Path(source).is_file():
+        folder, note = str(Path(source).parent), f"{Path(source).name}, dequantised"
+        options = {"gguf_file": Path(source).name, "local_files_only": True}
     else:
         if not (Path(source) / "config.json").is_file():
             raise ConfigError(
-                f"Model source {source!r} is neither a known name, a hub: name nor a folder with a config.json.{nearest(source, MODELS)}"
+                f"Model source {source!r} is neither a known name, a hub: name nor a folder with a config.json, nor a .gguf file.{nearest(source, MODELS)}"
             )
         folder, options, note = source, {"local_files_only": True}, f"local folder {Path(source).name}"
+    _check_memory(folder, source, device, dtype, options)
     model, tokenizer = _from_pretrained(folder, source, dtype=getattr(torch, dtype), **options)
-    return LanguageModel(source, model.to(device).eval().requires_grad_(False), tokenizer, note)
+    if model.device.type != torch.device(device).type:  # quantised weights may be there already, and cannot be moved
+        model = model.to(device)
+    return LanguageModel(source, model.eval().requires_grad_(False), tokenizer, note)
+
+
+def _check_memory(folder, source: str, device: str, dtype: str, options: dict) -> None:
+    """Raise ConfigError if the weights alone need more than is free; quantised weights, whose size is not told by the config, are not checked."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        with torch.device("meta"):
+            numbers = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except Exception:  # whatever it is, loading says it
+        return
+    needed, free = numbers * getattr(torch, dtype).itemsize, available_bytes(device)
+    if getattr(config, "quantization_config", None) is None and free is not None and needed > free:
+        raise ConfigError(
+            f"The weights of {source!r} need {needed / 1e9:.1f} GB on {device} as {dtype}, {free / 1e9:.1f} GB are free. Use model.dtype bfloat16, a "
+            "larger device, or a smaller model; parts of a model that do not fit are not swapped."
+        )
 
 
 def token_id(tokenizer, text: str) -> int:
@@ -94,7 +120,7 @@ def _from_pretrained(folder, source: str, **options):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         options.pop("dtype")
         return model, AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SourceError(
             f"Cannot load the model {source!r}: {reason} Check the name and the network, or give a local folder."

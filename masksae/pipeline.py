@@ -16,7 +16,7 @@ import yaml
 
 from masksae.errors import ConfigError, MasksaeError
 from masksae.files import ensure_writable, read_json, repository, write_json, write_text
-from masksae.profile import load_profile, profile_path
+from masksae.profile import PROFILES, load_profile, profile_path
 
 DEFAULT = "laptop"
 
@@ -149,7 +149,15 @@ def pipeline_file(profile) -> Path:
     if name == DEFAULT:
         return Path("dvc.yaml")
     folder = ensure_writable(repository() / "build" / name)
-    params = {"profile": name, "profile_file": file, "root": "../.."}
+    values = file
+    if (
+        profile_path(profile).resolve().parent != PROFILES
+    ):  # DVC wants every key that a stage names; a reader's own file may leave most out
+        values = f"build/{name}/values.yaml"
+        write_text(
+            folder / "values.yaml", yaml.safe_dump(load_profile(profile).model_dump(mode="json"), sort_keys=False)
+        )
+    params = {"profile": name, "profile_file": file, "profile_values": values, "root": "../.."}
     if (folder / "params.yaml").exists():
         made_for = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["profile_file"]
         if made_for != file:

@@ -94,7 +94,7 @@ class Plan:
             return AutoConfig.for_model(kind, **values)
         name, _, revision = source.removeprefix("hub:").partition("@")
         try:
-            return AutoConfig.from_pretrained(name, revision=revision or "main")
+            return AutoConfig.from_pretrained(name, revision=revision or "main").get_text_config()
         except (OSError, ValueError) as error:
             raise SourceError(
                 f"The shape of {source} is not known here and cannot be looked up ({str(error).splitlines()[0]}). Known without a network: "
@@ -111,7 +111,9 @@ class Plan:
 
     @property
     def width(self) -> int:
-        return self.config.hidden_size
+        from masksae.tracing import hook_width
+
+        return hook_width(self.model, self.profile.model.block)
 
     @property
     def length(self) -> int:
@@ -131,7 +133,9 @@ class Plan:
 
     @property
     def prefix(self) -> int:
-        return self.profile.model.block
+        """The last block that runs for the activations."""
+        layer = self.profile.model.layer
+        return self.config.num_hidden_layers - 1 if layer is None else layer
 
     def members(self, arm) -> list[SAEConfig]:
         """SAEs of an arm or an ablation."""

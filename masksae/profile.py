@@ -11,44 +11,36 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from masksae.errors import ConfigError, nearest
-from masksae.sections import (
-    Absorption,
-    Arm,
-    Contexts,
-    Evaluation,
-    Grid,
-    Model,
-    Perturbation,
-    Probing,
-    Section,
-    Simulation,
-    Text,
-    Training,
-)
+from masksae.score_sections import Absorption, Contexts, Evaluation, Perturbation, Probing, Simulation
+from masksae.sections import Arm, Grid, Model, Section, Text, Training
 
-PROFILES = Path(__file__).resolve().parents[1] / "profiles"
+HERE = Path(__file__).resolve().parent
+PROFILES = next((folder for folder in (HERE / "profiles", HERE.parent / "profiles") if folder.is_dir()), HERE.parent)
+"""The shipped profiles: beside the modules in a wheel, beside the package in a clone."""
+
+ARMS = [Arm(name="unmasked", p=0.0), Arm(name="masked", p=0.3)]
 
 
 class Profile(Section):
-    """Every number of a run; read one with `load_profile`."""
+    """Every number of a run; read one with `load_profile`. Needed are name, model, text and saes; the rest has defaults."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
-    description: str
+    description: str = ""
     model: Model
     text: Text
-    arms: Annotated[list[Arm], Field(min_length=1)]
-    ablations: list[Arm]
+    arms: Annotated[list[Arm], Field(min_length=1)] = ARMS
+    ablations: list[Arm] = []
     """Further arms, with SAEs of the first grid only; compared in notebooks 04 and 08."""
-    training: Training
-    architectures: Annotated[list[str], Field(min_length=1)]
+    training: Training = Training()
+    architectures: Annotated[list[str], Field(min_length=1)] = ["all"]
     """Which of the grids under `saes` are trained, by architecture ("Matryoshka BatchTopK"); [all]: every one."""
     saes: Annotated[list[Grid], Field(min_length=1)]
-    evaluation: Evaluation
-    absorption: Absorption
-    contexts: Contexts
-    probing: Probing
-    perturbation: Perturbation
-    simulation: Simulation
+    evaluation: Evaluation = Evaluation()
+    absorption: Absorption = Absorption()
+    contexts: Contexts = Contexts()
+    probing: Probing = Probing()
+    perturbation: Perturbation = Perturbation()
+    simulation: Simulation = Simulation()
 
     @property
     def grids(self) -> list[Grid]:
@@ -109,6 +101,8 @@ def load_profile(name_or_path) -> Profile:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file in UTF-8: {error}.") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values, found {type(raw).__name__}.")
     if raw.get("name") != path.stem or (path.resolve().parent != PROFILES and (PROFILES / path.name).exists()):

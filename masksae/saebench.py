@@ -162,7 +162,7 @@ def result(run: Run, kind: str, row: dict) -> dict:
     """One SAEBench result."""
     metrics, details, config = EVALUATIONS[kind][1](run, row)
     model, name = run.profile.model, f"{row['sae']}-{row['mode']}"
-    hook = f"blocks.{model.block}.hook_resid_post"
+    hook = model.hook_name
     return {
         "eval_type_id": kind,
         "eval_config": {
@@ -182,7 +182,7 @@ def result(run: Run, kind: str, row: dict) -> dict:
             "architecture": row["architecture"],
             "model_name": model.source,
             "hook_name": hook,
-            "hook_layer": model.block,
+            "hook_layer": model.layer,
         },
         "eval_result_unstructured": row,
     }

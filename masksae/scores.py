@@ -159,7 +159,7 @@ def _word_activations(run: Run, words: list[str], ids: Tensor, draw: int) -> Ten
     task, model, block = run.profile.absorption, run.language_model.model, run.profile.model.block
     start = [] if run.bos_id is None else [run.bos_id]
     prefixes = icl_prefixes(words, n_prefixes=task.prefixes, seed=task.seed + draw)
-    x = torch.empty(len(words), model.config.hidden_size)
+    x = torch.empty(len(words), run.width)
     for i, prefix in enumerate(prefixes):
         tokens = start + run.language_model.tokenizer(prefix, add_special_tokens=False)["input_ids"]
         cache = prefix_cache(model, torch.tensor([tokens]), block=block)

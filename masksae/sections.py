@@ -3,6 +3,7 @@
 Unknown keys and wrong types are refused; `masksae.profile` turns the refusals into one line each.
 """
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,15 +24,32 @@ class Model(Section):
     """Which language model, and where its activations are read."""
 
     source: str
-    """A name of `masksae.sources`, `hub:owner/name[@revision]`, or a folder."""
-    block: Annotated[int, Field(ge=0)]
-    """Hook point: the residual stream after this block, counted from 0."""
+    """A name of `masksae.sources`, `hub:owner/name[@revision]`, a folder, or a .gguf file."""
+    block: Annotated[int, Field(ge=0)] | str
+    """Hook point: the residual stream after this block, counted from 0; or the path of any module that gives [batch, tokens, width], such as
+    "model.layers.9.mlp"."""
     mask_token: str
     """Text of the special token that replaces masked tokens."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of its weights and activations; bfloat16 halves the memory and suits GPUs, and is slow on most CPUs."""
     bos_token: str | None = None
     """Text of the token that starts every block; its own activations are never used. None: no such token."""
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the block that the hook point is, or lies in; None if its path names no block."""
+        found = re.search(r"\.(\d+)(\.|$)", str(self.block))
+        return self.block if isinstance(self.block, int) else int(found[1]) if found else None
+
+    @property
+    def hook_name(self) -> str:
+        """As TransformerLens calls the residual stream after a block; else the module's path."""
+        return f"blocks.{self.block}.hook_resid_post" if isinstance(self.block, int) else self.block
+
+    @property
+    def place(self) -> str:
+        """In words, for captions."""
+        return f"residual stream after block {self.block}" if isinstance(self.block, int) else f"output of {self.block}"
 
 
 class Text(Section):
@@ -43,7 +61,7 @@ class Text(Section):
     """Tokens of a block, BOS included. A document gives whole blocks only; no block spans two documents."""
     train_tokens: Positive
     """Tokens of the training blocks, the same for every arm."""
-    held_out_tokens: Positive
+    held_out_tokens: Positive = 32_000
     """Tokens of the evaluation blocks, from documents that are never trained on."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of documents that is held out, by a hash of the document's text."""
@@ -79,12 +97,15 @@ class Training(Section):
     """Passes over the training blocks. Activations are kept in scratch when there is more than one."""
     batch_size: Positive = 2048
     lr: Annotated[float, Field(gt=0)] = 3e-4
-    warmup: Annotated[int, Field(ge=0)] = 1000
+    warmup: Annotated[int, Field(ge=0)] | None = None
+    """None: a tenth of the steps, 1,000 at most."""
     decay: Share = 0.2
     sparsity_warmup: Annotated[int, Field(ge=0)] | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
-    threshold_start: Annotated[int, Field(ge=0)] = 1000
-    threshold_ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    threshold_start: Annotated[int, Field(ge=0)] | None = None
+    """None: after a third of the steps, or 1,000."""
+    threshold_ema: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """None: .999, or a memory of a tenth of the steps in a shorter run."""
     pool_tokens: Positive = 131_072
     """Tokens that are shuffled together."""
     snapshots: list[Positive] = []
@@ -97,6 +118,12 @@ class Training(Section):
 
         shared = self.model_dump(exclude={"epochs", "batch_size", "pool_tokens", "snapshots"})
         shared["snapshots"] = tuple(n for n in self.snapshots if n < steps)
+        sized = {
+            "warmup": min(1000, steps // 10),
+            "threshold_start": min(1000, steps // 3),
+            "threshold_ema": max(0.0, min(0.999, 1 - 10 / steps)),
+        }
+        shared |= {key: value for key, value in sized.items() if shared[key] is None}
         seldom = {"checkpoint_every": max(200, steps // 100), "log_every": max(20, steps // 1000)}
         return TrainConfig(steps, **shared, **seldom)
 
@@ -141,7 +168,7 @@ class Grid(Section):
     """Matryoshka group fractions, summing to 1; empty: one group."""
     dead_after_tokens: Positive = 10_000_000
     """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (TopK kinds)."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2]
 
     def config(self, d_model: int, seed: int, drop_masked: bool = False) -> SAEConfig:
         """The SAE's configuration for a model of width `d_model`."""
@@ -168,104 +195,4 @@ class Grid(Section):
     @model_validator(mode="after")
     def _possible(self):
         self.config(d_model=1, seed=0)
-        return self
-
-
-class Evaluation(Section):
-    """Held-out clean text for the scores."""
-
-    ce_tokens: Positive
-    """Tokens of held-out text for the CE score (three kinds of full forwards)."""
-
-
-class Absorption(Section):
-    """The first-letter task."""
-
-    words: Positive
-    """Single-token words, drawn from the vocabulary."""
-    min_word_letters: Positive = 3
-    min_letters: Annotated[int, Field(gt=0, le=26)] = 20
-    """Letters that must pass the probe gate."""
-    prefixes: Positive = 8
-    """In-context prefixes of ten examples; each word follows one of them."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    draws: Positive = 1
-    """Of the noise study: how many times the in-context examples are drawn, for the SAEs of the first grid."""
-    splits: Positive = 1
-    """Of the noise study: how many times the words are split into training and test."""
-
-
-class Contexts(Section):
-    """Absorption of parents that another token sets (`masksae.metrics.contexts`)."""
-
-    tokens: Positive
-    """Of held-out text in which occurrences are looked for."""
-    positives: Positive
-    """Occurrences of a parent, at most, and as many others beside them."""
-    min_parents: Positive = 5
-    """Parents that must pass the probe gate."""
-    seed: Annotated[int, Field(ge=0)] = 0
-
-
-class Probing(Section):
-    """Sparse probing of labelled texts, and the same under a shift of their distribution."""
-
-    tasks: Annotated[list[str], Field(min_length=1)]
-    """Binary tasks of `sae-probes` by name, `hub:...`, or files with the columns prompt and target; [all]: every binary task of `sae-probes`,
-    those with too few rows left out by name."""
-    shifted: Annotated[list[str], Field(min_length=1)]
-    """Shifts of the test texts, as in `masksae.shifts`: "NAME_OOD", "TASK -> TABLE", "TASK -> typos", "TASK -> upper case"."""
-    train: Positive
-    """Training rows of a task, half of them positives."""
-    test: Positive
-    """Test rows of a task, at most; a table NAME_OOD is used whole."""
-    max_tokens: Positive = 128
-    """Tokens of a text, counted from its end."""
-    ks: Annotated[list[Positive], Field(min_length=1)]
-    """Numbers of latents a probe may use; C2 is decided on the first."""
-    shifted_ks: Annotated[list[Positive], Field(min_length=1)]
-    """The same for shifted texts; C3 is decided on the first."""
-    seed: Annotated[int, Field(ge=0)] = 0
-
-
-class Perturbation(Section):
-    """Texts averaged over tokens: SAEBench's k-sparse probing, and ablation of concepts (TPP, SCR)."""
-
-    groups: Annotated[dict[str, Annotated[list[str], Field(min_length=3)]], Field(min_length=1)]
-    """Tasks, by name of the group, whose positives are classes that exclude one another; three at least, since of two each is the other's
-    mirror image and nothing could hit one alone."""
-    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
-    """[wanted, spurious]: tasks with common prompts."""
-    train: Positive
-    """Training texts of a class; of a quadrant of a pair two thirds of its texts, at most."""
-    test: Positive
-    """Test texts of a class."""
-    max_tokens: Positive = 128
-    """Tokens of a text, counted from its beginning."""
-    ns: Annotated[list[Positive], Field(min_length=1)]
-    """Numbers of ablated latents."""
-    ks: Annotated[list[Positive], Field(min_length=1)]
-    """Numbers of latents a probe may use."""
-    seed: Annotated[int, Field(ge=0)] = 0
-
-
-class Simulation(Section):
-    """The world with known features (notebook 00)."""
-
-    seeds: Positive
-    """Worlds; each with an SAE in every cell."""
-    ks: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
-    """Mean numbers of active latents; two features are active on average."""
-    ps: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
-    """Shares of masked tokens."""
-    main_p: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """The one that is drawn against width; one of ps."""
-    widths: Annotated[list[Positive], Field(min_length=1)] = [24]
-    """Latents; 18 features can be learned. All of ps are run at the first."""
-    steps: Positive = 400
-
-    @model_validator(mode="after")
-    def _possible(self):
-        if self.main_p not in self.ps:
-            raise ValueError(f"main_p {self.main_p} is none of ps {self.ps}. Add it.")
         return self

@@ -25,7 +25,7 @@ def build(run: Run) -> Path:
     with atomic_dir(target) as tmp:
         for row in run.table:
             to_saelens(
-                saes[row["sae"]], tmp / row["sae"], model_name=name, hook_name=f"blocks.{model.block}.hook_resid_post",
+                saes[row["sae"]], tmp / row["sae"], model_name=name, hook_name=model.hook_name,
                 context_size=run.profile.text.block_length, dataset_path=", ".join(run.profile.text.sources), transformers_hook=hook,
                 mask_probability=row["p"], seed=row["seed"],
             )  # fmt: skip
@@ -69,7 +69,7 @@ tags: [saelens, sparse-autoencoder, masked-regularization]
 
 {profile.description}. Trained by [masksae](https://arxiv.org/abs/2604.06495)'s open companion.
 
-* Model: `{model.source}`, residual stream after block {model.block} (counted from 0), blocks of {profile.text.block_length} tokens, BOS left out
+* Model: `{model.source}`, {model.place} (blocks counted from 0), blocks of {profile.text.block_length} tokens, BOS left out
 * Text: {", ".join(f"`{source}`" for source in profile.text.sources)}, {profile.text.train_tokens:,} tokens an arm, {training.epochs} epoch(s)
 * Recipe: Adam {training.lr:g}, batches of {training.batch_size:,} tokens, {profile.saes[0].n_latents:,} latents; both arms alike
 {chr(10).join(arms)}

@@ -66,8 +66,14 @@ class Run(Store):
         """Id of the token that starts every block, or None."""
         from masksae.models import token_id
 
-        text = self.profile.model.bos_token
-        return None if text is None else token_id(self.language_model.tokenizer, text)
+        text, tokenizer = self.profile.model.bos_token, self.language_model.tokenizer
+        if text is None and tokenizer.bos_token is not None:
+            print(
+                f"masksae: the tokenizer has a BOS token, {tokenizer.bos_token}, and the profile names none in model.bos_token. The first position of a block is "
+                "often an attention sink of many times the usual norm; without a BOS it is a word, and it is trained on.",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        return None if text is None else token_id(tokenizer, text)
 
     @cached_property
     def blocks(self) -> dict:
@@ -201,7 +207,7 @@ class Run(Store):
         with FileLock(kept / ".lock"):  # a second run of the same group waits, and finds it done
             if not (kept / "saes").exists():
                 drop = arm.drop_masked or arm.denoise
-                saes = self._train(arm, [grid.config(self._width, seed, drop) for _, grid, seed in members], kept)
+                saes = self._train(arm, [grid.config(self.width, seed, drop) for _, grid, seed in members], kept)
                 with atomic_dir(kept / "saes") as tmp:
                     for (name, _, _), sae in zip(members, saes):
                         sae.save(tmp / name)
@@ -210,9 +216,12 @@ class Run(Store):
             shutil.copytree(kept / "saes", tmp, dirs_exist_ok=True)
         return {name: SAE.load(kept / "saes" / name, device=self.device) for name, _, _ in members}
 
-    @property
-    def _width(self) -> int:
-        return self.language_model.model.config.hidden_size
+    @cached_property
+    def width(self) -> int:
+        """Of the activations at the hook point."""
+        from masksae.tracing import hook_width
+
+        return hook_width(self.language_model.model, self.profile.model.block)
 
     def _train(self, arm: Arm, configs: list[SAEConfig], folder: Path) -> list[SAE]:
         from masksae.training import train

@@ -53,7 +53,7 @@ def text_batches(run: Run, texts: list[str], limit: int, *, from_end: bool, labe
 
 def last_token_activations(run: Run, texts: list[str], label: str | None = None) -> Tensor:
     """Residual stream [n, d] at the last token of each text, after BOS and at most `probing.max_tokens` tokens of its end."""
-    found = torch.empty(len(texts), run.language_model.model.config.hidden_size)
+    found = torch.empty(len(texts), run.width)
     for rows, x, lengths in text_batches(run, texts, run.profile.probing.max_tokens, from_end=True, label=label):
         found[rows] = x[torch.arange(len(rows)), lengths - 1]
     return found

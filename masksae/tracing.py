@@ -1,7 +1,8 @@
 """The language model, driven by nnsight: read the residual stream after a block, or put something else in its place.
 
 `activations` stops the forward right after the hook point, so the later blocks and the unembedding cost nothing. The hook
-point is a block number; the list of blocks is found by its length, so Llama, GPT-NeoX and Gemma-2 need no special case.
+point is a block number, or the path of any module that gives [batch, tokens, width]; the list of blocks is found by its length, so
+Llama, GPT-NeoX and Gemma-2 need no special case.
 Only this module imports nnsight. Its overhead over a bare forward hook is measured by `benchmarks/tracing.py`.
 """
 
@@ -14,9 +15,16 @@ from torch import Tensor, nn
 from masksae.errors import ConfigError, DataError
 
 
-def hook_point(model: nn.Module, block: int) -> str:
-    """Module path of a decoder block, such as "model.layers.4". Raises ConfigError if the model has no such block."""
-    n_blocks = model.config.num_hidden_layers
+def hook_point(model: nn.Module, block: int | str) -> str:
+    """Module path of a decoder block, such as "model.layers.4", or a path as it is. Raises ConfigError if the model has no such module."""
+    if isinstance(block, str):
+        paths = [
+            name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        ]
+        if not block or block not in paths:
+            raise ConfigError(f"{type(model).__name__} has no module {block!r} that runs.{_similar(block, paths)}")
+        return block
+    n_blocks = model.config.get_text_config().num_hidden_layers
     paths = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == n_blocks
     ]
@@ -31,12 +39,32 @@ def hook_point(model: nn.Module, block: int) -> str:
     return f"{paths[0]}.{block}"
 
 
+def _similar(path: str, paths: list[str]) -> str:
+    """The nearest paths, not all of hundreds."""
+    import difflib
+
+    near = difflib.get_close_matches(path, paths, n=3, cutoff=0.3)
+    return f" Near it: {', '.join(near)}." if near else " Give a block number, or a path out of print(model)."
+
+
+def hook_width(model: nn.Module, block: int | str) -> int:
+    """Last dimension of `activations`. Raises ConfigError if the module gives no [batch, tokens, width]."""
+    if not isinstance(block, str):
+        return model.config.get_text_config().hidden_size
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    found = _run_to(_traced(model), hook_point(model, block), {"input_ids": ids.to(model.device), "use_cache": False})
+    if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[:2] != (1, 2):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ConfigError(f"{block} gives {shape} for two tokens, expected (1, 2, width). Choose another module.")
+    return found.shape[-1]
+
+
 @torch.no_grad()
 def activations(
-    model: nn.Module, ids: Tensor, *, block: int, batch: int = 16, label: str | None = None, cache=None, device="cpu",
+    model: nn.Module, ids: Tensor, *, block: int | str, batch: int = 16, label: str | None = None, cache=None, device="cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """Residual stream after `block`: [n, s, d] for ids int64 [n, s].
+    """Residual stream after `block`, or the output of the module at that path: [n, s, d] for ids int64 [n, s].
 
     batch   sequences per forward
     device  where the result goes, piece by piece
@@ -58,7 +86,7 @@ def activations(
 
 
 @torch.no_grad()
-def prefix_cache(model: nn.Module, prefix: Tensor, *, block: int):
+def prefix_cache(model: nn.Module, prefix: Tensor, *, block: int | str):
     """Keys and values of a prefix int64 [1, s] up to `block`, for `activations(cache=...)`."""
     from transformers import DynamicCache
 
@@ -84,7 +112,7 @@ class SplicedLoss:
 
 @torch.no_grad()
 def spliced_losses(
-    model: nn.Module, ids: Tensor, replacements: Mapping[str, Callable[[Tensor], Tensor]], *, block: int,
+    model: nn.Module, ids: Tensor, replacements: Mapping[str, Callable[[Tensor], Tensor]], *, block: int | str,
     keep_first: bool = False, batch: int = 4, label: str | None = None,
 ) -> dict[str, SplicedLoss]:  # fmt: skip
     """Losses of the model as it is ("original"), with zeros for the residual stream after `block` ("zero"), and with
@@ -125,7 +153,7 @@ def _sums(log_p: Tensor, original: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([ce, kl])
 
 
-def _whole(model, ids: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _whole(model, ids: Tensor, block: int | str) -> tuple[Tensor, Tensor]:
     """The residual stream after `block` and the logits of a whole forward."""
     traced = _traced(model)
     envoy = traced.get(hook_point(model, block))
@@ -136,9 +164,17 @@ def _whole(model, ids: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return x, logits
 
 
-def _resumed(model, ids: Tensor, block: int, x: Tensor) -> Tensor:
-    """Logits of a forward that starts after `block` with the residual stream x [b, s, d]; earlier blocks do not run."""
+def _resumed(model, ids: Tensor, block: int | str, x: Tensor) -> Tensor:
+    """Logits of a forward that starts after `block` with the residual stream x [b, s, d]; earlier blocks do not run. Of a hook point
+    by path: of a whole forward with x in place of the module's output."""
     traced = _traced(model)
+    if isinstance(block, str):
+        envoy = traced.get(hook_point(model, block))
+        with traced.trace(input_ids=ids, use_cache=False):
+            output = envoy.output
+            envoy.output = (x, *output[1:]) if isinstance(output, tuple) else x
+            logits = traced.output.logits.save()
+        return logits
     skipped = [traced.get(hook_point(model, i)) for i in range(block + 1)]
     with traced.trace(input_ids=ids, use_cache=False):
         for envoy in skipped:

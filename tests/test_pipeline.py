@@ -69,15 +69,16 @@ def test_every_notebook_has_a_stage_and_every_output_is_of_one_profile():
                 assert "/${profile}/" in path
                 assert ("cache" in options) == (kind != "outs")  # elsewhere it would disable the run cache
         for params in stage.get("params", []):
-            assert set(params["${profile_file}"]) <= set(Profile.model_fields)
+            assert set(params["${profile_values}"]) <= set(Profile.model_fields)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_profile_has_every_key_that_a_stage_depends_on(path):
     """DVC stops at a key that is not there, even one with a default."""
-    keys = {key for stage in STAGES.values() for params in stage.get("params", []) for key in params["${profile_file}"]}
+    keys = {
+        key for stage in STAGES.values() for params in stage.get("params", []) for key in params["${profile_values}"]
+    }
     assert keys <= set(yaml.safe_load(path.read_text()))
-    assert all(Profile.model_fields[key].is_required() for key in keys)
 
 
 def test_a_missing_result_is_blamed_on_the_notebook_that_writes_it():
@@ -93,7 +94,12 @@ def test_a_missing_result_is_blamed_on_the_notebook_that_writes_it():
 
 def test_default_profile():
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    assert params == {"profile": "laptop", "profile_file": "profiles/laptop.yaml", "root": "."}
+    assert params == {
+        "profile": "laptop",
+        "profile_file": "profiles/laptop.yaml",
+        "profile_values": "profiles/laptop.yaml",
+        "root": ".",
+    }
     assert pipeline.DEFAULT == "laptop"
 
 
@@ -161,10 +167,24 @@ def test_each_profile_has_a_pipeline_of_its_own(project):
     assert pipeline.pipeline_file("a/mine.yaml") == Path("build/mine/dvc.yaml")
     assert (project / "build/mine/dvc.yaml").resolve() == project / "dvc.yaml"
     params = yaml.safe_load((project / "build/mine/params.yaml").read_text())
-    assert params == {"profile": "mine", "profile_file": "a/mine.yaml", "root": "../.."}
+    values = "build/mine/values.yaml"
+    assert params == {"profile": "mine", "profile_file": "a/mine.yaml", "profile_values": values, "root": "../.."}
     assert pipeline.pipeline_file("a/mine.yaml") == Path("build/mine/dvc.yaml")
     with pytest.raises(ConfigError, match="belongs to the profile a/mine.yaml, not to b/mine.yaml"):
         pipeline.pipeline_file("b/mine.yaml")
+
+
+def test_a_short_profile_gets_every_key_that_a_stage_depends_on(project):
+    (project / "mine.yaml").write_text(
+        "name: mine\nmodel: {source: smollm2-135m, block: 4, mask_token: <|endoftext|>}\ntext: {sources: [web-news], train_tokens: 9000}\n"
+        "saes: [{name: a, selection: {rule: batch_topk, k: 9}, n_latents: 64}]\n"
+    )
+    pipeline.pipeline_file("mine.yaml")
+    keys = {
+        key for stage in STAGES.values() for params in stage.get("params", []) for key in params["${profile_values}"]
+    }
+    values = yaml.safe_load((project / "build/mine/values.yaml").read_text())
+    assert keys <= set(values) and values["saes"][0]["seeds"] == [0, 1, 2] and values["arms"][1]["p"] == 0.3
 
 
 @pytest.mark.parametrize("command", ["repro", "status", "project"])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from masksae.errors import ConfigError, DataError
-from masksae.tracing import activations, hook_point, prefix_cache, spliced_losses
+from masksae.tracing import activations, hook_point, hook_width, prefix_cache, spliced_losses
 
 
 def hooked(model, ids, block):
@@ -116,3 +116,37 @@ def test_hook_point_outside_the_model(model, ids, block):
 def test_bad_ids(model, bad, words):
     with pytest.raises(DataError, match=words):
         activations(model, bad, block=0)
+
+
+@pytest.fixture
+def mlp(model):
+    return f"{hook_point(model, 1)}.mlp"
+
+
+def test_a_module_path_is_a_hook_point_too(model, ids, mlp):
+    assert torch.equal(activations(model, ids, block=mlp, batch=12), hooked(model, ids, mlp))
+    assert torch.equal(activations(model, ids, block=hook_point(model, 1)), activations(model, ids, block=1))
+    cache = prefix_cache(model, ids[:1, :7], block=mlp)
+    whole = hooked(model, torch.cat([ids[:1, :7].expand(12, -1), ids[:, 7:8]], 1), mlp)[:, -1]
+    assert torch.allclose(activations(model, ids[:, 7:8], block=mlp, cache=cache)[:, 0], whole, atol=1e-5)
+    wide = next(
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.out_features == 32
+    )
+    assert hook_width(model, wide) == 32 and hook_width(model, mlp) == hook_width(model, 2) == 16
+
+
+def test_splicing_at_a_module_path_equals_a_hook(model, ids, mlp):
+    losses = spliced_losses(model, ids, {"half": lambda x: x / 2}, block=mlp, batch=12)
+    assert losses["half"].ce == pytest.approx(cross_entropy(with_hook(model, ids, mlp, lambda x: x / 2), ids), rel=1e-5)
+    assert losses["half"].kl > 0
+    assert losses["zero"].ce == pytest.approx(cross_entropy(with_hook(model, ids, mlp, lambda x: x * 0), ids), rel=1e-5)
+
+
+def test_a_path_that_is_no_module_or_gives_no_tokens(model, mlp):
+    with pytest.raises(ConfigError, match="has no module .*Near it: .*mlp"):
+        hook_point(model, mlp.replace("mlp", "mpl"))
+    with pytest.raises(ConfigError, match="has no module .* that runs"):
+        hook_width(model, hook_point(model, 0).removesuffix(".0"))  # the list of blocks
+    model.get_submodule(mlp).forward = lambda x: torch.zeros(2, 16)
+    with pytest.raises(ConfigError, match=r"gives \(2, 16\) for two tokens, expected \(1, 2, width\)"):
+        hook_width(model, mlp)
