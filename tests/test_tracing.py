@@ -142,11 +142,16 @@ def test_splicing_at_a_module_path_equals_a_hook(model, ids, mlp):
     assert losses["zero"].ce == pytest.approx(cross_entropy(with_hook(model, ids, mlp, lambda x: x * 0), ids), rel=1e-5)
 
 
+class Flat(nn.Module):
+    def forward(self, x):
+        return x[0]
+
+
 def test_a_path_that_is_no_module_or_gives_no_tokens(model, mlp):
     with pytest.raises(ConfigError, match="has no module .*Near it: .*mlp"):
         hook_point(model, mlp.replace("mlp", "mpl"))
     with pytest.raises(ConfigError, match="has no module .* that runs"):
         hook_width(model, hook_point(model, 0).removesuffix(".0"))  # the list of blocks
-    model.get_submodule(mlp).forward = lambda x: torch.zeros(2, 16)
+    model.get_submodule(hook_point(model, 1)).mlp = Flat()
     with pytest.raises(ConfigError, match=r"gives \(2, 16\) for two tokens, expected \(1, 2, width\)"):
         hook_width(model, mlp)
