@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from masksae import progress as bars
 from masksae.errors import DataError
 from masksae.files import (
     atomic_dir,
@@ -214,11 +215,9 @@ class Parts:
 
 def _fill(parts: Parts, texts, tokenizer, bos_id: int | None, share: float, progress: bool) -> None:
     """Fill the splits with the blocks of the documents, in their order; many documents are tokenised at a time, on all cores."""
-    from tqdm import tqdm
-
     wanted, found = parts.wanted, parts.found
     total, done = sum(wanted.values()), sum(found.values())
-    with tqdm(total=total, initial=done, desc="token blocks", unit="block", disable=not progress, mininterval=1) as bar:
+    with bars.bar(total=total, initial=done, label="token blocks" if progress else None, unit="blocks") as bar:
         whole = True  # whether the blocks in memory and the place in the text belong together
         try:
             while found != wanted and (batch := list(islice(texts, TOGETHER))):

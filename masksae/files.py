@@ -44,7 +44,7 @@ def run_id(config) -> str:
 def ensure_writable(folder) -> Path:
     """Create `folder` and prove that a file can be written there; call it before long work. Raises OutputError."""
     folder = Path(folder)
-    with _explained(folder):
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x")
@@ -64,7 +64,7 @@ def atomic_dir(target):
     recover(target)
     tmp = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
     try:
-        with _explained(target):
+        with explained(target):
             yield tmp
             for path in tmp.rglob("*"):
                 if path.is_file():
@@ -99,7 +99,7 @@ def atomic_file(path):
     fd, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
     os.close(fd)
     try:
-        with _explained(path):
+        with explained(path):
             yield Path(name)
             _sync(Path(name))
             os.chmod(name, 0o644)
@@ -165,7 +165,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path):
+def explained(path: Path):
     """Turn the common OS errors of writing into ones that say what to do."""
     try:
         yield

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from masksae import progress
+
 LARGEST = 4
 """Scores at a time: each holds the latents of its SAE in memory."""
 
@@ -16,7 +18,6 @@ LARGEST = 4
 def in_threads(function: Callable, items: Iterable, *, label: str | None = None, unit: str = "it") -> list:
     """[function(item) for item in items], without gradients; an error of one ends the rest. `label` shows progress."""
     from threadpoolctl import threadpool_limits
-    from tqdm import tqdm
 
     items, cores = list(items), torch.get_num_threads()
 
@@ -28,6 +29,6 @@ def in_threads(function: Callable, items: Iterable, *, label: str | None = None,
     with threadpool_limits(1), ThreadPoolExecutor(min(cores, LARGEST), initializer=one_core) as pool:
         try:
             results = pool.map(torch.no_grad()(function), items)
-            return list(tqdm(results, total=len(items), desc=label, unit=unit, disable=label is None, mininterval=1))
+            return list(progress.bar(results, total=len(items), label=label, unit=unit))
         finally:
             torch.set_num_threads(cores)

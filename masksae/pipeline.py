@@ -194,7 +194,11 @@ def execute(notebook: str, profile) -> None:
     target = root / "build" / load_profile(profile).name / f"{notebook}.ipynb"
     failed = target.with_suffix(".failed.ipynb")
     ensure_writable(target.parent)
-    os.environ |= {"PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ |= {
+        "PYTHONHASHSEED": "0",
+        "MASKSAE_PROGRESS": os.environ.get("MASKSAE_PROGRESS", "lines"),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
     papermill.execute_notebook(
         root / "notebooks" / f"{notebook}.ipynb", failed, parameters={"profile": str(profile)}, cwd=root,
         kernel_name="python3", progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,

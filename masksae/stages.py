@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 from torch import Tensor
 
-from masksae import jobs
+from masksae import jobs, logs
 from masksae.code_ids import SOURCE_CODE, STREAM_CODE, TRAINING_CODE, code_id
 from masksae.errors import DataError
 from masksae.files import (
@@ -230,7 +230,8 @@ class Run(Store):
         config = training.config(training.epochs * stream.batches_per_epoch)
         done = f"arm {arm.name}: {len(configs)} SAEs, {config.steps} steps of {training.batch_size} tokens"
         print(done, file=sys.stderr, flush=True)
-        return train(configs, stream, config, checkpoint_dir=folder, device=self.device)
+        log = logs.chosen(folder, [name for name, _, _ in self.members(arm)])
+        return train(configs, stream, config, checkpoint_dir=folder, device=self.device, log=log)
 
     def snapshots(self, arm: Arm) -> dict[int, dict[str, SAE]]:
         """SAEs of the first grid by step and name, the finished ones too; an arm whose scratch was deleted is trained again."""

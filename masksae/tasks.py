@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from masksae import progress
 from masksae.code_ids import SOURCE_CODE
 from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
@@ -32,8 +33,6 @@ def text_batches(run: Run, texts: list[str], limit: int, *, from_end: bool, labe
 
     Raises DataError for a text without tokens.
     """
-    from tqdm import tqdm
-
     tokenizer, model = run.language_model.tokenizer, run.language_model.model
     start = [] if run.bos_id is None else [run.bos_id]
     cut = slice(-limit, None) if from_end else slice(limit)
@@ -41,7 +40,7 @@ def text_batches(run: Run, texts: list[str], limit: int, *, from_end: bool, labe
     if not all(tokens):
         raise DataError("A labelled text has no token. Leave empty texts out of the table.")
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    for low in tqdm(range(0, len(order), BATCH), desc=label, disable=label is None, mininterval=1, unit="batch"):
+    for low in progress.bar(range(0, len(order), BATCH), label=label, unit="batches"):
         rows = order[low : low + BATCH]
         lengths = torch.tensor([len(tokens[i]) for i in rows])
         ids = torch.zeros(len(rows), len(start) + int(lengths.max()), dtype=torch.int64)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from masksae import progress
 from masksae.errors import ConfigError, DataError
 
 
@@ -72,12 +73,10 @@ def activations(
     label   if given, a progress bar with this text
     cache   a transformers cache that holds a prefix shared by all sequences; it is copied, never changed
     """
-    from tqdm import tqdm
-
     _check_ids(model, ids)
     traced, path = _traced(model), hook_point(model, block)
     parts = []
-    for part in tqdm(ids.split(batch), desc=label, disable=label is None, mininterval=1, unit="batch"):
+    for part in progress.bar(ids.split(batch), label=label, unit="batches"):
         inputs = {"input_ids": part.to(model.device), "use_cache": False}
         if cache is not None:
             inputs |= {"past_key_values": _repeat(cache, len(part)), "use_cache": True}
@@ -123,12 +122,10 @@ def spliced_losses(
 
     keep_first  position 0 (BOS) keeps its own activation and its prediction does not count, in every kind of run alike
     """
-    from tqdm import tqdm
-
     _check_ids(model, ids)
     first = int(keep_first)
     total = dict.fromkeys(("original", "zero", *replacements), torch.zeros(2, dtype=torch.float64, device=model.device))
-    with tqdm(total=-(-len(ids) // batch), desc=label, disable=label is None, mininterval=1, unit="batch") as bar:
+    with progress.bar(total=-(-len(ids) // batch), label=label, unit="batches") as bar:
         for part in ids.to(model.device).split(batch):
             x, logits = _whole(model, part, block)
             original = _log_probabilities(logits, first)

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from masksae import progress as bars
 from masksae.activations import ActivationStream
 from masksae.errors import CheckpointError, ConfigError, DataError
 from masksae.files import atomic_dir, ensure_writable, read_json, recover, run_id, save_tensors, write_json
+from masksae.logs import Log
 from masksae.member import EXPLODED, Member
 from masksae.memory import check_memory
 from masksae.recipe import TrainConfig
@@ -33,12 +35,15 @@ def train(
     checkpoint_dir=None,
     device=None,
     progress: bool = True,
+    log: Log | None = None,
 ) -> list[SAE]:
     """Train one SAE per config on the batches of `stream`; every SAE sees the same batches, unless its config says otherwise.
 
     checkpoint_dir  where to keep the state (overwritten atomically) and the snapshots; training resumes from it by itself, and the
                     result is the same bytes as without the interruption on the same device
     device          of the SAEs; None: the CPU
+    log             called with (number of the SAE, record) as the records of `SAE.history` come; see `masksae.logs`. After a kill the records
+                    since the last checkpoint come again
 
     Returns SAEs for raw activations (scale and decoder norms folded in), with `history`.
     Raises ConfigError, DataError, CheckpointError, OutputError.
@@ -54,8 +59,9 @@ def train(
         group.load(folder / "checkpoint")
     else:
         group.start()
-    with _bar(train_config.steps, group.step, f"training {len(sae_configs)} SAEs", progress) as bar:
-        group.run(train_config, bar.update, folder)
+    label = f"training {len(sae_configs)} SAEs" if progress else None
+    with bars.bar(total=train_config.steps, initial=group.step, label=label, unit="steps") as bar:
+        group.run(train_config, bar.update, folder, log)
     return [_finish(member.sae, group.scale) for member in group.members]
 
 
@@ -63,12 +69,6 @@ def load_snapshots(checkpoint_dir, *, device=None) -> dict[int, list[SAE]]:
     """The SAEs that `train` saved along the way, by step, in the order of its configs. Raises CheckpointError for a damaged one."""
     folders = sorted(Path(checkpoint_dir).glob("snapshots/step-*"))
     return {int(f.name[5:]): [SAE.load(path, device=device) for path in sorted(f.glob("sae-*"))] for f in folders}
-
-
-def _bar(total: int, initial: int, label: str, shown: bool):
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, desc=label, unit="step", disable=not shown, mininterval=1)
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
@@ -111,7 +111,7 @@ class Group:
                 if member.sae.config.selection.median_start:
                     member.sae.b_dec.copy_(medians[self.views.index(view_of(member.sae.config, self.stream))])
 
-    def run(self, config: TrainConfig, tick=lambda: None, folder: Path | None = None) -> None:
+    def run(self, config: TrainConfig, tick=lambda: None, folder: Path | None = None, log: Log | None = None) -> None:
         """Go on to the last step of `config`, with checkpoints and snapshots if there is a folder."""
         for member in self.members:
             member.config = config
@@ -130,6 +130,8 @@ class Group:
             tick()
             if record:
                 self.check()
+                for i, member in enumerate(self.members if log else ()):
+                    log(i, member.sae.history[-1])
             if folder is not None and (self.step % config.checkpoint_every == 0 or self.step == config.steps):
                 self.save(folder / "checkpoint")
         self.check()

@@ -130,3 +130,29 @@ def test_forward_against_saelens(rule, prefixes):
 
 def test_all_rules_are_covered():
     assert {type(case.values[0]) for case in CASES} == {type(rule) for rule in ALL_RULES}
+
+
+@pytest.mark.parametrize("adapter", ["tensorboard", "wandb"])
+def test_training_logs_reach_the_live_pages(adapter, tmp_path, monkeypatch):
+    """Read back with the tools' own readers."""
+    pytest.importorskip(adapter)
+    from masksae import logs
+
+    monkeypatch.setenv("MASKSAE_LOG", adapter)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tmp_path / "id" / "masked"
+    log = logs.chosen(folder, ["a", "b"])
+    for step in (0, 20):
+        for number in (0, 1):
+            log(number, {"step": step, "loss": number + step / 100})
+    if adapter == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder / "tensorboard/b")).Reload().Scalars("loss")
+        assert [(e.step, round(e.value, 3)) for e in events] == [(0, 1.0), (20, 1.2)]
+    else:
+        import wandb
+
+        summary = dict(wandb.run.summary)
+        wandb.finish()
+        assert summary["b/loss"] == 1.2 and list((folder / "wandb").rglob("*.wandb"))

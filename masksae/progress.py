@@ -1,0 +1,62 @@
+"""One progress bar for all long work: moving in a terminal and in a notebook, now and then a line in a log or a pipe.
+
+`MASKSAE_PROGRESS` overrides what is found: "bar", "lines" (one every half minute) or "none".
+"""
+
+import os
+import sys
+
+from masksae.errors import ConfigError, nearest
+
+STYLES = ("bar", "lines", "none")
+SECONDS = {"bar": 0.5, "lines": 30.0}
+"""Between two updates."""
+
+
+class _Lines:
+    """Where tqdm writes when nothing can be overwritten: every state of the bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            sys.stderr.write(text + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def style() -> str:
+    """How progress is shown here. Raises ConfigError for an unknown MASKSAE_PROGRESS."""
+    chosen = os.environ.get("MASKSAE_PROGRESS")
+    if chosen:
+        if chosen not in STYLES:
+            raise ConfigError(f"MASKSAE_PROGRESS is {chosen!r}.{nearest(chosen, STYLES)}")
+        return chosen
+    return "bar" if sys.stderr.isatty() or _in_notebook() else "lines"
+
+
+def bar(items=None, *, total: int | None = None, label: str | None, unit: str, initial: int = 0):
+    """A tqdm bar over `items`, or one to be updated by hand; no bar without a label.
+
+    >>> list(bar([1, 2], label=None, unit="batch"))
+    [1, 2]
+    """
+    from tqdm import tqdm
+
+    look = style()
+    options = {
+        "total": total,
+        "desc": label,
+        "unit": unit,
+        "initial": initial,
+        "disable": label is None or look == "none",
+    }
+    if look == "lines":
+        shown = "{desc}: {percentage:3.0f} % ({n_fmt} of {total_fmt} {unit}), {elapsed} gone, {remaining} left"
+        return tqdm(items, **options, file=_Lines(), bar_format=shown, mininterval=SECONDS[look], delay=SECONDS[look])
+    return tqdm(items, **options, mininterval=SECONDS["bar"], dynamic_ncols=True)
+
+
+def _in_notebook() -> bool:
+    """Whether this is a Jupyter kernel."""
+    shell = sys.modules.get("IPython")
+    return bool(shell and hasattr(shell.get_ipython(), "kernel"))
