@@ -1,5 +1,7 @@
 """The package's errors. Each message names the thing, the value found, what was expected and the remedy."""
 
+import contextlib
+
 
 class MasksaeError(Exception):
     """Any error that masksae raises on purpose; catch this one to catch them all."""
@@ -27,6 +29,28 @@ class OutputError(MasksaeError, OSError):
 
 class JobError(MasksaeError, RuntimeError):
     """Jobs in other processes, or on a cluster, that failed."""
+
+
+@contextlib.contextmanager
+def readable(path):
+    """Turn what a damaged or foreign file at `path` makes Python raise into a CheckpointError."""
+    try:
+        yield
+    except MasksaeError:
+        raise
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        MemoryError,
+        OverflowError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(
+            f"{path} is damaged, or not what it says it is ({type(error).__name__}: {error}). Delete it, or restore it from a copy."
+        ) from error
 
 
 def nearest(word: str, known) -> str:

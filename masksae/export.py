@@ -5,14 +5,15 @@ a TopK SAE) goes into a `masksae` entry of its JSON file, so that our own export
 this class cannot, is refused with the reason.
 """
 
+import functools
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from masksae.errors import CheckpointError, ConfigError
+from masksae.adapter import AdapterConfig, SAEBenchAdapter
+from masksae.errors import CheckpointError, ConfigError, readable
 from masksae.files import atomic_dir, save_tensors
 from masksae.saes.config import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 from masksae.saes.sae import SAE
@@ -62,6 +63,18 @@ def to_saelens(sae: SAE, folder, *, model_name: str = "", hook_name: str = "", *
     return Path(folder)
 
 
+def _from_file(load):
+    """A loader whose every complaint about a file is one of ours."""
+
+    @functools.wraps(load)
+    def checked(folder, *, device=None) -> SAE:
+        with readable(folder):
+            return load(folder, device=device)
+
+    return checked
+
+
+@_from_file
 def load_saelens(folder, *, device=None) -> SAE:
     """Read a SAELens folder: standard, topk, jumprelu or gated, without run-time normalisation. Raises ConfigError, CheckpointError.
 
@@ -128,6 +141,7 @@ def to_dictionary_learning(sae: SAE, folder, *, model_name: str = "", layer: int
     return Path(folder)
 
 
+@_from_file
 def load_dictionary_learning(folder, *, device=None) -> SAE:
     """Read a dictionary_learning folder (`ae.pt`, `config.json`) of one of its six classes; decoder rows are made unit. Loads weights
     only: a file that would run code is refused. Raises ConfigError, CheckpointError."""
@@ -223,69 +237,6 @@ def _read(path: Path, load) -> dict[str, Tensor]:
         return load(path)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-@dataclass
-class AdapterConfig:
-    """What SAEBench asks of an SAE's `cfg`."""
-
-    model_name: str
-    d_in: int
-    d_sae: int
-    hook_layer: int
-    hook_name: str
-    architecture: str
-    dtype: str
-    device: str = "cpu"
-    hook_head_index: int | None = None
-    context_size: int = 128
-    prepend_bos: bool = True
-    normalize_activations: str = "none"
-    dataset_path: str = ""
-    dataset_trust_remote_code: bool = False
-    seqpos_slice: tuple = (None,)
-    training_tokens: int = -1
-    sae_lens_training_version: str | None = None
-    neuronpedia_id: str | None = None
-    model_from_pretrained_kwargs: dict = field(default_factory=dict)
-
-    def to_dict(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "metadata"}
-
-
-class SAEBenchAdapter(nn.Module):
-    """An SAE as SAEBench's evaluations take it: parameters as attributes, `cfg`, and a `to` that keeps `device` and `dtype` true."""
-
-    def __init__(self, sae: SAE, cfg: AdapterConfig):
-        super().__init__()
-        self.sae, self.cfg = sae, cfg
-        self.device, self.dtype = sae.device, sae.dtype
-
-    def __getattr__(self, name: str):
-        if name in ("W_enc", "W_dec", "b_enc", "b_dec"):
-            return getattr(super().__getattr__("sae"), name)
-        return super().__getattr__(name)
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.sae.encode(x)
-
-    def decode(self, f: Tensor) -> Tensor:
-        return self.sae.decode(f)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.sae(x)
-
-    def to(self, *args, **kwargs):
-        super().to(*args, **kwargs)
-        self.device, self.dtype = self.sae.device, self.sae.dtype
-        self.cfg.device, self.cfg.dtype = str(self.device), str(self.dtype).removeprefix("torch.")
-        return self
-
-    @torch.no_grad()
-    def check_decoder_norms(self) -> bool:
-        """Whether all decoder rows have norm 1, as SAEBench's metrics assume."""
-        tolerance = 1e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-5
-        return bool((self.W_dec.norm(dim=1) - 1).abs().max() < tolerance)
 
 
 def saebench_adapter(sae: SAE, *, model_name: str, layer: int, hook_name: str | None = None) -> SAEBenchAdapter:

@@ -146,8 +146,11 @@ def write_json(path, value) -> Path:
 
 
 def read_json(path):
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file. Raises DataError if it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}). Delete it; it is made again.") from error
 
 
 def sha256(path) -> str:

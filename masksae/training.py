@@ -14,14 +14,14 @@ from torch import Tensor
 
 from masksae import progress as bars
 from masksae.activations import ActivationStream
-from masksae.errors import CheckpointError, ConfigError, DataError
+from masksae.errors import CheckpointError, ConfigError, DataError, readable
 from masksae.files import atomic_dir, ensure_writable, read_json, recover, run_id, save_tensors, write_json
 from masksae.logs import Log
 from masksae.member import EXPLODED, Member
 from masksae.memory import check_memory
 from masksae.recipe import TrainConfig
 from masksae.saes.config import SAEConfig
-from masksae.saes.sae import SAE, read_tensors
+from masksae.saes.sae import SAE, read_tensors, seal
 
 SCHEMAS = (1, 2)
 """Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the configs."""
@@ -144,7 +144,8 @@ class Group:
         for n in config.snapshot_steps:
             target = folder / "snapshots" / f"step-{n:08d}"
             if recover(target).exists():
-                known = read_json(target / "identity.json")
+                with readable(target):
+                    known = read_json(target / "identity.json")
                 if known != run_id(self.identity):
                     raise CheckpointError(
                         f"{target} belongs to another configuration. Use another checkpoint_dir, or delete it."
@@ -187,6 +188,7 @@ class Group:
         record |= {"stream": self.stream.state_dict(), "history": [member.sae.history for member in self.members]}
         with atomic_dir(folder) as tmp:
             save_tensors(tensors, tmp / "state.safetensors")
+            record["sha256"] = seal(record, tmp / "state.safetensors")
             (tmp / "state.json").write_text(json.dumps(record), encoding="utf-8")
         self.saved = self.step
 
@@ -203,6 +205,10 @@ class Group:
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it is damaged or of another configuration."""
         record, tensors = read_tensors(folder, "state.safetensors", "state.json", SCHEMAS)
+        with readable(folder):
+            self._take_over(record, tensors, folder)
+
+    def _take_over(self, record: dict, tensors: dict[str, Tensor], folder: Path) -> None:
         found = _upgraded(record["identity"])
         if run_id(found) != run_id(self.identity):
             where = [key for key in self.identity if found.get(key) != self.identity[key]]

@@ -247,14 +247,19 @@ class SAEConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "SAEConfig":
-        """Inverse of `to_dict`. Raises ConfigError for an unknown selection rule."""
-        values = dict(values)
-        selection = dict(values.pop("selection"))
-        rule = selection.pop("rule", None)
-        if rule not in SELECTIONS:
-            raise ConfigError(f"Unknown selection rule {rule!r}.{nearest(rule, SELECTIONS)}")
-        aux = values.pop("aux")
-        return cls(selection=SELECTIONS[rule](**selection), aux=AuxK(**aux) if aux else None, **values)
+        """Inverse of `to_dict`. Raises ConfigError for an unknown selection rule, and for what is no such dictionary."""
+        try:
+            values = dict(values)
+            selection = dict(values.pop("selection"))
+            rule = selection.pop("rule", None)
+            if rule not in SELECTIONS:
+                raise ConfigError(f"Unknown selection rule {rule!r}.{nearest(rule, SELECTIONS)}")
+            aux = values.pop("aux")
+            return cls(selection=SELECTIONS[rule](**selection), aux=AuxK(**aux) if aux else None, **values)
+        except ConfigError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"This is no configuration of an SAE ({type(error).__name__}: {error}).") from error
 
 
 def _positive_int(name: str, value) -> None:

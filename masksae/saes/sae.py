@@ -10,14 +10,15 @@ JumpReLU, 0 for ReLU and Gated; TopK keeps the k largest of each token.
 `W_enc` has shape [d, F] but is stored latent by latent, as `W_dec` is: the gradient of a sparse step arrives in that order.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from masksae.errors import CheckpointError, DataError
-from masksae.files import atomic_dir, save_tensors
+from masksae.errors import CheckpointError, DataError, readable
+from masksae.files import atomic_dir, save_tensors, sha256
 from masksae.saes.config import Gated, JumpReLU, SAEConfig, TopK
 
 SCHEMA = 1
@@ -137,6 +138,7 @@ class SAE(nn.Module):
         with atomic_dir(folder) as tmp:
             save_tensors(self.state_dict(), tmp / "sae.safetensors")
             record = {"schema": SCHEMA, "config": self.config.to_dict(), "history": self.history}
+            record["sha256"] = seal(record, tmp / "sae.safetensors")
             (tmp / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return Path(folder)
 
@@ -144,10 +146,16 @@ class SAE(nn.Module):
     def load(cls, folder, *, device=None) -> "SAE":
         """Read an SAE that `save` wrote. Raises CheckpointError if files are missing, damaged or of another schema."""
         record, tensors = read_tensors(folder, "sae.safetensors", "config.json", (SCHEMA,))
-        sae = cls(SAEConfig.from_dict(record["config"]))
-        load_state(sae, tensors, folder)
-        sae.history = record["history"]
+        with readable(folder):
+            sae = cls(SAEConfig.from_dict(record["config"]))
+            load_state(sae, tensors, folder)
+            sae.history = record["history"]
         return sae.to(device) if device is not None else sae
+
+
+def seal(record: dict, tensor_file: Path) -> str:
+    """Hash of a JSON record and of the tensors beside it, so that no changed bit goes unnoticed."""
+    return hashlib.sha256(f"{json.dumps(record, sort_keys=True)} {sha256(tensor_file)}".encode()).hexdigest()
 
 
 def read_tensors(folder, tensor_file: str, json_file: str, schemas: tuple[int, ...]) -> tuple[dict, dict[str, Tensor]]:
@@ -165,10 +173,15 @@ def read_tensors(folder, tensor_file: str, json_file: str, schemas: tuple[int, .
         tensors = load_file(folder / tensor_file)
     except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"The checkpoint in {folder} is damaged ({error}). {remedy}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"The checkpoint in {folder} is damaged ({json_file} holds no record). {remedy}")
     if record.get("schema") not in schemas:
         raise CheckpointError(
             f"The checkpoint in {folder} has schema {record.get('schema')!r}, this version reads {', '.join(map(str, schemas))}. Use the version that wrote it."
         )
+    sealed = record.pop("sha256", None)  # files of before 0.2 have none
+    if sealed is not None and sealed != seal(record, folder / tensor_file):
+        raise CheckpointError(f"The checkpoint in {folder} is damaged, or was changed (its sha256 differs). {remedy}")
     return record, tensors
 
 
