@@ -144,11 +144,13 @@ class Group:
         for n in config.snapshot_steps:
             target = folder / "snapshots" / f"step-{n:08d}"
             if recover(target).exists():
-                with readable(target):
+                try:
                     known = read_json(target / "identity.json")
+                except (DataError, FileNotFoundError):
+                    known = None
                 if known != run_id(self.identity):
                     raise CheckpointError(
-                        f"{target} belongs to another configuration. Use another checkpoint_dir, or delete it."
+                        f"{target} is damaged, or belongs to another configuration. Use another checkpoint_dir, or delete it."
                     )
                 continue
             leave = int(n - config.decay * n) if config.snapshot_decay and n < config.steps else n

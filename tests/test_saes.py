@@ -1,6 +1,7 @@
 """The SAE of every architecture: configuration errors, encode and decode, folding, files. Losses are in test_loss.py."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,13 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "config.json").write_text(config.replace('"schema": 1', '"schema": 99'))
     with pytest.raises(CheckpointError, match="schema 99"):
         SAE.load(folder)
-    (folder / "config.json").write_text(config.replace('"n_latents": 96', '"n_latents": 95'))
+    smaller = config.replace('"n_latents": 96', '"n_latents": 95')
+    (folder / "config.json").write_text(smaller)
+    with pytest.raises(CheckpointError, match="damaged, or was changed"):
+        SAE.load(folder)
+    (folder / "config.json").write_text(
+        re.sub(r',\s*"sha256": "\w+"', "", smaller)
+    )  # as written before there were seals
     with pytest.raises(CheckpointError, match="W_dec"):
         SAE.load(folder)
 
