@@ -143,9 +143,18 @@ def dvc(command: str, profile) -> int:
     return subprocess.run(command_line, cwd=repository(), env=os.environ | {"PATH": path}).returncode
 
 
+def _upgrade_params() -> None:
+    """DVC reads the pipelines of all profiles whichever it runs: give those made by version 0.1 the key that they lack."""
+    for path in (repository() / "build").glob("*/params.yaml"):
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "profile_values" not in params:
+            write_text(path, yaml.safe_dump(params | {"profile_values": params["profile_file"]}))
+
+
 def pipeline_file(profile) -> Path:
     """The dvc.yaml of a profile, made on first use, relative to the project's root. Raises ConfigError."""
     name, file = load_profile(profile).name, os.path.relpath(profile_path(profile), repository())
+    _upgrade_params()
     if name == DEFAULT:
         return Path("dvc.yaml")
     folder = ensure_writable(repository() / "build" / name)

@@ -174,6 +174,14 @@ def test_each_profile_has_a_pipeline_of_its_own(project):
         pipeline.pipeline_file("b/mine.yaml")
 
 
+def test_pipelines_of_the_version_before_are_upgraded(project):
+    """DVC would stop at their params.yaml, whichever profile is run."""
+    (project / "build/old").mkdir(parents=True)
+    (project / "build/old/params.yaml").write_text("profile: old\nprofile_file: old.yaml\nroot: ../..\n")
+    pipeline.pipeline_file("laptop")
+    assert yaml.safe_load((project / "build/old/params.yaml").read_text())["profile_values"] == "old.yaml"
+
+
 def test_a_short_profile_gets_every_key_that_a_stage_depends_on(project):
     (project / "mine.yaml").write_text(
         "name: mine\nmodel: {source: smollm2-135m, block: 4, mask_token: <|endoftext|>}\ntext: {sources: [web-news], train_tokens: 9000}\n"
