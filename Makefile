@@ -72,6 +72,7 @@ $(PEERS)/.ready: requirements-peers.lock pyproject.toml
 	@echo "setting up $(PEERS) (once, a few minutes)"
 	@$(PYTHON) -m venv --clear $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.lock
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(PEERS)/nnsight-0.3 nnsight==0.3.7
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 

@@ -28,6 +28,9 @@ _HOME = {
     "load_saelens": "masksae.export",
     "load_dictionary_learning": "masksae.export",
     "load_model": "masksae.models",
+    "mask_dataset": "masksae.plugins",
+    "mask_inputs": "masksae.plugins",
+    "activation_batches": "masksae.plugins",
     "Run": "masksae.stages",
 }
 
