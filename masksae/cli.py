@@ -1,30 +1,44 @@
-"""The command `masksae`: thin over the public functions. Exit status 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+"""The command `masksae`: thin over the public functions.
+
+Exit status: 0 done, 2 bad input or a place that cannot be written, said in one line on stderr, 130 interrupted. What was asked for goes to
+stdout, as text or with --json as one JSON value; progress and messages go to stderr.
+"""
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
-from masksae.errors import MasksaeError
+from masksae.errors import MasksaeError, require
 
 DEFAULT = "laptop"
 
-EXAMPLES = """examples:
-  masksae plan paper                              what the paper's scale costs; no network
-  masksae fetch laptop                            model, text and tasks, once
-  masksae train laptop                            SAEs of every arm; goes on where it was
-  masksae evaluate MY_SAE --metrics absorption    an SAE of SAELens, dictionary_learning or masksae
-  masksae explore MY_SAE --letter s               what its "starts with S" latents miss, and who absorbed it
-  masksae export MY_SAE OUT --to saelens          the same SAE in another form
+EPILOG = """A PROFILE fixes model, block, text, arms and SAEs. It is a shipped name
+({names})
+or the path of a YAML file. Downloads and scratch go to ~/.cache/masksae, or
+MASKSAE_CACHE. Killed commands go on where they were. `masksae COMMAND --help`
+has examples."""
 
-A profile is a shipped name (smoke, laptop, gemma, overnight, paper, ...) or the path of a YAML file. Downloads and scratch go to MASKSAE_CACHE."""
+EXAMPLES = {
+    "fetch": "masksae fetch laptop",
+    "plan": "masksae plan paper\nmasksae plan mine.yaml --measure",
+    "train": "masksae train smoke                 three minutes on two CPU cores\n"
+    "masksae train mine.yaml             a model of your own: a profile of 15 lines\n"
+    "masksae train mine.yaml --json | jq -r .[].folder",
+    "evaluate": "masksae evaluate MY_SAE --metrics absorption,contexts\n"
+    "masksae evaluate MY_SAE --profile mine.yaml --json | jq keys",
+    "explore": "masksae explore MY_SAE --letter s\nmasksae explore MY_SAE --context the --profile mine.yaml",
+    "export": "masksae export MY_SAE OUT --to saelens",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; errors that masksae raises on purpose are one line on stderr unless --debug asks for the traceback."""
     options = parser().parse_args(arguments)
     try:
-        return options.run(options) or 0
+        options.run(options)
+        sys.stdout.flush()
     except MasksaeError as error:
         if options.debug:
             raise
@@ -33,69 +47,80 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("masksae: interrupted; what was finished is kept, and the same command goes on.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands."""
     import masksae
+    from masksae.files import shipped_profiles
 
+    raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
-        prog="masksae", description="Train, score and look at sparse autoencoders, with and without masked tokens.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="masksae", description="Train, score and look at sparse autoencoders, with and without masked tokens.",
+        epilog=EPILOG.format(names=", ".join(shipped_profiles())), formatter_class=raw,
     )  # fmt: skip
-    top.add_argument("--version", action="version", version=masksae.__version__)
+    top.add_argument("--version", action="version", version=f"masksae {masksae.__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, text: str, run, *, profile: bool = False):
-        command = commands.add_parser(name, help=text, description=text)
+        shown = "examples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[name].splitlines())
+        command = commands.add_parser(name, help=text, description=text, epilog=shown, formatter_class=raw)
         command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print JSON")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if profile:
-            command.add_argument(
-                "profile", nargs="?", default=DEFAULT, help=f"name or path of a YAML file (default: {DEFAULT})"
-            )
+            command.add_argument("profile", nargs="?", default=DEFAULT, help=f"name or YAML file (default: {DEFAULT})")
         return command
 
-    add("fetch", "download and check what a profile needs, so that later commands need no network", fetch, profile=True)
-    plan = add("plan", "what a profile costs: work, hours, memory, disk; needs no network", print_plan, profile=True)
-    plan.add_argument("--measure", action="store_true", help="time a fraction of the work here, too")
-    train = add("train", "train the SAEs of a profile, or go on with them", train_profile, profile=True)
-    train.add_argument("--json", action="store_true", help="print one JSON object per SAE")
-    evaluate = add(
-        "evaluate",
-        "score an SAE on a profile's model, text and tasks; writes tables, SAEBench files and report.html",
-        evaluate_sae,
+    add(
+        "fetch",
+        "Get and check a profile's model and text, so that later commands need no network.",
+        fetch,
+        profile=True,
     )
-    _guest(evaluate)
-    evaluate.add_argument(
-        "--metrics",
-        default="reconstruction,absorption,contexts",
-        help="comma-separated: reconstruction, absorption, contexts, probing, ood, perturbation",
-    )
-    evaluate.add_argument(
-        "--l0", type=float, help="clean L0 of the matched scores (default: the SAE's own k, target or L0)"
-    )
-    evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
+    plan = add("plan", "What a profile costs: work, hours, memory, disk. Needs no network.", print_plan, profile=True)
+    plan.add_argument("--measure", action="store_true", help="time a fraction of the work here, too: a minute")
+    add("train", "Train the SAEs of a profile, or go on with them.", train, profile=True)
+    _add_evaluate(add)
     explore = add(
-        "explore",
-        "a parent of an SAE: what its main latents miss, and who absorbed it; writes an HTML page",
-        explore_sae,
+        "explore", "One parent of an SAE: what it fires on, what it misses, who absorbed that. HTML.", explore_sae
     )
     _guest(explore)
     parent = explore.add_mutually_exclusive_group(required=True)
     parent.add_argument("--letter", help='the parent "starts with LETTER"')
     parent.add_argument("--context", help='the parent "follows CONTEXT", such as the')
-    export = add("export", "write an SAE in another form", export_sae)
-    export.add_argument("sae", help="folder of one SAE")
+    export = add("export", "Write an SAE in another form.", export_sae)
+    export.add_argument("sae", help="folder of one SAE (SAELens, dictionary_learning or masksae)")
     export.add_argument("out", help="folder to write")
     export.add_argument("--to", choices=("saelens", "dictionary_learning", "masksae"), required=True)
     return top
+
+
+def _add_evaluate(add) -> None:
+    evaluate = add(
+        "evaluate",
+        "Score an SAE with a profile's model, text and tasks; writes report.html.",
+        evaluate_sae,
+    )
+    _guest(evaluate)
+    evaluate.add_argument(
+        "--metrics", default="reconstruction,absorption,contexts",
+        help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation (default: the first three)",
+    )  # fmt: skip
+    evaluate.add_argument("--l0", type=float, help="clean L0 of the matched scores (default: the SAE's own k or L0)")
 
 
 def _guest(command) -> None:
     command.add_argument("sae", help="folder of one SAE (SAELens, dictionary_learning or masksae)")
     command.add_argument("--profile", default=DEFAULT, help=f"whose model, block, text and tasks (default: {DEFAULT})")
     command.add_argument("--out", default="masksae-report", help="folder for what is written (default: masksae-report)")
+
+
+def _show(options, value, text: str) -> None:
+    print(json.dumps(value, indent=1) if options.json else text)
 
 
 def fetch(options) -> None:
@@ -106,59 +131,59 @@ def fetch(options) -> None:
     run = Run(options.profile)
     ask_for_terms(run.profile.model.source)
     sizes = {split: len(blocks) for split, blocks in run.blocks.items()}
-    print(
-        f"{run.profile.name}: model and text are there ({', '.join(f'{n} blocks of {split}' for split, n in sizes.items())})"
+    words = ", ".join(f"{n:,} blocks of {split}" for split, n in sizes.items())
+    _show(
+        options,
+        {"profile": run.profile.name, "blocks": sizes},
+        f"{run.profile.name}: model and text are there ({words})",
     )
 
 
 def print_plan(options) -> None:
     """The cost of a profile."""
-    from masksae import pipeline
+    from masksae import plan_report
+    from masksae.pipeline import planned
 
-    pipeline.print_plan(options.profile, options.measure)
+    given = planned(options.profile, options.measure)
+    _show(options, plan_report.record(*given), plan_report.text(*given))
 
 
-def train_profile(options) -> None:
+def train(options) -> None:
     """SAEs of a profile; where each is, and how well it did in training."""
+    from masksae.pipeline import ask_for_terms
     from masksae.stages import Run
 
     run = Run(options.profile)
+    ask_for_terms(run.profile.model.source)
+    found, lines = [], [f"{'in training':28}{'EV':>7}{'L0':>8}"]
     for name, sae in run.saes.items():
         folder = next((run.build / "saes").glob(f"*/{name}"))
-        last = sae.history[-1] if sae.history else {}
-        record = {
-            "sae": name,
-            "folder": str(folder),
-            "explained_variance": last.get("explained_variance"),
-            "l0": last.get("l0"),
-        }
-        print(
-            json.dumps(record)
-            if options.json
-            else f"{name:32} EV {record['explained_variance']:.3f}  L0 {record['l0']:6.1f}  {folder}"
-        )
+        last = {key: sae.history[-1][key] for key in ("explained_variance", "l0")}
+        found.append({"sae": name, "folder": str(folder), **last})
+        lines.append(f"{name:28}{last['explained_variance']:7.3f}{last['l0']:8.1f}")
+    _show(options, found, "\n".join([*lines, f"\n{run.build / 'saes'}"]))
 
 
 def evaluate_sae(options) -> None:
     """Scores of an SAE as a table or JSON, SAEBench files, and a page."""
+    require("evaluate", "matplotlib", "seaborn", "zstandard")
     from masksae import guest, guest_report
 
     visitor = guest.Guest(options.profile, options.sae, out=options.out, l0=options.l0)
     found = guest.evaluate(visitor, [name.strip() for name in options.metrics.split(",")])
     guest.saebench(visitor, found)
     report = guest_report.write(visitor, found)
-    if options.json:
-        print(json.dumps({words: values for words, values in guest_report.rows(found)}, indent=1))
-        return
-    print(f"{'':44}{'as trained':>12}{'matched':>12}")
+    lines = [f"{'':44}{'as trained':>12}{'matched':>12}"]
     for words, values in guest_report.rows(found):
         cells = "".join(f"{guest_report.number(values.get(m)):>12}" for m in ("as_trained", "matched"))
-        print(f"{words[:43]:44}{cells}")
-    print(f"\n{report}")
+        lines.append(f"{words[:43]:44}{cells}")
+    _show(options, dict(guest_report.rows(found)), "\n".join([*lines, f"\n{report}"]))
 
 
 def explore_sae(options) -> None:
     """One parent of an SAE as a page."""
+    from dataclasses import asdict
+
     from masksae import explore, guest
     from masksae.files import write_text
     from masksae.site import page
@@ -167,11 +192,9 @@ def explore_sae(options) -> None:
     look, sae = explore.Explorer(visitor), visitor.sae
     story = look.letter(sae, options.letter) if options.letter else look.context(sae, options.context)
     body = f"<h1>{visitor.name}</h1>{explore.story_html(story)}<h2>Where its first main latent fires most</h2>{look.top_contexts(sae, story.main[0])}"
-    print(
-        write_text(
-            Path(options.out) / f"{story.parent.replace(' ', '-')}.html", page(f"{story.parent}, {visitor.name}", body)
-        )
-    )
+    html = page(f"{story.parent}, {visitor.name}", body)
+    file = write_text(Path(options.out) / f"{story.parent.replace(' ', '-')}.html", html)
+    _show(options, asdict(story) | {"page": str(file)}, str(file))
 
 
 def export_sae(options) -> None:
@@ -179,11 +202,9 @@ def export_sae(options) -> None:
     from masksae.guest import load_sae
 
     sae = load_sae(options.sae)
-    print(
-        {"saelens": sae.to_saelens, "dictionary_learning": sae.to_dictionary_learning, "masksae": sae.save}[options.to](
-            options.out
-        )
-    )
+    writers = {"saelens": sae.to_saelens, "dictionary_learning": sae.to_dictionary_learning, "masksae": sae.save}
+    folder = str(writers[options.to](options.out))
+    _show(options, {"folder": folder}, folder)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def _save(blocks: dict[str, list[np.ndarray]], folder, first: int) -> None:
             )
         blocks[split] = [whole[~repeated]]
     column = lambda ids: pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), ids.shape[1])
-    with atomic_dir(folder) as tmp:
+    with atomic_dir(folder) as tmp, bars.only_ours():
         for split, pieces in blocks.items():
             table = pa.table({"ids": pa.chunked_array([column(ids) for ids in pieces])})
             datasets.Dataset(table, fingerprint=f"{folder.name}-{split}").save_to_disk(tmp / split)

@@ -31,6 +31,17 @@ class JobError(MasksaeError, RuntimeError):
     """Jobs in other processes, or on a cluster, that failed."""
 
 
+def require(extra: str, *modules: str) -> None:
+    """Raise ConfigError if packages of an optional part of masksae are not installed; call it before long work.
+
+    >>> require("evaluate", "json")
+    """
+    import importlib.util
+
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"This needs {', '.join(missing)}, not installed here. `pip install 'masksae[{extra}]'`.")
+
+
 @contextlib.contextmanager
 def readable(path):
     """Turn what a damaged or foreign file at `path` makes Python raise into a CheckpointError."""

@@ -16,6 +16,15 @@ from pathlib import Path
 
 from masksae.errors import DataError, OutputError
 
+HERE = Path(__file__).resolve().parent
+PROFILES = next((folder for folder in (HERE / "profiles", HERE.parent / "profiles") if folder.is_dir()), HERE.parent)
+"""The shipped profiles: beside the modules in a wheel, beside the package in a clone."""
+
+
+def shipped_profiles() -> list[str]:
+    """Names of the shipped profiles."""
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
 
 def repository() -> Path:
     """Folder of the project: the nearest one above the working folder (or it) that holds dvc.yaml; else the working folder."""

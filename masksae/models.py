@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from masksae.errors import ConfigError, SourceError, nearest
+from masksae.errors import ConfigError, SourceError, nearest, require
 from masksae.files import atomic_dir, cache_dir, ensure_writable, sha256, write_text
 from masksae.memory import available_bytes
 from masksae.packages import fetch, member
@@ -49,6 +49,7 @@ def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> L
         folder, _, revision = source.removeprefix("hub:").partition("@")
         options, note = {"revision": revision or "main"}, f"{folder} from the hub"
     elif source.endswith(".gguf") and Path(source).is_file():
+        require("evaluate", "gguf", "accelerate")
         folder, note = str(Path(source).parent), f"{Path(source).name}, dequantised"
         options = {"gguf_file": Path(source).name, "local_files_only": True}
     else:
@@ -162,6 +163,7 @@ def _converted(source: str) -> Path:
     spec = MODELS[source]
     folder = cache_dir("models", f"{source}-{spec.sha256[:12]}")
     if not folder.exists():
+        require("evaluate", "gguf", "accelerate")
         require_terms(source)
     ensure_writable(folder.parent)
     with FileLock(folder.with_suffix(".lock")):

@@ -6,6 +6,7 @@ own lock, its own outputs.
 """
 
 import argparse
+import contextlib
 import os
 import pydoc
 import subprocess
@@ -15,8 +16,8 @@ from pathlib import Path
 import yaml
 
 from masksae.errors import ConfigError, MasksaeError
-from masksae.files import ensure_writable, read_json, repository, write_json, write_text
-from masksae.profile import PROFILES, load_profile, profile_path
+from masksae.files import PROFILES, ensure_writable, read_json, repository, write_json, write_text
+from masksae.profile import load_profile, profile_path
 
 DEFAULT = "laptop"
 
@@ -89,9 +90,8 @@ def check_fit(profile) -> None:
         plan.check(run.device, run.kept_bytes)
 
 
-def print_plan(profile, measure: bool) -> None:
-    """Print the cost of a profile; with `measure`, time a fraction of it here."""
-    from masksae import plan_report
+def planned(profile, measure: bool) -> tuple:
+    """What `plan_report` takes: the plan of a profile, the device, the bytes kept already, and with `measure` the hours it would take here."""
     from masksae.plan import Plan
     from masksae.stages import Run
 
@@ -101,7 +101,14 @@ def print_plan(profile, measure: bool) -> None:
         from masksae.measure import hours_here
 
         measured = hours_here(plan, run.device)
-    print(plan_report.text(plan, run.device, run.kept_bytes, measured) + "\n")
+    return plan, run.device, run.kept_bytes, measured
+
+
+def print_plan(profile, measure: bool) -> None:
+    """Print the cost of a profile; with `measure`, time a fraction of it here."""
+    from masksae import plan_report
+
+    print(plan_report.text(*planned(profile, measure)) + "\n")
 
 
 def print_verification(profile) -> int:
@@ -203,18 +210,30 @@ def execute(notebook: str, profile) -> None:
     target = root / "build" / load_profile(profile).name / f"{notebook}.ipynb"
     failed = target.with_suffix(".failed.ipynb")
     ensure_writable(target.parent)
-    os.environ |= {
-        "PYTHONHASHSEED": "0",
-        "MASKSAE_PROGRESS": os.environ.get("MASKSAE_PROGRESS", "lines"),
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    }
-    papermill.execute_notebook(
-        root / "notebooks" / f"{notebook}.ipynb", failed, parameters={"profile": str(profile)}, cwd=root,
-        kernel_name="python3", progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-        extra_arguments=["--log-level=ERROR"],
-    )  # fmt: skip
+    with environment(
+        PYTHONHASHSEED="0",
+        MASKSAE_PROGRESS=os.environ.get("MASKSAE_PROGRESS", "lines"),
+        PYDEVD_DISABLE_FILE_VALIDATION="1",
+    ):
+        papermill.execute_notebook(
+            root / "notebooks" / f"{notebook}.ipynb", failed, parameters={"profile": str(profile)}, cwd=root,
+            kernel_name="python3", progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+            extra_arguments=["--log-level=ERROR"],
+        )  # fmt: skip
     write_text(target, nbformat.writes(_without_times(nbformat.read(failed, as_version=4))))
     failed.unlink()
+
+
+@contextlib.contextmanager
+def environment(**values: str):
+    """Environment variables for the processes started inside."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _without_times(notebook):

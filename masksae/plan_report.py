@@ -21,6 +21,22 @@ def costs(plan: Plan, measured: dict[str, float] | None = None) -> str:
     return "\n\n".join([_times(plan, measured), _peers(plan), _space(plan)])
 
 
+def record(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float] | None = None) -> dict:
+    """The same as JSON-able numbers: FLOP, hours by GPU, bytes."""
+    stages = {work.stage: work for work in plan.work}
+    return {
+        "profile": plan.profile.name,
+        "saes": len(plan.saes),
+        "steps": plan.steps,
+        "flop": {name: work.flop + work.sae_flop for name, work in stages.items()},
+        "hours": {gpu.name: {name: plan.hours(work, gpu) for name, work in stages.items()} for gpu in GPUS},
+        "hours_here": measured,
+        "memory_bytes": {place: sum(plan.memory(place).values()) for place in ("cpu", "cuda")},
+        "disk_bytes": sum(plan.disk().values()),
+        "verdict": _verdict(plan, device, kept),
+    }
+
+
 def _table(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     line = lambda row: "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])

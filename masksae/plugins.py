@@ -140,7 +140,9 @@ class mask_inputs:
         """The ids [n, s] as the model sees them. Raises DataError."""
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             found = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-            raise DataError(f"The model was called with {found}, expected token ids [sequences, tokens]. Tokenise before.")
+            raise DataError(
+                f"The model was called with {found}, expected token ids [sequences, tokens]. Tokenise before."
+            )
         clean = ids.detach().cpu().long()
         free = ~torch.isin(clean, self._spare)
         corrupted, self.is_masked = clean.clone(), torch.zeros_like(free)

@@ -11,12 +11,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from masksae.errors import ConfigError, nearest
+from masksae.files import PROFILES, shipped_profiles
 from masksae.score_sections import Absorption, Contexts, Evaluation, Perturbation, Probing, Simulation
 from masksae.sections import Arm, Grid, Model, Section, Text, Training
-
-HERE = Path(__file__).resolve().parent
-PROFILES = next((folder for folder in (HERE / "profiles", HERE.parent / "profiles") if folder.is_dir()), HERE.parent)
-"""The shipped profiles: beside the modules in a wheel, beside the package in a clone."""
 
 ARMS = [Arm(name="unmasked", p=0.0), Arm(name="masked", p=0.3)]
 
@@ -86,8 +83,9 @@ def profile_path(name_or_path) -> Path:
     text = str(name_or_path)
     path = Path(text) if text.endswith((".yaml", ".yml")) else PROFILES / f"{text}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in PROFILES.glob("*.yaml"))
-        raise ConfigError(f"There is no profile {text!r}.{nearest(text, known)} Or give the path of a .yaml file.")
+        raise ConfigError(
+            f"There is no profile {text!r}.{nearest(text, shipped_profiles())} Or give the path of a .yaml file."
+        )
     return path
 
 

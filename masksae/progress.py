@@ -3,6 +3,7 @@
 `MASKSAE_PROGRESS` overrides what is found: "bar", "lines" (one every half minute) or "none".
 """
 
+import contextlib
 import os
 import sys
 
@@ -54,6 +55,20 @@ def bar(items=None, *, total: int | None = None, label: str | None, unit: str, i
         shown = "{desc}: {percentage:3.0f} % ({n_fmt} of {total_fmt} {unit}), {elapsed} gone, {remaining} left"
         return tqdm(items, **options, file=_Lines(), bar_format=shown, mininterval=SECONDS[look], delay=SECONDS[look])
     return tqdm(items, **options, mininterval=SECONDS["bar"], dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def only_ours():
+    """Without the bars that `datasets` draws of its own accord, in pipes and logs too."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _in_notebook() -> bool:

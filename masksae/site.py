@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from masksae.errors import DataError
-from masksae.files import atomic_dir, read_json, repository, write_text
-from masksae.profile import PROFILES, load_profile
+from masksae.files import PROFILES, atomic_dir, read_json, repository, write_text
+from masksae.profile import load_profile
 from masksae.report import CLAIMS, describe
 from masksae.stats import Effect
 

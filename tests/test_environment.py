@@ -20,7 +20,9 @@ LOCK = {
     canonicalize_name(name): pin
     for name, pin in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
 }
-EXTRAS = [Requirement(text) for group in PROJECT["optional-dependencies"].values() for text in group]
+OPTIONAL = PROJECT["optional-dependencies"]
+EXTRAS = [Requirement(text) for name, group in OPTIONAL.items() for text in group if name != "live"]
+LIVE = [Requirement(text) for text in OPTIONAL["live"]]  # for those who want them; tested in the peers' environment
 REQUIRED = [Requirement(text) for text in PROJECT["dependencies"]]
 
 
@@ -71,7 +73,7 @@ def test_what_the_code_imports_is_declared():
     compared = {"dictionary_learning", "sae_bench", "sae_lens", "transformer_lens"}  # in benchmarks
     assert compared < imported and {canonicalize_name(name) for name in compared} < peers
     imported -= compared
-    declared = {canonicalize_name(r.name) for r in REQUIRED + EXTRAS}
+    declared = {canonicalize_name(r.name) for r in REQUIRED + EXTRAS + LIVE}
     assert {canonicalize_name(names.get(name, name)) for name in imported} <= declared
 
 

@@ -1,11 +1,18 @@
 """The disk full and Ctrl-C at the writes of a small run, and two runs at once: what was finished is kept, and the end is the same bytes.
 
-With MASKSAE_FUZZ set at every single write, which takes minutes; docs/faults.md tells of that."""
+With MASKSAE_FUZZ set at every single write, and Ctrl-C at more moments and in every stage of the pipeline, which takes most of an hour; docs/faults.md
+tells of that."""
 
 import errno
 import multiprocessing
 import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +20,10 @@ from conftest import byte_tokenizer, tiny_model
 
 from masksae import Run, files, scores
 from masksae.errors import OutputError
+from masksae.files import cache_dir
+
+ROOT = Path(__file__).resolve().parents[1]
+FUZZ = bool(os.environ.get("MASKSAE_FUZZ"))
 
 WORDS = "the cat sat on a mat while seven dogs ran past it and nobody saw them".split()
 
@@ -82,7 +93,7 @@ def test_a_fault_at_every_write(fault, new_project, monkeypatch, tmp_path):
         whole = whole_run()
         writes = len(seen)
     assert writes > 20 and len(whole) == 4
-    step = 1 if os.environ.get("MASKSAE_FUZZ") else 16 if fault == "disk full" else 30
+    step = 1 if FUZZ else 16 if fault == "disk full" else 30
     for number in range(1, writes + 1, step):
         new_project(f"broken-{number}")
         error = OSError(errno.ENOSPC, "No space left on device") if fault == "disk full" else KeyboardInterrupt()
@@ -123,3 +134,64 @@ def test_a_home_that_cannot_be_written(new_project, monkeypatch, tmp_path, as_no
 
     kind, message = as_nobody(run)
     assert kind == "OutputError" and str(home) in message and "permission denied" in message
+
+
+def weights() -> dict:
+    return {path.parent.name: path.read_bytes() for path in Path("build/mine").rglob("sae.safetensors")}
+
+
+def test_ctrl_c_of_the_command(new_project):
+    """The real signal, to a real process, at moments spread over its life."""
+    command = [sys.executable, "-m", "masksae.cli", "train", "mine.yaml"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    new_project("whole")
+    begin = time.monotonic()
+    subprocess.run(command, env=environment | {"MASKSAE_CACHE": "cache"}, check=True, capture_output=True)
+    took, whole, stopped = time.monotonic() - begin, weights(), 0
+    moments = [i / 20 for i in range(2, 20)] if FUZZ else [0.85]
+    for moment in moments:
+        new_project(f"stopped-{moment}")
+        process = subprocess.Popen(
+            command, env=environment | {"MASKSAE_CACHE": "cache"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        time.sleep(moment * took)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+        assert process.returncode in (0, 130) and "Traceback" not in said, said
+        if process.returncode == 130:
+            stopped += 1
+            assert said.rstrip().endswith("masksae: interrupted; what was finished is kept, and the same command goes on.")
+        subprocess.run(command, env=environment | {"MASKSAE_CACHE": "cache"}, check=True, capture_output=True)
+        assert weights() == whole
+    assert stopped or not FUZZ
+
+
+@pytest.mark.skipif(not FUZZ, reason="many minutes; set MASKSAE_FUZZ")
+def test_ctrl_c_in_every_stage_of_the_pipeline(tmp_path, monkeypatch):
+    """Ctrl-C, as a terminal sends it, a few seconds into every stage of `make repro PROFILE=smoke`; then to the end, to the same results."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    for kind in ("packages", "models"):
+        shutil.copytree(cache_dir(kind), tmp_path / "cache" / kind)
+    monkeypatch.setenv("MASKSAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(clone))
+    command = [sys.executable, "-m", "masksae.pipeline", "repro", "smoke"]
+    stages, seen = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))], []
+    while len(seen) < len(stages):
+        process = subprocess.Popen(
+            command, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        for line in process.stdout:
+            found = [stage for stage in stages if f"pipeline run {stage}" in line]
+            if found and found[0] not in seen:
+                seen += found
+                time.sleep(5)
+                os.killpg(process.pid, signal.SIGINT)
+                break
+        process.stdout.read()
+        assert process.wait() != 0 or len(seen) == len(stages), "nothing was left to interrupt"
+        assert not list(clone.glob("results/smoke/.tmp-*"))
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for file in (ROOT / "results/smoke").glob("*.json"):
+        assert (clone / "results/smoke" / file.name).read_bytes() == file.read_bytes(), file.name

@@ -15,8 +15,8 @@ import yaml
 
 from masksae import SAE, ActivationStream, BatchTopK, JumpReLU, SAEConfig, TrainConfig, load_profile, train
 from masksae.errors import CheckpointError, ConfigError, MasksaeError
+from masksae.files import PROFILES
 from masksae.guest import load_sae
-from masksae.profile import PROFILES
 
 TRIES = int(os.environ.get("MASKSAE_FUZZ", "30"))
 JUNK = [None, -1, True, 0, 10**30, "x", [], {}, [None], [{}], float("nan"), float("inf")]

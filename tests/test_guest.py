@@ -1,15 +1,12 @@
-"""Somebody's own SAE: read in three forms, scored like a run's own, shown on one page; the command line over it."""
+"""Somebody's own SAE: read in three forms, scored like a run's own, in a run's place."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from browser import CHROMIUM, troubles
 from test_stages import profile, project  # noqa: F401
 
-from masksae import SAE, Run, cli, guest, scores
+from masksae import SAE, Run, guest, scores
 from masksae.errors import ConfigError
 
 
@@ -68,53 +65,3 @@ def test_what_cannot_be_scored_is_refused(run, folder, tmp_path):
     SAE(SAEConfig(24, 32, BatchTopK(3))).save(tmp_path / "wide")
     with pytest.raises(ConfigError, match="reads width 24, .* has 16"):
         guest.Guest(run.source, tmp_path / "wide", out=tmp_path)
-
-
-def test_the_command_scores_and_shows(run, folder, tmp_path, capsys):
-    command = [
-        "evaluate",
-        str(folder),
-        "--profile",
-        run.source,
-        "--metrics",
-        "reconstruction",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert cli.main(command) == 0
-    told = capsys.readouterr().out
-    assert "explained variance" in told and "matched" in told and max(map(len, told.splitlines()[:-1])) <= 80
-    assert cli.main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["explained variance"].keys() == {"as_trained", "matched"}
-    page = (tmp_path / "out/report.html").read_text()
-    assert "mine" in page and "explained variance" in page and "@BODY@" not in page
-    if CHROMIUM:
-        assert troubles(tmp_path / "out", ["report.html"]) == []
-
-
-def test_errors_are_one_line_and_a_status(run, folder, tmp_path, capsys):
-    bad = ["evaluate", str(tmp_path), "--profile", run.source, "--out", str(tmp_path / "out")]
-    assert cli.main(bad) == 2
-    assert capsys.readouterr().err.startswith("masksae: ") and "Traceback" not in capsys.readouterr().err
-    with pytest.raises(ConfigError):
-        cli.main([*bad, "--debug"])
-
-
-def test_other_commands(run, folder, tmp_path, capsys):
-    assert cli.main(["export", str(folder), str(tmp_path / "dl"), "--to", "dictionary_learning"]) == 0
-    assert torch.equal(guest.load_sae(tmp_path / "dl").W_dec, guest.load_sae(folder).W_dec)
-    assert cli.main(["train", run.source, "--json"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()[1:]]
-    assert {line["sae"] for line in lines} == {row["sae"] for row in run.table} and all(
-        SAE.load(line["folder"]) for line in lines
-    )
-    assert cli.main(["fetch", run.source]) == 0 and "blocks of train" in capsys.readouterr().out
-    assert cli.main(["plan", run.source]) == 0 and "Space:" in capsys.readouterr().out
-
-
-def test_help_needs_nothing_heavy():
-    code = "import sys\nfrom masksae import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    for name in ("fetch", "plan", "train", "evaluate", "explore", "export"):
-        assert f"masksae {name}" in result.stdout

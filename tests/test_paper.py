@@ -9,7 +9,7 @@ import yaml
 from conftest import byte_tokenizer, tiny_model
 
 from masksae import Run, load_profile, scores
-from masksae.profile import PROFILES
+from masksae.files import PROFILES
 
 WORDS = "the cat sat on a mat while seven dogs ran past it and nobody saw them".split()
 

@@ -70,10 +70,14 @@ def test_saelens_trains_on_our_activations(model, drop, stream, monkeypatch, tmp
     data = data.to_iterable_dataset() if stream else data
     seen, step = [], SAETrainer._train_step
     monkeypatch.setattr(
-        SAETrainer, "_train_step", lambda self, sae, sae_in: seen.append(sae_in.clone()) or step(self, sae=sae, sae_in=sae_in)
+        SAETrainer,
+        "_train_step",
+        lambda self, sae, sae_in: seen.append(sae_in.clone()) or step(self, sae=sae, sae_in=sae_in),
     )
     runner = LanguageModelSAETrainingRunner(
-        saelens_config(drop, 48, tmp_path), override_dataset=mask_dataset(data, **KEYS), override_model=HookedProxyLM(model, byte_tokenizer())
+        saelens_config(drop, 48, tmp_path),
+        override_dataset=mask_dataset(data, **KEYS),
+        override_model=HookedProxyLM(model, byte_tokenizer()),
     )
     runner.run()
     keep = ~WHERE if drop else torch.ones_like(WHERE)
@@ -84,8 +88,8 @@ def test_saelens_trains_on_our_activations(model, drop, stream, monkeypatch, tmp
 
 def dictionary_learning_trains(data, steps):
     """`trainSAE` on this; the activations that its trainer was given."""
-    from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
     from dictionary_learning.trainers import BatchTopKTrainer
+    from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
     from dictionary_learning.training import trainSAE
 
     seen = []

@@ -7,7 +7,7 @@ import yaml
 
 from masksae import load_profile
 from masksae.errors import ConfigError
-from masksae.profile import PROFILES
+from masksae.files import PROFILES
 
 SMOKE = yaml.safe_load((PROFILES / "smoke.yaml").read_text())
 

@@ -18,6 +18,11 @@ for _ in progress.bar(range(50), label="scoring SAEs", unit="SAEs"):
 """
 
 
+@pytest.fixture(autouse=True)
+def default_style(monkeypatch):
+    monkeypatch.delenv("MASKSAE_PROGRESS", raising=False)
+
+
 def piped(**environment) -> str:
     result = subprocess.run([sys.executable, "-c", WORK], capture_output=True, env=os.environ | environment)
     assert result.returncode == 0 and result.stdout == b""

@@ -131,7 +131,8 @@ def test_what_is_finished_is_read_back_and_what_is_missing_is_made(project, monk
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "cache"))
     for arm in again.profile.arms:
         group = cache_dir("groups", again.id_of("group", arm), arm.name)
-        assert {p.name for p in group.iterdir()} == {"saes", ".lock"}  # the checkpoint is gone once the SAEs are there
+        left = {p.name for p in group.iterdir()}
+        assert left == {"saes", ".lock", "log.jsonl"}  # the checkpoint is gone once the SAEs are there
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "other"))
     assert all(torch.equal(sae.W_dec, before[name]) for name, sae in Run(path).saes.items())
 

@@ -1,0 +1,99 @@
+"""The command line: what it prints, in which form, and with which exit status."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from browser import CHROMIUM, troubles
+from test_guest import folder, run  # noqa: F401
+from test_stages import project  # noqa: F401
+
+from masksae import SAE, cli, guest
+from masksae.errors import ConfigError
+
+COMMANDS = ("fetch", "plan", "train", "evaluate", "explore", "export")
+
+
+def told(capsys, *command):
+    """What a command prints on stdout; it succeeds."""
+    capsys.readouterr()
+    assert cli.main([*map(str, command)]) == 0
+    return capsys.readouterr().out
+
+
+def test_evaluate(run, folder, tmp_path, capsys):  # noqa: F811
+    command = ["evaluate", folder, "--profile", run.source, "--metrics", "reconstruction", "--out", tmp_path / "out"]
+    text = told(capsys, *command)
+    assert "explained variance" in text and "matched" in text and max(map(len, text.splitlines()[:-1])) <= 80
+    assert json.loads(told(capsys, *command, "--json"))["explained variance"].keys() == {"as_trained", "matched"}
+    page = (tmp_path / "out/report.html").read_text()
+    assert "mine" in page and "explained variance" in page and "@BODY@" not in page
+    if CHROMIUM:
+        assert troubles(tmp_path / "out", ["report.html"]) == []
+
+
+def test_train(run, capsys):  # noqa: F811
+    text = told(capsys, "train", run.source)
+    assert max(map(len, text.splitlines()[:-1])) <= 80 and "unmasked-plain-s0" in text
+    found = json.loads(told(capsys, "train", run.source, "--json"))
+    assert {row["sae"] for row in found} == {row["sae"] for row in run.table}
+    assert all(isinstance(SAE.load(row["folder"]), SAE) and 0 < row["explained_variance"] < 1 for row in found)
+
+
+def test_export(folder, tmp_path, capsys):  # noqa: F811
+    text = told(capsys, "export", folder, tmp_path / "dl", "--to", "dictionary_learning", "--json")
+    assert json.loads(text) == {"folder": str(tmp_path / "dl")}
+    assert torch.equal(guest.load_sae(tmp_path / "dl").W_dec, guest.load_sae(folder).W_dec)
+
+
+def test_fetch_and_plan(run, capsys):  # noqa: F811
+    assert "blocks of train" in told(capsys, "fetch", run.source)
+    assert json.loads(told(capsys, "fetch", run.source, "--json"))["blocks"]["train"] == 200
+    text = told(capsys, "plan", run.source)
+    assert "Space:" in text and max(map(len, text.splitlines()[3:-1])) <= 80
+    plan = json.loads(told(capsys, "plan", "paper", "--json"))
+    assert plan["flop"].keys() == {"activations", "training", "evaluation"} and plan["hours"]["H100 SXM"]["training"] > 1
+    assert plan["memory_bytes"]["cuda"] > 5e9 and plan["saes"] == 24
+
+
+def test_errors_are_one_line_and_a_status(run, tmp_path, capsys):  # noqa: F811
+    bad = ["evaluate", str(tmp_path), "--profile", run.source, "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert cli.main(bad) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("masksae: ") and shown.err.count("\n") == 1
+    with pytest.raises(ConfigError):
+        cli.main([*bad, "--debug"])
+    assert cli.main(["train", "laptpo"]) == 2 and "Did you mean 'laptop'?" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_130(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "print_plan", interrupted)
+    assert cli.main(["plan", "smoke"]) == 130 and "interrupted; what was finished is kept" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m masksae.cli plan paper --json | head -1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "{\n", "")
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda c: " ".join(c) or "masksae")
+def test_help_teaches_in_80_columns(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and max(map(len, text.splitlines())) <= 80
+    assert all(name in text for name in COMMANDS) if not command else f"  masksae {command[0]} " in text
+
+
+def test_help_needs_nothing_heavy():
+    code = "import sys\nfrom masksae import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
