@@ -54,7 +54,9 @@ def test_fetch_and_plan(run, capsys):  # noqa: F811
     text = told(capsys, "plan", run.source)
     assert "Space:" in text and max(map(len, text.splitlines()[3:-1])) <= 80
     plan = json.loads(told(capsys, "plan", "paper", "--json"))
-    assert plan["flop"].keys() == {"activations", "training", "evaluation"} and plan["hours"]["H100 SXM"]["training"] > 1
+    assert (
+        plan["flop"].keys() == {"activations", "training", "evaluation"} and plan["hours"]["H100 SXM"]["training"] > 1
+    )
     assert plan["memory_bytes"]["cuda"] > 5e9 and plan["saes"] == 24
 
 

@@ -152,7 +152,11 @@ def test_ctrl_c_of_the_command(new_project):
     for moment in moments:
         new_project(f"stopped-{moment}")
         process = subprocess.Popen(
-            command, env=environment | {"MASKSAE_CACHE": "cache"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            env=environment | {"MASKSAE_CACHE": "cache"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         time.sleep(moment * took)
         process.send_signal(signal.SIGINT)
@@ -160,7 +164,9 @@ def test_ctrl_c_of_the_command(new_project):
         assert process.returncode in (0, 130) and "Traceback" not in said, said
         if process.returncode == 130:
             stopped += 1
-            assert said.rstrip().endswith("masksae: interrupted; what was finished is kept, and the same command goes on.")
+            assert said.rstrip().endswith(
+                "masksae: interrupted; what was finished is kept, and the same command goes on."
+            )
         subprocess.run(command, env=environment | {"MASKSAE_CACHE": "cache"}, check=True, capture_output=True)
         assert weights() == whole
     assert stopped or not FUZZ

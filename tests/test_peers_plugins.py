@@ -4,6 +4,7 @@ The peers live in an environment of their own: `make test-peers`. Elsewhere thes
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ from masksae.models import LanguageModel
 from masksae.tracing import activations
 
 ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = dict(
+    re.findall(r"test_peers_plugins.py: (\w+) -->\n```python\n(.*?)```", (ROOT / "docs/own.md").read_text(), re.DOTALL)
+)
 KEYS = {"p": 0.3, "token_id": 1, "seed": 5, "spare": (0,)}
 IDS = torch.randint(3, 90, (48, 12), generator=torch.Generator().manual_seed(0))
 IDS[:, 0] = 0
@@ -86,11 +90,9 @@ def test_saelens_trains_on_our_activations(model, drop, stream, monkeypatch, tmp
     assert_same_rows(torch.cat(seen), ours(model, keep))
 
 
-def dictionary_learning_trains(data, steps):
-    """`trainSAE` on this; the activations that its trainer was given."""
-    from dictionary_learning.trainers import BatchTopKTrainer
-    from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
-    from dictionary_learning.training import trainSAE
+def recorder():
+    """A trainer of dictionary_learning that keeps what it is given, and its config."""
+    from dictionary_learning.trainers import BatchTopKSAE, BatchTopKTrainer
 
     seen = []
 
@@ -100,11 +102,10 @@ def dictionary_learning_trains(data, steps):
             return super().update(step, x)
 
     config = dict(
-        trainer=Recorder, dict_class=BatchTopKSAE, activation_dim=16, dict_size=32, k=4, layer=1, lm_name="tiny", steps=steps,
+        trainer=Recorder, dict_class=BatchTopKSAE, activation_dim=16, dict_size=32, k=4, layer=1, lm_name="tiny", steps=12,
         warmup_steps=2, device="cpu", lr=1e-3,
     )  # fmt: skip
-    trainSAE(data, [config], steps=steps, device="cpu")
-    return torch.cat(seen)
+    return seen, config
 
 
 @pytest.mark.parametrize("drop", [False, True], ids=["kept", "dropped"])
@@ -112,7 +113,11 @@ def test_dictionary_learning_trains_on_our_batches(model, drop):
     stream = from_model(
         LanguageModel("tiny", model, None, ""), IDS, block=1, p=0.3, token_id=1, mask_seed=5, bos_id=0, batch_size=32, seed=0, progress=False
     )  # fmt: skip
-    seen = dictionary_learning_trains(activation_batches(stream, drop_masked=drop), steps=stream.batches_per_epoch)
+    from dictionary_learning.training import trainSAE
+
+    seen, config = recorder()
+    trainSAE(activation_batches(stream, drop_masked=drop), [config], steps=stream.batches_per_epoch, device="cpu")
+    seen = torch.cat(seen)
     keep = ~WHERE if drop else torch.ones_like(WHERE)
     keep[:, 0] = False
     expected = ours(model, keep)
@@ -174,3 +179,34 @@ def test_a_hooked_transformer_sees_masked_tokens():
         corrupted = masks.corrupt(IDS)
     _, expected = hooked.run_with_cache(corrupted, names_filter=[name], stop_at_layer=1, prepend_bos=False)
     assert (corrupted != IDS).any() and torch.equal(cache[name], expected[name])
+
+
+@pytest.mark.parametrize("name", ["saelens", "batches", "hook"])
+def test_the_examples_of_the_page_run(name, model, tmp_path):
+    from dictionary_learning.training import trainSAE
+    from sae_lens import LoggingConfig
+    from sae_lens.load_model import HookedProxyLM
+
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    seen, config = recorder()
+    names = {
+        "blocks": datasets.Dataset.from_dict({"input_ids": IDS.tolist()}), "ids": IDS, "mask_id": 1, "bos_id": 0, "pad_id": 2,
+        "d_model": 16, "model_name": "tiny", "model_path": str(tmp_path / "model"), "training_tokens": 2048, "steps": 12, "context_size": 12, "batch_size": 64,
+        "logger": LoggingConfig(log_to_wandb=False), "output": str(tmp_path), "trainer_configs": [config], "trainSAE": trainSAE,
+        "model": HookedProxyLM(model, byte_tokenizer()) if name == "saelens" else model,
+        "buffer": (model(IDS[i % 48 :][:1], output_hidden_states=True).hidden_states[2].flatten(0, 1) for i in range(99)),
+    }  # fmt: skip
+    exec(EXAMPLES[name].replace("layers.8", "layers.1"), names)
+    if name == "batches":
+        corrupted, where = mask_tokens(IDS, p=0.3, token_id=1, seed=0, spare=(0,))
+        keep = ~where
+        keep[:, 0] = False
+        expected = activations(model, corrupted, block=1)[keep]
+        assert torch.cdist(torch.cat(seen).double(), expected.double()).min(1).values.max() < 1e-4
+    elif name == "hook":
+        corrupted = mask_inputs(tiny_model("llama"), p=0.3, token_id=1, seed=0, spare=(0, 2)).corrupt(IDS)
+        expected = activations(model, corrupted, block=1)
+        torch.testing.assert_close(torch.stack(seen), expected[:12], rtol=1e-4, atol=1e-5)
+    else:
+        assert (tmp_path / "sae_weights.safetensors").exists()

@@ -65,7 +65,9 @@ def test_dropping_shows_no_masked_row_and_the_others_about_equally_often(size, b
     assert max(counts) - min(counts) <= 1 + size % batch_size
 
 
-values = st.lists(st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0]) | st.floats(-4, 4, width=32), min_size=96, max_size=96)
+values = st.lists(
+    st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0]) | st.floats(-4, 4, width=32), min_size=96, max_size=96
+)
 
 
 @given(st.lists(values, min_size=1, max_size=5), st.integers(1, 12), st.sampled_from([TopK, BatchTopK]))
@@ -80,7 +82,9 @@ def test_top_k_keeps_the_largest_positive_values_and_no_more(rows, k, kind):
         assert torch.equal(kept[kept > 0].sort(descending=True).values, positive[:most])
 
 
-@given(st.lists(st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0, 9, width=32), min_size=1, max_size=400), st.integers(1, 60))
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0, 9, width=32), min_size=1, max_size=400), st.integers(1, 60)
+)
 @quick
 def test_the_largest_of_a_batch_are_those_of_a_sort(numbers, count):
     h = torch.tensor(numbers).view(1, -1)
