@@ -11,7 +11,7 @@ PEERS := .venv-peers
 export MASKSAE_EXECUTOR := $(or $(EXECUTOR),$(MASKSAE_EXECUTOR))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup repro paper plan verify share test-slurm site status test lint lab clean peers test-peers benchmark
+.PHONY: help setup repro paper plan verify share guide release test-slurm site status test lint lab clean peers test-peers benchmark
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -51,6 +51,9 @@ test-slurm: $(READY)  ## jobs on a real SLURM of one node, started and stopped h
 	@command -v slurmctld munged >/dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge >/dev/null; }
 	@MASKSAE_TEST_SLURM=1 python -m pytest -q tests/test_slurm.py
 
+guide: $(READY)  ## the guide to a model of your own, on Gemma 3 270M (terms to be accepted once): docs/own-model.md
+	@python -m masksae.pipeline guide
+
 site: $(READY)  ## static pages of all that was run: build/site/index.html
 	@python -m masksae.site
 
@@ -82,5 +85,8 @@ test-peers: $(PEERS)/.ready  ## agreement and exchange with those libraries
 benchmark: $(PEERS)/.ready  ## time and memory of a training step beside theirs
 	@$(PEERS)/bin/python benchmarks/train.py
 
+release: $(READY)  ## sdist and wheel into dist/, tried in a clean environment
+	@bash tests/release.sh
+
 clean:  ## remove the environment and everything under build/ (results/ and figures/ stay)
-	rm -rf $(VENV) $(PEERS) build .dvc/tmp .dvc/cache
+	rm -rf $(VENV) $(PEERS) build dist .dvc/tmp .dvc/cache

@@ -29,6 +29,11 @@ class ActivationStream:
     load        pool number -> (x [n, d], is_masked [n]); called for 0 .. n_pools - 1, again in every epoch
     pool_sizes  rows of each pool
     prefetch    call `load` for the next pool in a thread while the current one is used; memory for two pools
+
+    >>> stream = ActivationStream.from_array(torch.arange(6.0)[:, None], batch_size=2, seed=0)
+    >>> x, is_masked = next(iter(stream))
+    >>> x.shape, is_masked.any().item(), stream.state_dict()
+    (torch.Size([2, 1]), False, {'pool': 0, 'batch': 1})
     """
 
     def __init__(

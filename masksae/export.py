@@ -80,6 +80,14 @@ def load_saelens(folder, *, device=None) -> SAE:
 
     Decoder rows are made unit where that does not change what is selected; a bias that the encoder's input lacks, or has against our
     convention, is folded into `b_enc`.
+
+    >>> import tempfile
+    >>> from masksae import TopK
+    >>> sae = SAE(SAEConfig(4, 16, TopK(2)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = load_saelens(sae.to_saelens(f"{folder}/sae"))
+    >>> torch.equal(again.W_dec, sae.W_dec)
+    True
     """
     from safetensors.torch import load_file
 
@@ -144,7 +152,16 @@ def to_dictionary_learning(sae: SAE, folder, *, model_name: str = "", layer: int
 @_from_file
 def load_dictionary_learning(folder, *, device=None) -> SAE:
     """Read a dictionary_learning folder (`ae.pt`, `config.json`) of one of its six classes; decoder rows are made unit. Loads weights
-    only: a file that would run code is refused. Raises ConfigError, CheckpointError."""
+    only: a file that would run code is refused. Raises ConfigError, CheckpointError.
+
+    >>> import tempfile
+    >>> from masksae import TopK
+    >>> sae = SAE(SAEConfig(4, 16, TopK(2)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = load_dictionary_learning(sae.to_dictionary_learning(f"{folder}/sae"))
+    >>> torch.equal(again.W_dec, sae.W_dec)
+    True
+    """
     folder = Path(folder)
     record = _json(folder / "config.json")
     state = _read(folder / "ae.pt", lambda path: torch.load(path, map_location="cpu", weights_only=True))

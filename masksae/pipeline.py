@@ -6,7 +6,6 @@ own lock, its own outputs.
 """
 
 import argparse
-import contextlib
 import os
 import pydoc
 import subprocess
@@ -40,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     share.add_argument("profile", nargs="?", default=DEFAULT)
     share.add_argument("--to", metavar="OWNER/NAME", help="push them to this repository of the hub")
     share.set_defaults(run=lambda a: share_saes(a.profile, a.to))
+    guide = commands.add_parser("guide", help="run the guide to a model of one's own, into docs/own-model.md")
+    guide.set_defaults(run=lambda a: print(run_guide()))
     status = commands.add_parser("status", help="what `repro` would do")
     status.add_argument("profile", nargs="?", default=DEFAULT)
     status.set_defaults(run=lambda a: dvc("status", a.profile))
@@ -130,6 +131,17 @@ def share_saes(profile, repository: str | None) -> None:
     print(share.upload(Run(profile), repository) if repository else share.build(Run(profile)))
 
 
+def run_guide() -> Path:
+    """Run guides/own_model.ipynb as it stands, in build/guide/; its page is docs/own-model.md."""
+    from masksae.executing import execute, save_markdown
+
+    root = repository()
+    ask_for_terms("gemma3-270m")
+    folder = ensure_writable(root / "build" / "guide")
+    executed = execute(root / "guides" / "own_model.ipynb", folder / "own_model.ipynb", {}, cwd=folder)
+    return save_markdown(executed, root / "docs" / "own-model.md")
+
+
 def ask_for_terms(source: str) -> None:
     """Show the terms of a model that has some, once, and ask. Raises SourceError if they are refused, or if nobody is there to ask."""
     from masksae.models import accept_terms, require_terms, terms
@@ -199,60 +211,12 @@ def project_notebooks(profile) -> None:
 
 
 def execute(notebook: str, profile) -> None:
-    """Execute a notebook with papermill into build/NAME/; the same run gives the same bytes.
-
-    Progress goes to the terminal and not into the file. A notebook that fails is kept as NOTEBOOK.failed.ipynb.
-    """
-    import nbformat
-    import papermill
+    """Execute a notebook of a profile into build/NAME/; the same run gives the same bytes."""
+    from masksae.executing import execute
 
     root = repository()
     target = root / "build" / load_profile(profile).name / f"{notebook}.ipynb"
-    failed = target.with_suffix(".failed.ipynb")
-    ensure_writable(target.parent)
-    with environment(
-        PYTHONHASHSEED="0",
-        MASKSAE_PROGRESS=os.environ.get("MASKSAE_PROGRESS", "lines"),
-        PYDEVD_DISABLE_FILE_VALIDATION="1",
-    ):
-        papermill.execute_notebook(
-            root / "notebooks" / f"{notebook}.ipynb", failed, parameters={"profile": str(profile)}, cwd=root,
-            kernel_name="python3", progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-            extra_arguments=["--log-level=ERROR"],
-        )  # fmt: skip
-    write_text(target, nbformat.writes(_without_times(nbformat.read(failed, as_version=4))))
-    failed.unlink()
-
-
-@contextlib.contextmanager
-def environment(**values: str):
-    """Environment variables for the processes started inside."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _without_times(notebook):
-    """An executed notebook without what differs from run to run: times, paths, ids of papermill, progress bars."""
-    for key in ("papermill", "widgets"):
-        notebook.metadata.pop(key, None)
-    for i, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{i:02d}"
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
-    return notebook
-
-
-def _is_progress(output) -> bool:
-    """Whether an output is a progress bar or a message on stderr."""
-    is_stderr = output.output_type == "stream" and output.name == "stderr"
-    return is_stderr or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    execute(root / "notebooks" / f"{notebook}.ipynb", target, {"profile": str(profile)}, cwd=root)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,14 @@ class mask_inputs:
 
         with masksae.mask_inputs(model, p=0.3, token_id=0, seed=0, spare=(1,)):
             trainSAE(...)
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **shape))
+    >>> with mask_inputs(model, p=0.5, token_id=0, seed=0, spare=(1,)) as masks:
+    ...     _ = model(torch.tensor([[1, 5, 6, 7, 8, 9]]))
+    >>> masks.is_masked.shape, masks.is_masked[0, 0].item()
+    (torch.Size([1, 6]), False)
     """
 
     def __init__(self, model: nn.Module, *, p: float, token_id: int, seed: int, spare=()):

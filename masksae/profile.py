@@ -93,6 +93,10 @@ def load_profile(name_or_path) -> Profile:
     """Read and check a profile, by shipped name ("smoke") or by path of a YAML file. Raises ConfigError naming the key.
 
     The file is called after the profile, and nobody's file after a shipped profile: outputs go into folders of that name.
+
+    >>> profile = load_profile("smoke")
+    >>> profile.model.source, [arm.name for arm in profile.arms]
+    ('smollm2-135m', ['unmasked', 'masked'])
     """
     path = profile_path(name_or_path)
     try:

@@ -10,7 +10,11 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the SAEs of a group share."""
+    """What the SAEs of a group share.
+
+    >>> TrainConfig(400, warmup=40, threshold_start=100, snapshots="log").snapshot_steps[-3:]
+    [100, 200, 400]
+    """
 
     steps: int
     """Optimiser steps."""

@@ -47,6 +47,14 @@ def train(
 
     Returns SAEs for raw activations (scale and decoder norms folded in), with `history`.
     Raises ConfigError, DataError, CheckpointError, OutputError.
+
+    >>> from masksae import BatchTopK
+    >>> x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    >>> stream = ActivationStream.from_array(x, batch_size=100, seed=0)
+    >>> recipe = TrainConfig(50, warmup=5, threshold_start=20)
+    >>> [sae] = train([SAEConfig(8, 32, BatchTopK(4))], stream, recipe, progress=False)
+    >>> sae.history[-1]["step"], sae.history[-1]["l0"]
+    (49, 4.0)
     """
     folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir)
     device = torch.device(device or "cpu")
@@ -66,7 +74,17 @@ def train(
 
 
 def load_snapshots(checkpoint_dir, *, device=None) -> dict[int, list[SAE]]:
-    """The SAEs that `train` saved along the way, by step, in the order of its configs. Raises CheckpointError for a damaged one."""
+    """The SAEs that `train` saved along the way, by step, in the order of its configs. Raises CheckpointError for a damaged one.
+
+    >>> import tempfile
+    >>> from masksae import TopK
+    >>> stream = ActivationStream.from_array(torch.randn(100, 4), batch_size=10, seed=0)
+    >>> recipe = TrainConfig(20, warmup=2, threshold_start=5, snapshots=(10,))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = train([SAEConfig(4, 16, TopK(2))], stream, recipe, checkpoint_dir=folder, progress=False)
+    ...     sorted(load_snapshots(folder))
+    [10]
+    """
     folders = sorted(Path(checkpoint_dir).glob("snapshots/step-*"))
     return {int(f.name[5:]): [SAE.load(path, device=device) for path in sorted(f.glob("sae-*"))] for f in folders}
 

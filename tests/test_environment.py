@@ -77,13 +77,21 @@ def test_what_the_code_imports_is_declared():
     assert {canonicalize_name(names.get(name, name)) for name in imported} <= declared
 
 
+def test_public_names_have_examples_that_run():
+    """Doctests (`--doctest-modules`); parts of a config are shown with the config, and what needs a download in the README."""
+    elsewhere = {"MATRYOSHKA", "AuxK", "BatchTopK", "Gated", "JumpReLU", "ReLU", "TopK", "Profile", "Run", "load_model"}
+    for name in set(masksae._HOME) - elsewhere:
+        assert ">>>" in getattr(masksae, name).__doc__, name
+
+
 def test_version_and_commands():
     assert masksae.__version__ == PROJECT["version"]
     assert "make test" in (ROOT / ".ci/run").read_text() and "make test" in (ROOT / "README.md").read_text()
     assert "make test" in (ROOT / ".github/workflows/test.yml").read_text()
 
 
-def test_the_citation_names_this_version():
+def test_the_citation_and_the_changelog_name_this_version():
+    assert f"\n## {PROJECT['version']}, 20" in (ROOT / "CHANGELOG.md").read_text()
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PROJECT["version"] and citation["license"] == PROJECT["license"]
     assert "2604.06495" in citation["references"][0]["url"]

@@ -78,6 +78,12 @@ def absorbed(x: Tensor, f: Tensor, w_dec: Tensor, direction: Tensor, main) -> tu
     main           ids of the main latents
 
     Returns (full bool [n], fraction float [n] in [0, 1]).
+
+    >>> w_dec = torch.tensor([[1.0, 0.0], [0.9, 0.4]])  # a main latent, and the latent of one word
+    >>> f = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # on the second word the main latent is silent
+    >>> full, fraction = absorbed(f @ w_dec, f, w_dec, torch.tensor([1.0, 0.0]), [0])
+    >>> full.tolist(), fraction.tolist()
+    ([False, True], [0.0, 1.0])
     """
     direction = direction / direction.norm()
     along = w_dec @ direction
@@ -105,6 +111,10 @@ def absorbed(x: Tensor, f: Tensor, w_dec: Tensor, direction: Tensor, main) -> tu
 def legacy_fraction(f: Tensor, w_dec: Tensor, direction: Tensor, main) -> Tensor:
     """Absorption fraction as SAEBench published it before 0.4.1: what latents other than the main ones carry of the direction, as a
     share of what all carry; no thresholds, so values outside of [0, 1] occur. 0 where nothing is carried. Arguments as of `absorbed`.
+
+    >>> w_dec = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    >>> legacy_fraction(torch.tensor([[1.0, 2.0]]), w_dec, torch.tensor([1.0, 0.0]), [0])
+    tensor([0.5000])
     """
     carried = f * (w_dec @ (direction / direction.norm()))
     total = carried.sum(1)
@@ -202,7 +212,13 @@ def rank_latents(f: Tensor, y: Tensor, *, seed: int) -> Tensor:
 
 
 def main_latents(f: Tensor, positive: Tensor, is_test: Tensor, ranked: list[int]) -> tuple[tuple[int, ...], float]:
-    """The first k of `ranked`, where k grows from 1 as long as each step raises test F1 by more than .03; and that F1."""
+    """The first k of `ranked`, where k grows from 1 as long as each step raises test F1 by more than .03; and that F1.
+
+    >>> positive = torch.tensor([True, True, False, False]).repeat(8)
+    >>> f = torch.tensor([[9.0, 0.0], [0.0, 9.0], [0.0, 0.0], [0.0, 0.0]]).repeat(8, 1)  # each knows half of the words
+    >>> main_latents(f, positive, torch.arange(32) < 16, [0, 1])
+    ((0, 1), 1.0)
+    """
     best, taken = -1.0, 1
     for k in range(1, len(ranked) + 1):
         score = _logistic_f1(f[:, ranked[:k]], positive, is_test)

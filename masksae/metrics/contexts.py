@@ -113,7 +113,11 @@ def _tokens(texts: Sequence[str], test) -> Tensor:
 
 
 def sinks(x: Tensor) -> Tensor:
-    """bool [m]: rows of x [m, d] with an outlying norm, more than 3 times the median."""
+    """bool [m]: rows of x [m, d] with an outlying norm, more than 3 times the median.
+
+    >>> sinks(torch.tensor([[1.0], [1.1], [0.9], [7.0]]))
+    tensor([False, False, False,  True])
+    """
     norm = x.norm(dim=1)
     return norm > SINK * norm.median()
 

@@ -108,7 +108,11 @@ def scr_effects(probe: Probe, texts: Texts, w_dec: Tensor) -> Tensor:
 
 
 def strongest(effect: Tensor, n: int) -> Tensor:
-    """The n latents of largest effect among those whose effect is not 0; of equal ones, the first."""
+    """The n latents of largest effect among those whose effect is not 0; of equal ones, the first.
+
+    >>> strongest(torch.tensor([0.0, 3.0, 1.0, 3.0]), 3)
+    tensor([1, 3, 2])
+    """
     order = torch.where(effect != 0, effect, -torch.inf).argsort(descending=True, stable=True)
     return order[: min(n, int((effect != 0).sum()))]
 

@@ -43,7 +43,12 @@ def first_letters(words: list[str]) -> Tensor:
 
 
 def split_words(words: list[str], seed: int) -> Tensor:
-    """bool [n]: which words are for testing. Spellings that differ in case only stay on one side."""
+    """bool [n]: which words are for testing. Spellings that differ in case only stay on one side.
+
+    >>> is_test = split_words(["Sun", "sun", "moon"], seed=0)
+    >>> is_test.dtype, bool(is_test[0] == is_test[1])
+    (torch.bool, True)
+    """
     distinct = sorted({word.lower() for word in words})
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = {distinct[i] for i in order[: round(TEST_SHARE * len(distinct))]}
@@ -62,7 +67,11 @@ def letter_probe(x: Tensor, words: list[str], *, seed: int = 0) -> LetterProbe:
 
 
 def f1(predicted: Tensor, true: Tensor) -> Tensor:
-    """F1 of each column of two bool tensors [n, c]; 0 where it is not defined."""
+    """F1 of each column of two bool tensors [n, c]; 0 where it is not defined.
+
+    >>> f1(torch.tensor([[True], [True], [False]]), torch.tensor([[True], [False], [False]])).tolist()
+    [0.6666666666666666]
+    """
     hits = (predicted & true).sum(0).double()
     return 2 * hits / (predicted.sum(0) + true.sum(0)).clamp(min=1)
 

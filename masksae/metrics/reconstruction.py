@@ -126,6 +126,11 @@ def reconstruction(sae: SAE, x: Tensor | Iterable[Tensor], *, threshold: float |
     over a file); the scores are the same bits however the batches are cut. `threshold` takes the place of the SAE's own.
 
     Raises DataError if there is no token, the width is not the SAE's, or the activations are not finite or do not vary.
+
+    >>> from masksae import SAEConfig, TopK
+    >>> sae = SAE(SAEConfig(4, 16, TopK(2)))
+    >>> reconstruction(sae, torch.randn(100, 4)).l0 <= 2
+    True
     """
     sums, norms = _Sums(_mean(x, sae.config.d_model)), sae.W_dec.norm(dim=1)
     active, l1 = torch.zeros(sae.config.n_latents, dtype=torch.int64), 0.0
@@ -204,6 +209,12 @@ def calibrated_threshold(sae: SAE, x: Tensor, k: float) -> float:
 
     It is the next largest margin of a latent that can be active, or the lowest threshold that means anything if there is no such;
     then L0 is as high as this SAE can reach. Needs memory for 2 k n numbers, not for F n.
+
+    >>> from masksae import BatchTopK, SAEConfig
+    >>> sae, x = SAE(SAEConfig(8, 64, BatchTopK(4))), torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    >>> threshold = calibrated_threshold(sae, x, k=3)
+    >>> (sae.encode(x, threshold) > 0).sum().item() / len(x)
+    3.0
     """
     wanted = round(k * len(x)) + 1
     best, bound = torch.empty(0), -torch.inf

@@ -69,6 +69,10 @@ def rank_latents(f: Tensor, y: Tensor, *, normalised: bool = True) -> Tensor:
     """Latents of f [n, F] by |mean over positives - mean over negatives|, largest first; of equal ones, the first.
 
     normalised  divide each latent by its mean non-zero value before (sae-probes); without, SAEBench and the figures of the paper
+
+    >>> f = torch.tensor([[1.0, 9.0], [1.0, 0.0], [0.0, 9.0], [0.0, 0.0]])
+    >>> rank_latents(f, torch.tensor([True, True, False, False]))
+    tensor([0, 1])
     """
     y = _labels(y, len(f))
     difference = f[y].mean(0) - f[~y].mean(0)
@@ -123,6 +127,11 @@ def sparse_probing(
     """Scores of the k best latents for each k, on latents f [n, F] and labels y (bool or 0 and 1) [n].
 
     A k beyond the dictionary is an error. Raises DataError as `probe` does.
+
+    >>> y = torch.arange(200) % 2 == 0
+    >>> f = torch.stack([torch.rand(200, generator=torch.Generator().manual_seed(0)), y.float()], dim=1)
+    >>> sparse_probing(f[:100], y[:100], f[100:], y[100:], ks=(1,)).scores[1].auc
+    1.0
     """
     if max(ks) > f_train.shape[1]:
         raise DataError(f"k = {max(ks)} latents cannot be taken from a dictionary of {f_train.shape[1]}. Lower k.")

@@ -171,7 +171,13 @@ class AuxK:
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """Everything that defines an SAE before training."""
+    """Everything that defines an SAE before training.
+
+    >>> SAEConfig(64, 512, BatchTopK(8), prefixes=(0.25, 0.75)).group_sizes
+    (128, 384)
+    >>> SAEConfig(64, 512, JumpReLU(target_l0=20)).selection.goal
+    20
+    """
 
     d_model: int
     """Width of the activations."""

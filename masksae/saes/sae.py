@@ -31,6 +31,12 @@ class SAE(nn.Module):
     Parameters: `W_enc` [d, F], `b_enc` [F], `W_dec` [F, d], `b_dec` [d]; JumpReLU also `thresholds` [F], Gated `r_mag` and `b_mag` [F].
     Buffers: `threshold` (in units of the input; -1 before it was estimated, 0 where the rule needs none), `tokens_since_fired` int64 [F].
     `history` holds the records of training (empty for an SAE that was not trained here).
+
+    >>> from masksae import BatchTopK
+    >>> sae = SAE(SAEConfig(d_model=4, n_latents=16, selection=BatchTopK(2)))
+    >>> f = sae.encode(torch.ones(3, 4))
+    >>> f.shape, sae.decode(f).shape
+    (torch.Size([3, 16]), torch.Size([3, 4]))
     """
 
     def __init__(self, config: SAEConfig, *, device=None):
