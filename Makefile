@@ -61,7 +61,7 @@ status: $(READY)  ## what `make repro` would do for PROFILE
 	@python -m masksae.pipeline status "$(PROFILE)"
 
 test: $(READY)  ## unit and property tests, the smoke pipeline, every notebook
-	@python -m pytest -q
+	@python -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)  ## style
 	@ruff format --check masksae tests benchmarks && ruff check

@@ -18,7 +18,7 @@ class _Lines:
     """Where tqdm writes when nothing can be overwritten: every state of the bar is a line of its own."""
 
     def write(self, text: str) -> None:
-        if text := text.strip("\r\n "):
+        if text := text.replace("\x1b[A", "").strip("\r\n "):  # an inner bar moves the cursor up
             sys.stderr.write(text + "\n")
 
     def flush(self) -> None:

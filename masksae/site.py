@@ -5,6 +5,7 @@ reference. Plain HTML and CSS: it opens from the disk, needs no network, and fol
 """
 
 import html
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -29,20 +30,20 @@ def build(root: Path | None = None) -> Path:
             f"{root / 'build'} holds no executed notebook. Run `make repro` first (or PROFILE=smoke for minutes)."
         )
     names = sorted(folders, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    pages = sorted((root / "docs").glob("*.md"))
+    links = [("index.html", "masksae"), *((f"{name}/index.html", name) for name in names)]
+    links += [(f"docs/{path.stem}.html", path.stem) for path in pages] + [("api/masksae.html", "API")]
     with atomic_dir(root / "build" / "site") as site:
         for name in names:
-            _profile(root, folders[name], name, names, site / name)
+            _profile(root, folders[name], name, links, site / name)
+        for path in pages:
+            _page(site / "docs" / f"{path.stem}.html", path.stem, _with_pictures(path, site / "docs"), links, "../")
         _api(site / "api")
-        _page(site / "index.html", "masksae", _front(root, names), names, "")
+        _page(site / "index.html", "masksae", _front(root, names), links, "")
     return root / "build" / "site" / "index.html"
 
 
-def _page(path: Path, title: str, body: str, profiles: list[str], up: str, here: str = "") -> None:
-    links = [
-        ("index.html", "masksae"),
-        *((f"{name}/index.html", name) for name in profiles),
-        ("api/masksae.html", "API"),
-    ]
+def _page(path: Path, title: str, body: str, links: list[tuple[str, str]], up: str, here: str = "") -> None:
     menu = " ".join(f'<a href="{up}{link}">{html.escape(text)}</a>' for link, text in links)
     write_text(path, page(title, body, menu, here, _code_style()))
 
@@ -94,17 +95,17 @@ def verdicts(path: Path) -> str:
     return f"<table>{head}{''.join(rows)}</table>"
 
 
-def _profile(root: Path, executed: Path, name: str, names: list[str], target: Path) -> None:
+def _profile(root: Path, executed: Path, name: str, links: list[tuple[str, str]], target: Path) -> None:
     """Pages of one profile: its notebooks, its figures and tables, its parameters."""
     notebooks = sorted(path for path in executed.glob("[0-9][0-9]_*.ipynb") if not path.stem.endswith(".failed"))
     pages = [path.stem for path in notebooks]
     menu = " ".join(f'<a href="{page}.html">{page}</a>' for page in [*pages, "parameters"])
     here = f'<nav><a href="index.html">{name}</a> {menu}</nav>'
     for path in notebooks:
-        _page(target / f"{path.stem}.html", f"{path.stem}, {name}", _notebook(path), names, "../", here)
+        _page(target / f"{path.stem}.html", f"{path.stem}, {name}", _notebook(path), links, "../", here)
     source = next(p for p in (PROFILES / f"{name}.yaml", root / "profiles" / f"{name}.yaml") if p.exists())
     _page(
-        target / "parameters.html", f"parameters, {name}", f"<h1>{source.name}</h1>{_yaml(source)}", names, "../", here
+        target / "parameters.html", f"parameters, {name}", f"<h1>{source.name}</h1>{_yaml(source)}", links, "../", here
     )
     parts = [f"<h1>{name}</h1>", verdicts(root / "results" / name / "claims.json")]
     figures = root / "figures" / name
@@ -115,7 +116,7 @@ def _profile(root: Path, executed: Path, name: str, names: list[str], target: Pa
         parts += [f'<h2><a href="{page}.html">{page}</a></h2>'] if pictures else []
         parts += [_figure(svg, f"figures/{page}/{svg.name}", "") for svg in pictures]
         parts += [_markdown(table) for table in sorted((figures / page).glob("*.md"))]
-    _page(target / "index.html", name, "\n".join(parts), names, "../", here)
+    _page(target / "index.html", name, "\n".join(parts), links, "../", here)
 
 
 def _figure(svg: Path, link: str, up: str) -> str:
@@ -136,6 +137,23 @@ def _markdown(path: Path) -> str:
     from markdown_it import MarkdownIt
 
     return MarkdownIt().enable("table").render(path.read_text(encoding="utf-8"))
+
+
+def _with_pictures(path: Path, target: Path) -> str:
+    """A page of docs/: pictures are copied beside it, links to files that the site does not hold become plain text."""
+    body = _markdown(path)
+    for link in set(re.findall(r'(?:href|src)="([^":#]+)', body)):
+        file = (path.parent / link).resolve()
+        if file.suffix == ".md" and file.parent == path.parent.resolve():
+            body = re.sub(rf'href="{re.escape(link)}[^"]*"', f'href="{file.stem}.html"', body)
+        elif file.suffix == ".png":
+            copy = "-".join(file.parts[-3:])
+            target.mkdir(exist_ok=True)
+            shutil.copyfile(file, target / copy)
+            body = body.replace(f'src="{link}"', f'src="{copy}"')
+        else:
+            body = re.sub(rf'<a href="{re.escape(link)}[^"]*">(.*?)</a>', r"\1", body)
+    return body
 
 
 def _yaml(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Shared by the tests: tiny random models of the three architectures, and a scratch cache that is not the user's."""
 
 import contextlib
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,14 @@ with contextlib.suppress(
     import beartype  # noqa: F401
 
 VOCABULARY = 128
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the cores have a worker each
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest begins first, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.path.stem not in ("test_smoke", "test_faults"))
 
 
 def tiny_model(kind: str, layers: int = 3, width: int = 16, seed: int = 0):

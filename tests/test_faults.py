@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import byte_tokenizer, tiny_model
+from fault_table import survived
 
 from masksae import Run, files, scores
 from masksae.errors import OutputError
@@ -106,6 +107,9 @@ def test_a_fault_at_every_write(fault, new_project, monkeypatch, tmp_path):
         assert whole_run() == whole, f"after a fault at write {number}"
         left = [path for path in (tmp_path / f"broken-{number}").rglob(".tmp-*")]
         assert left == []
+    words = "the disk full" if fault == "disk full" else "KeyboardInterrupt"
+    what = f"{words} at each write of a small run (text, training, snapshots, checkpoints, scores)"
+    survived("write", what, len(range(1, writes + 1, step)), "said in a line; the next run ended in the same bytes")
 
 
 def test_two_runs_of_one_profile_at_once(new_project):
@@ -116,6 +120,7 @@ def test_two_runs_of_one_profile_at_once(new_project):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         first, second = pool.map(whole_run, [0, 1])
     assert first == second == whole
+    survived("two at once", "two runs of one profile on one cache and project", 1, "both ended in the same bytes")
 
 
 def test_a_home_that_cannot_be_written(new_project, monkeypatch, tmp_path, as_nobody):
@@ -134,6 +139,7 @@ def test_a_home_that_cannot_be_written(new_project, monkeypatch, tmp_path, as_no
 
     kind, message = as_nobody(run)
     assert kind == "OutputError" and str(home) in message and "permission denied" in message
+    survived("place", "a home that cannot be written", 1, "refused, naming the folder, before anything was downloaded")
 
 
 def weights() -> dict:
@@ -170,6 +176,8 @@ def test_ctrl_c_of_the_command(new_project):
         subprocess.run(command, env=environment | {"MASKSAE_CACHE": "cache"}, check=True, capture_output=True)
         assert weights() == whole
     assert stopped or not FUZZ
+    outcome = f"{stopped} ended with status 130, the others were done; the next run ended in the same bytes"
+    survived("interrupt", "SIGINT to `masksae train`, at moments over its whole life", len(moments), outcome)
 
 
 @pytest.mark.skipif(not FUZZ, reason="many minutes; set MASKSAE_FUZZ")
@@ -201,3 +209,5 @@ def test_ctrl_c_in_every_stage_of_the_pipeline(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for file in (ROOT / "results/smoke").glob("*.json"):
         assert (clone / "results/smoke" / file.name).read_bytes() == file.read_bytes(), file.name
+    outcome = "the next run went on, to the same result files"
+    survived("interrupt", "Ctrl-C in each stage of `make repro PROFILE=smoke`", len(seen), outcome)

@@ -12,6 +12,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from fault_table import survived
 
 from masksae import SAE, ActivationStream, BatchTopK, JumpReLU, SAEConfig, TrainConfig, load_profile, train
 from masksae.errors import CheckpointError, ConfigError, MasksaeError
@@ -93,6 +94,10 @@ def test_a_damaged_sae_is_refused_or_the_same(form, rule, tmp_path):
                     map(torch.equal, found.state_dict().values(), sae.state_dict().values())
                 )
     assert refused > TRIES / 2
+    words = {"save": "masksae", "to_saelens": "SAELens", "to_dictionary_learning": "dictionary_learning"}[form]
+    outcome = f"{refused} refused in words, {TRIES - refused} " + ("read back the same" if form == "save" else "read")
+    what = f"an SAE's folder of {words} ({type(rule).__name__}): bits flipped, cut, zeroed, bytes inserted, emptied, JSON values swapped"
+    survived("damaged file", what, TRIES, outcome)
 
 
 def test_a_damaged_checkpoint_is_refused_or_gives_the_same_bytes(tmp_path):
@@ -110,11 +115,14 @@ def test_a_damaged_checkpoint_is_refused_or_gives_the_same_bytes(tmp_path):
         except CheckpointError:
             refused += 1
     assert refused > TRIES / 4
+    outcome = f"{refused} refused in words, {TRIES - refused} trained on to the same bytes"
+    survived("damaged file", "a training checkpoint or snapshot, damaged likewise", TRIES, outcome)
 
 
 @pytest.mark.parametrize("name", ["laptop", "paper"])
 def test_a_damaged_profile_is_refused_in_words(name, tmp_path):
     text = (PROFILES / f"{name}.yaml").read_text().replace(f"name: {name}", "name: mine", 1)
+    refused = 0
     for seed in range(TRIES):
         (tmp_path / "mine.yaml").write_bytes(
             damaged(text.encode(), random.Random(seed), yaml.safe_load, yaml.safe_dump)
@@ -123,6 +131,9 @@ def test_a_damaged_profile_is_refused_in_words(name, tmp_path):
             assert load_profile(tmp_path / "mine.yaml").name == "mine"
         except ConfigError as error:
             assert "mine.yaml" in str(error)
+            refused += 1
+    outcome = f"{refused} refused naming file and key, {TRIES - refused} still a profile"
+    survived("damaged file", f"the profile `{name}`, damaged likewise", TRIES, outcome)
 
 
 class Hostile:
@@ -144,6 +155,7 @@ def test_a_hostile_pickle_is_not_run(how, tmp_path):
     with open(tmp_path / "sae/ae.pt", "rb") as file:
         pickle.load(file) if how == "pickle" else torch.load(file, weights_only=False)  # the trap is a real one
     assert (tmp_path / "owned").exists()
+    survived("damaged file", f"a hostile pickle as `ae.pt` ({how})", 1, "refused; its code did not run")
 
 
 def test_damaged_scratch_is_said_to_be_made_again(tmp_path, monkeypatch):
@@ -151,6 +163,7 @@ def test_damaged_scratch_is_said_to_be_made_again(tmp_path, monkeypatch):
 
     write_json(tmp_path / "scores.json", [{"a": 1.5}])
     save_tensors({"x": X}, tmp_path / "x.safetensors")
+    refused = 0
     for seed in range(TRIES):
         for good, read in (("scores.json", read_json), ("x.safetensors", read_safetensors)):
             bad = tmp_path / f"bad-{good}"
@@ -159,3 +172,6 @@ def test_damaged_scratch_is_said_to_be_made_again(tmp_path, monkeypatch):
                 read(bad)
             except MasksaeError as error:
                 assert "made again" in str(error)
+                refused += 1
+    what = "scratch files (scores, activations), damaged likewise"
+    survived("damaged file", what, 2 * TRIES, f"{refused} refused with the remedy, the others read")

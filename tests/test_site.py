@@ -1,5 +1,7 @@
 """The site of a small run: every page, figure and link; and the checks themselves, on pages with planted faults."""
 
+import re
+
 import nbformat
 import pytest
 from browser import CHROMIUM, dead_links, troubles
@@ -8,6 +10,7 @@ from masksae import site
 from masksae.errors import DataError
 from masksae.files import write_json, write_text
 
+PNG = "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63606060000000040001f61738550000000049454e44ae426082"
 PIXEL = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>'
 
 
@@ -25,6 +28,11 @@ def project(tmp_path, monkeypatch):
     write_text(figures / "along.svg", PIXEL)
     write_text(figures / "along.txt", "A caption with <brackets>.\n")
     write_text(figures / "along.md", "| a | b |\n| --- | --- |\n| 1 | 2 |\n")
+    write_text(
+        tmp_path / "docs/own.md", "# Own\n\n[other](other.md#there), [code](../setup.py), ![p](../figures/p.png)\n"
+    )
+    write_text(tmp_path / "docs/other.md", "# Other\n\n## There\n")
+    (tmp_path / "figures/p.png").write_bytes(bytes.fromhex(PNG))
     effect = dict(baseline=0.2, treated=0.1, difference=-0.1, low=-0.2, high=0.0, pairs=2, detectable=0.3)
     effect |= dict.fromkeys(("p_value", "size", "items", "items_low", "items_high"))
     claims = {"C1": {"verdict": "inconclusive"} | effect, "C2": {"verdict": "not measured", "reason": "No result."}}
@@ -42,6 +50,13 @@ def test_pages_link_figures_to_their_notebook_and_parameters(project):
     assert "train_tokens" in (index.parent / "smoke/parameters.html").read_text()
     page = (index.parent / "smoke/04_absorption.html").read_text()
     assert "<h1" in page and "@BODY@" not in page and "http" not in page.split("<main>")[0]  # nothing from a network
+    own = (index.parent / "docs/own.html").read_text()
+    assert (
+        'href="other.html"' in own
+        and "setup.py" not in own
+        and (index.parent / "docs" / re.search(r'src="(.*?)"', own)[1]).exists()
+    )
+    assert 'href="docs/own.html"' in front and 'href="../docs/own.html"' in page
     assert (index.parent / "api/masksae/metrics/contexts.html").exists()
     assert dead_links(index.parent) == []
 
