@@ -27,6 +27,7 @@ _HOME = {
     "load_snapshots": "masksae.training",
     "load_saelens": "masksae.export",
     "load_dictionary_learning": "masksae.export",
+    "load_sae": "masksae.guest",
     "load_model": "masksae.models",
     "mask_dataset": "masksae.plugins",
     "mask_inputs": "masksae.plugins",

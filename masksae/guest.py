@@ -21,7 +21,14 @@ METRICS = ("reconstruction", "absorption", "contexts", "probing", "ood", "pertur
 
 
 def load_sae(folder) -> SAE:
-    """Read an SAE of any of the three forms, told by its files. Raises ConfigError, CheckpointError."""
+    """Read an SAE in the form of SAELens, dictionary_learning or masksae, told by its files. Raises ConfigError, CheckpointError.
+
+    >>> import tempfile
+    >>> from masksae import SAEConfig, TopK
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     load_sae(SAE(SAEConfig(4, 16, TopK(2))).to_saelens(f"{folder}/sae")).config.n_latents
+    16
+    """
     from masksae.export import load_dictionary_learning, load_saelens
 
     folder = Path(folder)

@@ -10,7 +10,7 @@ def text(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float] 
     """The whole plan; `measured` holds hours of stages on this machine (`measure.hours_here`)."""
     profile = plan.profile
     head = [
-        f"{profile.name}: {profile.description}",
+        f"{profile.name}: {profile.description}" if profile.description else profile.name,
         f"{len(plan.saes)} SAEs in {len(plan.arms)} groups, one forward each; {plan.steps:,} steps of {profile.training.batch_size:,} tokens",
     ]
     return "\n\n".join(["\n".join(head), costs(plan, measured), _verdict(plan, device, kept)])
