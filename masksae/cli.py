@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
     add(
         "fetch",
-        "Get and check a profile's model and text, so that later commands need no network.",
+        "Get and check a profile's model and text; later commands need no network.",
         fetch,
         profile=True,
     )

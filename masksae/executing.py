@@ -35,7 +35,7 @@ def save_markdown(notebook: Path, page: Path) -> Path:
     for name, data in found["outputs"].items():
         with atomic_file(page.parent / name) as tmp:
             tmp.write_bytes(data)
-    return write_text(page, body.strip() + "\n")
+    return write_text(page, body.replace("\r\n", "\n").strip() + "\n")
 
 
 @contextlib.contextmanager

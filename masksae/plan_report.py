@@ -78,7 +78,7 @@ def _times(plan: Plan, measured: dict[str, float] | None) -> str:
             *([""] if measured else []),
         ]
     )
-    title = f"Time on one GPU, by arithmetic at {SHARE:.0%} of its data sheet (nobody has measured it):"
+    title = f"Time on one GPU, by arithmetic at {SHARE:.0%} of its data sheet (not measured):"
     return f"{title}\n{_table(rows)}"
 
 

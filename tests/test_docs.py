@@ -58,5 +58,15 @@ def test_the_fault_table_is_of_a_full_run():
     rows = re.findall(r"^\| (.+?) \| ([\d,]+) \| (.+?) \|$", PAGES["faults"], re.MULTILINE)
     tried = {what: int(count.replace(",", "")) for what, count, _ in rows}
     assert len(rows) >= 15 and sum(tried.values()) > 4000
-    for word in ("SAELens", "checkpoint", "profile", "pickle", "disk full", "KeyboardInterrupt", "SIGINT", "Ctrl-C", "home"):
+    for word in (
+        "SAELens",
+        "checkpoint",
+        "profile",
+        "pickle",
+        "disk full",
+        "KeyboardInterrupt",
+        "SIGINT",
+        "Ctrl-C",
+        "home",
+    ):
         assert any(word in what for what in tried), word

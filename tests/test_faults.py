@@ -94,7 +94,7 @@ def test_a_fault_at_every_write(fault, new_project, monkeypatch, tmp_path):
         whole = whole_run()
         writes = len(seen)
     assert writes > 20 and len(whole) == 4
-    step = 1 if FUZZ else 16 if fault == "disk full" else 30
+    step = 1 if FUZZ else 40 if fault == "disk full" else 60
     for number in range(1, writes + 1, step):
         new_project(f"broken-{number}")
         error = OSError(errno.ENOSPC, "No space left on device") if fault == "disk full" else KeyboardInterrupt()

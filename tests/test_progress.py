@@ -37,9 +37,12 @@ def test_a_pipe_gets_few_whole_lines():
 
 
 def test_a_bar_inside_a_bar_leaves_no_control_characters_in_a_pipe():
-    inner = "time.sleep(0.012)\n    for _ in progress.bar(range(9), label='activations', unit='batches'): time.sleep(0.03)"
+    inner = (
+        "time.sleep(0.012)\n    for _ in progress.bar(range(9), label='activations', unit='batches'): time.sleep(0.03)"
+    )
     result = subprocess.run(
-        [sys.executable, "-c", WORK.replace("time.sleep(0.012)", inner).replace("range(50)", "range(4)")], capture_output=True
+        [sys.executable, "-c", WORK.replace("time.sleep(0.012)", inner).replace("range(50)", "range(4)")],
+        capture_output=True,
     )
     said = result.stderr.decode()
     assert result.returncode == 0 and "activations:" in said and "scoring SAEs:" in said

@@ -50,7 +50,18 @@ def test_pictures_and_executed_notebooks_are_there(smoke):
 
 
 def test_notebooks_validate(smoke):
-    command = ("-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1800")
+    command = (
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--nbval-lax",
+        "--nbval-current-env",
+        "--nbval-cell-timeout=1800",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+    )
     result = run(sys.executable, "-m", "pytest", *command, ROOT / "notebooks")
     assert result.returncode == 0, result.stdout[-6000:]
 
