@@ -35,12 +35,14 @@ EXAMPLES = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; errors that masksae raises on purpose are one line on stderr unless --debug asks for the traceback."""
-    options = parser().parse_args(arguments)
+    debug = False
     try:
+        options = parser().parse_args(arguments)
+        debug = options.debug
         options.run(options)
         sys.stdout.flush()
     except MasksaeError as error:
-        if options.debug:
+        if debug:
             raise
         print(f"masksae: {error}", file=sys.stderr)
         return 2

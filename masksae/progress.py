@@ -15,10 +15,14 @@ SECONDS = {"bar": 0.5, "lines": 30.0}
 
 
 class _Lines:
-    """Where tqdm writes when nothing can be overwritten: every state of the bar is a line of its own."""
+    """Where tqdm writes when nothing can be overwritten: every new state of the bar is a line of its own."""
+
+    last = ""
 
     def write(self, text: str) -> None:
-        if text := text.replace("\x1b[A", "").strip("\r\n "):  # an inner bar moves the cursor up
+        text = text.replace("\x1b[A", "").strip("\r\n ")  # an inner bar moves the cursor up
+        if text and text != self.last:
+            self.last = text
             sys.stderr.write(text + "\n")
 
     def flush(self) -> None:

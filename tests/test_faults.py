@@ -167,16 +167,16 @@ def test_ctrl_c_of_the_command(new_project):
         time.sleep(moment * took)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
-        assert process.returncode in (0, 130) and "Traceback" not in said, said
-        if process.returncode == 130:
+        # Python itself ends by the signal, which a shell calls 130, if it came in the middle of an `exec`, as when a dataclass is made
+        assert process.returncode in (0, 130, -signal.SIGINT) and "Traceback" not in said, said
+        if said.rstrip().endswith("masksae: interrupted; what was finished is kept, and the same command goes on."):
             stopped += 1
-            assert said.rstrip().endswith(
-                "masksae: interrupted; what was finished is kept, and the same command goes on."
-            )
+        else:  # it had done its work, and was on the way out
+            assert weights() == whole, said
         subprocess.run(command, env=environment | {"MASKSAE_CACHE": "cache"}, check=True, capture_output=True)
         assert weights() == whole
     assert stopped or not FUZZ
-    outcome = f"{stopped} ended with status 130, the others were done; the next run ended in the same bytes"
+    outcome = f"{stopped} said so in a line and ended with status 130, the others had done their work; the next run ended in the same bytes"
     survived("interrupt", "SIGINT to `masksae train`, at moments over its whole life", len(moments), outcome)
 
 

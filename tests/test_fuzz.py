@@ -1,6 +1,6 @@
 """Damaged files: bits flipped, cut short, overwritten, JSON values changed. Whatever happens is one of our errors, or harmless.
 
-MASKSAE_FUZZ=500 tries so many of each kind; the fault table in docs/faults.md tells of such a run.
+MASKSAE_FUZZ=300 tries so many of each kind; the fault table in docs/faults.md tells of such a run.
 """
 
 import json

@@ -33,7 +33,7 @@ def test_a_pipe_gets_few_whole_lines():
     lines = piped().split("\n")
     assert 2 <= len(lines) - 1 <= 6 and lines[-1] == "" and not any("\r" in line for line in lines)
     assert lines[-2].startswith("scoring SAEs: 100 % (50 of 50 SAEs), ") and lines[-2].endswith(" left")
-    assert all(len(line) <= 80 for line in lines)
+    assert all(len(line) <= 80 for line in lines) and len(set(lines)) == len(lines)
 
 
 def test_a_bar_inside_a_bar_leaves_no_control_characters_in_a_pipe():
