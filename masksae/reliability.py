@@ -58,7 +58,7 @@ def to_markdown(table: pd.DataFrame) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in table.to_dict("records"):
-        signal = "–" if pd.isna(row["signal"]) else f"{row['signal']:+.0f} SD"
+        signal = "–" if pd.isna(row["signal"]) else f"{round(row['signal']):+d} SD".replace("+0", "0")
         values = [f"{row['unmasked']:.3f}", f"{row['between seeds']:.4f}", f"{row['arms differ by']:+.3f}"]
         lines.append(f"| {row['score']} | {' | '.join(values)} | {row['seen from']:.3f} | {signal} |")
     return "\n".join(lines)

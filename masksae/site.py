@@ -20,6 +20,9 @@ TEMPLATE = Path(__file__).with_name("site.html")
 ORDER = ("laptop", "overnight", "gemma", "paper", "architectures", "smoke")
 """Profiles in the order in which a reader wants them; others follow."""
 
+DOCS = ("own", "own-model", "metrics", "pitfalls", "faults", "scale")
+"""Pages of docs/, likewise."""
+
 
 def build(root: Path | None = None) -> Path:
     """Write build/site/ from what is there; returns its index.html. Raises DataError if no notebook was executed."""
@@ -30,7 +33,8 @@ def build(root: Path | None = None) -> Path:
             f"{root / 'build'} holds no executed notebook. Run `make repro` first (or PROFILE=smoke for minutes)."
         )
     names = sorted(folders, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    pages = sorted((root / "docs").glob("*.md"))
+    place = lambda path: (DOCS.index(path.stem) if path.stem in DOCS else len(DOCS), path.stem)
+    pages = sorted((root / "docs").glob("*.md"), key=place)
     links = [("index.html", "masksae"), *((f"{name}/index.html", name) for name in names)]
     links += [(f"docs/{path.stem}.html", path.stem) for path in pages] + [("api/masksae.html", "API")]
     with atomic_dir(root / "build" / "site") as site:
