@@ -12,6 +12,7 @@ import pandas as pd
 
 from masksae.files import read_json, repository
 from masksae.profile import load_profile
+from masksae.report import to_markdown
 from masksae.stats import paired_effect
 
 SCORES = {
@@ -51,18 +52,19 @@ def reliability(profile="laptop") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def to_markdown(table: pd.DataFrame) -> str:
+def page_table(table: pd.DataFrame) -> str:
     """The table as it stands in docs/metrics.md."""
-    lines = [
-        "| score | mean, unmasked | SD between seeds | masked less unmasked | smallest difference seen | more latents move it by |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in table.to_dict("records"):
-        signal = "–" if pd.isna(row["signal"]) else f"{round(row['signal']):+d} SD".replace("+0", "0")
-        values = [f"{row['unmasked']:.3f}", f"{row['between seeds']:.4f}", f"{row['arms differ by']:+.3f}"]
-        lines.append(f"| {row['score']} | {' | '.join(values)} | {row['seen from']:.3f} | {signal} |")
-    return "\n".join(lines)
+    signal = lambda value: "–" if pd.isna(value) else f"{round(value):+d} SD".replace("+0", "0")
+    columns = {
+        "score": ("score", str),
+        "mean, unmasked": ("unmasked", "{:.3f}".format),
+        "SD between seeds": ("between seeds", "{:.4f}".format),
+        "masked less unmasked": ("arms differ by", "{:+.3f}".format),
+        "smallest difference seen": ("seen from", "{:.3f}".format),
+        "more latents move it by": ("signal", signal),
+    }
+    return to_markdown(pd.DataFrame({title: table[name].map(form) for title, (name, form) in columns.items()}))
 
 
 if __name__ == "__main__":
-    print(to_markdown(reliability(*sys.argv[1:])))
+    print(page_table(reliability(*sys.argv[1:])))

@@ -32,9 +32,9 @@ def build(root: Path | None = None) -> Path:
         raise DataError(
             f"{root / 'build'} holds no executed notebook. Run `make repro` first (or PROFILE=smoke for minutes)."
         )
-    names = sorted(folders, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    place = lambda path: (DOCS.index(path.stem) if path.stem in DOCS else len(DOCS), path.stem)
-    pages = sorted((root / "docs").glob("*.md"), key=place)
+    place = lambda name, order: (order.index(name) if name in order else len(order), name)
+    names = sorted(folders, key=lambda name: place(name, ORDER))
+    pages = sorted((root / "docs").glob("*.md"), key=lambda path: place(path.stem, DOCS))
     links = [("index.html", "masksae"), *((f"{name}/index.html", name) for name in names)]
     links += [(f"docs/{path.stem}.html", path.stem) for path in pages] + [("api/masksae.html", "API")]
     with atomic_dir(root / "build" / "site") as site:

@@ -23,7 +23,7 @@ def test_links_lead_somewhere(name):
 
 def test_what_is_said_of_the_metrics_is_what_was_measured():
     table = reliability.reliability("laptop").set_index("score")
-    assert reliability.to_markdown(table.reset_index()) in PAGES["metrics"]
+    assert reliability.page_table(table.reset_index()) in PAGES["metrics"]
     spread = table["between seeds"]
     assert 0.01 / spread["explained variance"] == pytest.approx(20, abs=3)
     assert spread["absorption, first letters"] == pytest.approx(0.02, abs=0.004)
