@@ -5,7 +5,6 @@ Works for any SAE of the profile's model and block, the reader's own too: `Explo
 
 import html
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from masksae.figures import palette
 from masksae.metrics.absorption import AbsorptionResult, LetterResult, absorbed, first_letter
 from masksae.metrics.contexts import context_absorption
 from masksae.metrics.probes import first_letters, letter_probe
+from masksae.parallel import once
 from masksae.saes.sae import SAE
 from masksae.scores import context_probes, context_sample, vocabulary, word_activations
 from masksae.stages import Run
@@ -80,16 +80,16 @@ class Explorer:
                 lines.append(_line(self._texts, ids[block], fires[block] / best.max(), int(where[block])))
         return "".join(lines) or "<p>It fires nowhere in the held-out text.</p>"
 
-    @cached_property
+    @once
     def _texts(self) -> list[str]:
         return vocabulary(self.run.language_model.tokenizer)
 
-    @cached_property
+    @once
     def _words(self):
         words, x = word_activations(self.run)
         return words, x, letter_probe(x, words, seed=self.run.profile.absorption.seed)
 
-    @cached_property
+    @once
     def _contexts(self):
         ids = self.run.ids("contexts")
         _, _, where = context_sample(self.run)

@@ -5,13 +5,13 @@ What does not depend on the SAE (activations, probes) is shared with the profile
 """
 
 import hashlib
-from functools import cached_property
 from pathlib import Path
 
 from masksae.code_ids import code_id
 from masksae.errors import ConfigError, nearest
 from masksae.files import ensure_writable, write_json
 from masksae.metrics.reconstruction import reconstruction
+from masksae.parallel import once
 from masksae.profile import load_profile
 from masksae.saes.sae import SAE
 from masksae.stages import Run
@@ -58,7 +58,7 @@ class Guest(Run):
             )
         self.sae.to(self.device)
 
-    @cached_property
+    @once
     def k(self) -> float:
         """The clean L0 at which matched scores are taken."""
         return self._l0 or self.sae.config.selection.goal or round(reconstruction(self.sae, self.held_out).l0, 1)

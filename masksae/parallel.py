@@ -4,8 +4,10 @@ The arithmetic of a score is small steps that gain little from a second core, so
 time than one after the other. A score's bits do not depend on how many run beside it, nor on the number of cores.
 """
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import torch
 
@@ -13,6 +15,21 @@ from masksae import progress
 
 LARGEST = 4
 """Scores at a time: each holds the latents of its SAE in memory."""
+
+
+class once(cached_property):
+    """A `cached_property` that is made once, however many threads ask for it first; since Python 3.12 the plain one no longer sees to that.
+
+    What makes it may run a language model, and two forwards at once on one model upset each other.
+    """
+
+    def __init__(self, make: Callable):
+        super().__init__(make)
+        self._making = threading.RLock()
+
+    def __get__(self, instance, owner=None):
+        with self._making:
+            return super().__get__(instance, owner)
 
 
 def in_threads(function: Callable, items: Iterable, *, label: str | None = None, unit: str = "it") -> list:

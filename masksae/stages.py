@@ -7,7 +7,6 @@ notebook may be run alone, again, or after a crash: what is finished is read bac
 import os
 import shutil
 import sys
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from masksae.files import (
     ensure_writable,
     run_id,
 )
+from masksae.parallel import once
 from masksae.profile import Arm, Grid
 from masksae.saes.config import SAEConfig
 from masksae.saes.sae import SAE
@@ -32,14 +32,14 @@ from masksae.store import Store
 class Run(Store):
     """One profile at work: model, text, arms, and the groups of SAEs trained on them."""
 
-    @cached_property
+    @once
     def device(self) -> str:
         """Where models run: `$MASKSAE_DEVICE`, else a GPU if there is one."""
         import torch
 
         return os.environ.get("MASKSAE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
-    @cached_property
+    @once
     def language_model(self):
         """The model with its tokenizer; it has the block that the profile names."""
         from masksae.models import load_model
@@ -61,7 +61,7 @@ class Run(Store):
         found, counts = text.unique(return_counts=True)
         return {"token_id": found[counts.argmin()].item()}
 
-    @cached_property
+    @once
     def bos_id(self) -> int | None:
         """Id of the token that starts every block, or None."""
         from masksae.models import token_id
@@ -75,7 +75,7 @@ class Run(Store):
             )  # fmt: skip
         return None if text is None else token_id(tokenizer, text)
 
-    @cached_property
+    @once
     def blocks(self) -> dict:
         """`datasets.Dataset`s of token blocks: train, held_out, and contexts, which is more held-out text."""
         from masksae import corpus, sources
@@ -131,7 +131,7 @@ class Run(Store):
         )  # fmt: skip
         return stream.with_targets(self.stream(Arm(name="clean", p=0, tokens=arm.tokens))) if arm.denoise else stream
 
-    @cached_property
+    @once
     def saes(self) -> dict[str, SAE]:
         """Trained SAEs by name, such as "masked-matryoshka20-s0", ablations too; trains the groups that are not finished."""
         missing = [arm for arm in self.arms if not (self._folder(arm) / "saes").exists()]
@@ -216,7 +216,7 @@ class Run(Store):
             shutil.copytree(kept / "saes", tmp, dirs_exist_ok=True)
         return {name: SAE.load(kept / "saes" / name, device=self.device) for name, _, _ in members}
 
-    @cached_property
+    @once
     def width(self) -> int:
         """Of the activations at the hook point."""
         from masksae.tracing import hook_width
@@ -268,7 +268,7 @@ class Run(Store):
         groups = [self.id_of("group", arm) for arm in self.profile.arms]
         return self.kept(kind, [self.table, groups, section.model_dump(), code_id(*code)], make)
 
-    @cached_property
+    @once
     def held_out(self) -> Tensor:
         """Clean held-out activations [tokens, d]: every score of every arm is taken on these."""
         key = self.profile.text.model_dump()

@@ -1,12 +1,13 @@
 """Several scores at a time: order, bits, errors, and nothing left changed."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from masksae.errors import DataError
-from masksae.parallel import in_threads
+from masksae.parallel import in_threads, once
 
 
 def product(seed: int) -> torch.Tensor:
@@ -44,3 +45,25 @@ def test_an_error_ends_the_rest_and_restores_the_cores():
         in_threads(fail, range(1000))
     assert len(ran) < 1000 and torch.get_num_threads() == before
     assert in_threads(len, []) == []
+
+
+def test_what_several_threads_want_first_is_made_once():
+    made = []
+
+    class Thing:
+        @once
+        def inner(self):
+            time.sleep(0.02)
+            made.append("inner")
+            return len(made)
+
+        @once
+        def outer(self):
+            time.sleep(0.02)
+            made.append("outer")
+            return self.inner
+
+    thing = Thing()
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: thing.outer, range(32)))) == 1
+    assert sorted(made) == ["inner", "outer"] and thing.outer == thing.inner == 2

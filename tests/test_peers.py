@@ -142,17 +142,17 @@ def test_training_logs_reach_the_live_pages(adapter, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "id" / "masked"
     log = logs.chosen(folder, ["a", "b"])
-    for step in (0, 20):
+    for step in (0, 20, 40):
         for number in (0, 1):
             log(number, {"step": step, "loss": number + step / 100})
     if adapter == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(folder / "tensorboard/b")).Reload().Scalars("loss")
-        assert [(e.step, round(e.value, 3)) for e in events] == [(0, 1.0), (20, 1.2)]
+        assert [(e.step, round(e.value, 3)) for e in events] == [(0, 1.0), (20, 1.2), (40, 1.4)]
     else:
         import wandb
 
-        summary = dict(wandb.run.summary)
+        summary = dict(wandb.run.summary)  # of step 20: a step is kept back until the next one, or the end
         wandb.finish()
         assert summary["b/loss"] == 1.2 and list((folder / "wandb").rglob("*.wandb"))
