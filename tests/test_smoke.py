@@ -1,5 +1,6 @@
 """The whole pipeline on the smoke profile, then every notebook under nbval, and nothing is left dirty. The slow part: minutes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,21 @@ def test_nothing_is_dirty_afterwards(smoke):
     assert git_status() == smoke  # in a fresh clone: both empty
     status = run(sys.executable, "-m", "masksae.pipeline", "status", "smoke")
     assert status.returncode == 0 and "up to date" in status.stdout, status.stdout
+
+
+def test_somebodys_sae_is_explored(smoke, tmp_path):
+    """One of the run's SAEs, as SAELens would bring it: the command, from its folder to a page."""
+    command = (sys.executable, "-m", "masksae.cli")
+    sae = sorted((ROOT / "build/smoke/saes/masked").iterdir())[0]
+    assert run(*command, "export", sae, tmp_path / "theirs", "--to", "saelens").returncode == 0
+    options = ("--profile", "smoke", "--letter", "s", "--out", tmp_path / "out", "--json")
+    result = run(*command, "explore", tmp_path / "theirs", *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    story = json.loads(result.stdout)
+    assert story["parent"] == "starts with S" and story["tested"] > 50 and 0 < story["f1"] <= 1
+    assert all(row["word"].lower().startswith("s") and row["absorber"] not in story["main"] for row in story["missed"])
+    page = Path(story["page"]).read_text()
+    assert all(row["word"] in page for row in sorted(story["missed"], key=lambda row: -row["share"])[:3])
 
 
 def test_the_site_has_no_dead_links_and_opens_in_a_browser(smoke):
