@@ -174,12 +174,12 @@ def evaluate_sae(options) -> None:
     visitor = guest.Guest(options.profile, options.sae, out=options.out, l0=options.l0)
     found = guest.evaluate(visitor, [name.strip() for name in options.metrics.split(",")])
     guest.saebench(visitor, found)
-    report = guest_report.write(visitor, found)
+    report, rows = guest_report.write(visitor, found), guest_report.rows(found)
     lines = [f"{'':44}{'as trained':>12}{'matched':>12}"]
-    for words, values in guest_report.rows(found):
+    for words, values in rows:
         cells = "".join(f"{guest_report.number(values.get(m)):>12}" for m in ("as_trained", "matched"))
         lines.append(f"{words[:43]:44}{cells}")
-    _show(options, dict(guest_report.rows(found)), "\n".join([*lines, f"\n{report}"]))
+    _show(options, dict(rows), "\n".join([*lines, f"\n{report}"]))
 
 
 def explore_sae(options) -> None:
