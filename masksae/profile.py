@@ -4,6 +4,7 @@ Unknown keys, wrong types and impossible combinations raise ConfigError naming t
 that cannot change a result (threads, device, progress bars) are not in a profile, so they are in no run id either.
 """
 
+import reprlib
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,12 @@ from masksae.score_sections import Absorption, Contexts, Evaluation, Perturbatio
 from masksae.sections import Arm, Grid, Model, Section, Text, Training
 
 ARMS = [Arm(name="unmasked", p=0.0), Arm(name="masked", p=0.3)]
+
+RESERVED = ("api", "docs", "faults", "guide", "lib", "release", "site")
+"""Folders of build/ and of build/site/ that are no profile's; a profile of that name would be written over."""
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 80
 
 
 class Profile(Section):
@@ -40,6 +47,11 @@ class Profile(Section):
     simulation: Simulation = Simulation()
 
     @property
+    def shipped(self) -> bool:
+        """Whether it comes with the package: then its results are known, and notebooks assert that they are as promised."""
+        return self.name in shipped_profiles()
+
+    @property
     def grids(self) -> list[Grid]:
         """The SAEs that are trained: those of `saes` whose architecture is wanted."""
         return [grid for grid in self.saes if {"all", grid.architecture} & {*self.architectures}]
@@ -48,6 +60,15 @@ class Profile(Section):
         """(grid, seed) of every SAE of an arm or of an ablation, which has those of the first grid."""
         grids = self.grids if arm in self.arms else self.grids[:1]
         return [(grid, seed) for grid in grids for seed in arm.seeds or grid.seeds]
+
+    @model_validator(mode="after")
+    def _sized(self):
+        """Sizes that are left out follow the training text; from here on they are numbers."""
+        held_out, contexts, share = self.text.sized(self.contexts.tokens)
+        text = self.text.model_copy(update={"held_out_tokens": held_out, "held_out_share": share})
+        object.__setattr__(self, "text", text)  # still being made; frozen from here on
+        object.__setattr__(self, "contexts", self.contexts.model_copy(update={"tokens": contexts}))
+        return self
 
     @model_validator(mode="after")
     def _possible(self):
@@ -100,11 +121,13 @@ def load_profile(name_or_path) -> Profile:
     """
     path = profile_path(name_or_path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a text file in UTF-8: {error}.") from error
+        raw = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # no YAML, no UTF-8; a number or date that cannot be
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deep to be a profile.") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values, found {type(raw).__name__}.")
     if raw.get("name") != path.stem or (path.resolve().parent != PROFILES and (PROFILES / path.name).exists()):
@@ -112,11 +135,29 @@ def load_profile(name_or_path) -> Profile:
             f"{path} holds a profile named {raw.get('name')!r}. Outputs are kept apart by name: call the file NAME.yaml and choose "
             "a NAME that no shipped profile has."
         )
+    if raw["name"] in RESERVED:
+        raise ConfigError(
+            f"{path}: name: {raw['name']!r} is a folder of the project's own under build/ ({', '.join(RESERVED)}). Choose another."
+        )
     try:
-        return Profile(**raw)
+        return Profile.model_validate(raw)
     except ValidationError as error:
         problems = "\n".join("  " + _explain(e) for e in error.errors())
         raise ConfigError(f"{path} cannot be used:\n{problems}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without keys that stand twice, of which PyYAML silently takes the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if (written := (key.tag, str(key.value))) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands here twice; remove one", key.start_mark
+                )
+            seen.add(written)
+        return super().construct_mapping(node, deep)
 
 
 def _explain(error: dict) -> str:
@@ -126,12 +167,12 @@ def _explain(error: dict) -> str:
         return f"{where}: unknown key.{nearest(error['loc'][-1], _keys_at(error['loc'][:-1]))}"
     if error["type"] == "literal_error":
         expected = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        return f"{where}: found {error['input']!r}.{nearest(error['input'], expected)}"
+        return f"{where}: found {_brief.repr(error['input'])}.{nearest(error['input'], expected)}"
     if error["type"] == "missing":
         return f"{where}: missing. Add this key."
     if error["type"] == "value_error":
         return f"{where}: {error['ctx']['error']}"
-    return f"{where}: {error['msg']}, found {error['input']!r}"
+    return f"{where}: {error['msg']}, found {_brief.repr(error['input'])}"
 
 
 def _keys_at(loc) -> list[str]:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from masksae.sections import Positive, Section
+from masksae.sections import Positive, Section, Seed
 
 TASKS = [
     "5_hist_fig_ismale",
@@ -42,7 +42,7 @@ class Absorption(Section):
     """Letters that must pass the probe gate."""
     prefixes: Positive = 8
     """In-context prefixes of ten examples; each word follows one of them."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     draws: Positive = 1
     """Of the noise study: how many times the in-context examples are drawn, for the SAEs of the first grid."""
     splits: Positive = 1
@@ -52,13 +52,13 @@ class Absorption(Section):
 class Contexts(Section):
     """Absorption of parents that another token sets (`masksae.metrics.contexts`)."""
 
-    tokens: Positive = 160_000
-    """Of held-out text in which occurrences are looked for."""
+    tokens: Positive | None = None
+    """Of held-out text in which occurrences are looked for. None: a third of text.train_tokens, 16,000 at least and 160,000 at most."""
     positives: Positive = 2000
     """Occurrences of a parent, at most, and as many others beside them."""
     min_parents: Positive = 5
     """Parents that must pass the probe gate."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class Probing(Section):
@@ -79,7 +79,7 @@ class Probing(Section):
     """Numbers of latents a probe may use; C2 is decided on the first."""
     shifted_ks: Annotated[list[Positive], Field(min_length=1)] = [16]
     """The same for shifted texts; C3 is decided on the first."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class Perturbation(Section):
@@ -100,17 +100,18 @@ class Perturbation(Section):
     """Numbers of ablated latents."""
     ks: Annotated[list[Positive], Field(min_length=1)] = [1, 5, 16]
     """Numbers of latents a probe may use."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class Simulation(Section):
-    """The world with known features (notebook 00)."""
+    """The world with known features (notebook 00). No model is in it, so what it says is the same for every profile: the defaults are a small
+    one that takes seconds, kept for all profiles; the shipped ones state larger worlds."""
 
-    seeds: Positive = 10
+    seeds: Positive = 2
     """Worlds; each with an SAE in every cell."""
-    ks: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [1.0, 1.2, 1.5, 2.0]
+    ks: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [1.2, 2.0]
     """Mean numbers of active latents; two features are active on average."""
-    ps: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [0.1, 0.3, 0.5]
+    ps: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [0.3]
     """Shares of masked tokens."""
     main_p: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """The one that is drawn against width; one of ps."""

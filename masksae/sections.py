@@ -12,12 +12,14 @@ from masksae.saes.config import AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfi
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+"""Below what every generator takes, and small numbers may still be added to it."""
 
 
 class Section(BaseModel):
     """A part of a profile: unknown keys are errors, values cannot be changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Model(Section):
@@ -56,17 +58,30 @@ class Text(Section):
     """Which text, cut into which blocks."""
 
     sources: Annotated[list[str], Field(min_length=1)]
-    """Names of `masksae.sources`, `hub:...`, or files."""
+    """Names of `masksae.sources`, `hub:...`, or files. A long .txt file is cut at blank lines into documents of some pages."""
     block_length: Annotated[int, Field(gt=1)] = 128
     """Tokens of a block, BOS included. A document gives whole blocks only; no block spans two documents."""
     train_tokens: Positive
     """Tokens of the training blocks, the same for every arm."""
-    held_out_tokens: Positive = 32_000
-    """Tokens of the evaluation blocks, from documents that are never trained on."""
-    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of documents that is held out, by a hash of the document's text."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    held_out_tokens: Positive | None = None
+    """Tokens of the evaluation blocks, from documents that are never trained on. None: an eighth of train_tokens, 2,048 at least and 32,000 at most."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of documents that is held out, by a hash of the document's text. None: what held_out_tokens and contexts.tokens need with a quarter
+    to spare, .05 at least."""
+    seed: Seed = 0
     """Order of the documents."""
+
+    def sized(self, context_tokens: int | None) -> tuple[int, int, float]:
+        """(held-out tokens, tokens of the context text, held-out share of documents): what is None follows the size of the training text.
+
+        >>> Text(sources=["mine.txt"], train_tokens=60_000).sized(None)
+        (7500, 20000, 0.3642)
+        """
+        held_out = self.held_out_tokens or min(32_000, max(2_048, self.train_tokens // 8))
+        contexts = context_tokens or min(160_000, max(16_000, self.train_tokens // 3))
+        spare = 1.25 * (held_out + contexts)
+        share = self.held_out_share or round(max(0.05, spare / (self.train_tokens + spare)), 4)
+        return held_out, contexts, share
 
 
 class Arm(Section):
@@ -75,7 +90,7 @@ class Arm(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     p: Share
     """Probability that an input token is replaced; 0 is the unmasked baseline."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the masks."""
     token: str | None = None
     """Text of the token that replaces; None: the model's mask_token; "rare": the rarest token of the training text; "random": for each position
@@ -86,7 +101,7 @@ class Arm(Section):
     """Reconstruct the clean activation from the corrupted one, at ordinary positions."""
     tokens: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the training text that is used."""
-    seeds: list[Annotated[int, Field(ge=0)]] | None = None
+    seeds: list[Seed] | None = None
     """Of an ablation: seeds of its SAEs, some of the first grid's; None: all of them."""
 
 
@@ -168,7 +183,7 @@ class Grid(Section):
     """Matryoshka group fractions, summing to 1; empty: one group."""
     dead_after_tokens: Positive = 10_000_000
     """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (TopK kinds)."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
 
     def config(self, d_model: int, seed: int, drop_masked: bool = False) -> SAEConfig:
         """The SAE's configuration for a model of width `d_model`."""

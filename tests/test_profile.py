@@ -8,6 +8,7 @@ import yaml
 from masksae import load_profile
 from masksae.errors import ConfigError
 from masksae.files import PROFILES
+from masksae.profile import RESERVED, Profile
 
 SMOKE = yaml.safe_load((PROFILES / "smoke.yaml").read_text())
 
@@ -63,6 +64,11 @@ MISTAKES = {
     "no text": (put("text", "sources", value=[]), "text.sources", "at least 1"),
     "less text than a batch": (put("text", "train_tokens", value=500), "text.train_tokens (500)", "batch_size (1024)"),
     "negative block": (put("model", "block", value=-1), "model.block", "-1"),
+    "an integer key": (put(7, value=1), "7", "Keys should be strings"),
+    "an integer key inside": (put("text", 7, value=1), "text", "Keys should be strings"),
+    "an infinite number": (put("training", "lr", value=float("inf")), "training.lr", "finite"),
+    "no number": (put("training", "lr", value=float("nan")), "training.lr", "finite"),
+    "a huge seed": (put("saes", 0, "seeds", value=[2**40]), "saes.0.seeds.0", "less than 2147483648"),
     "a name with a slash": (put("name", value="a/b"), "mine.yaml", "NAME.yaml"),
 }
 
@@ -96,6 +102,57 @@ def test_unreadable_files(tmp_path):
     bad.write_text("- 1\n")
     with pytest.raises(ConfigError, match="must be a mapping"):
         load_profile(bad)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"name: bad\nname: bad\n", "the key 'name' stands here twice"),
+        (b"name: bad\ntext: {seed: 1, seed: 2}\n", "the key 'seed' stands here twice"),
+        (b"name: " + 5000 * b"[" + 5000 * b"]", "nested too deep"),
+        (b"name: \xff\xfe", "not valid YAML in UTF-8"),
+        (b"name: bad\nmodel: 2001-99-99\n", "not valid YAML"),
+    ],
+)
+def test_what_yaml_lets_through_or_dies_of(tmp_path, content, words):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match="bad.yaml") as caught:
+        load_profile(tmp_path / "bad.yaml")
+    assert words in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_mistake_is_quoted_in_a_line(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load_profile(written(tmp_path, put("training", "lr", value="x" * 10_000)))
+    assert "training.lr" in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path):
+    path = written(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_profile(path).name == "mine"
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_folders_of_the_project_are_no_profiles_name(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"name: '{name}' is a folder of the project's own"):
+        load_profile(written(tmp_path, name=name))
+
+
+def test_sizes_that_are_left_out_follow_the_training_text(tmp_path):
+    def edit(profile):
+        profile["text"] = {"sources": ["mine.txt"], "train_tokens": 60_000}
+        profile["contexts"] = {}
+
+    profile = load_profile(written(tmp_path, edit))
+    held_out, contexts = profile.text.held_out_tokens, profile.contexts.tokens
+    assert (held_out, contexts) == (7_500, 20_000) and not profile.shipped
+    share = profile.text.held_out_share
+    text = max(60_000 / (1 - share), (held_out + contexts) / share)  # what fills both sides
+    assert 60_000 + held_out + contexts < text < 100_000
+    again = Profile.model_validate(profile.model_dump(mode="json"))
+    assert again == profile
+    assert load_profile("laptop").text.held_out_share == 0.05 and load_profile("laptop").shipped
 
 
 def test_nobody_writes_into_the_folders_of_another_profile(tmp_path):
