@@ -39,6 +39,9 @@ REPEAT = 24
 TOGETHER = 64
 """Documents that are tokenised at a time."""
 
+KEYS = {"train": "text.train_tokens", "held_out": "text.held_out_tokens", "contexts": "contexts.tokens"}
+"""Where a profile says how large each split is."""
+
 PART = 2**15
 """Blocks of a part: what a break in a stream can cost at most."""
 
@@ -246,8 +249,11 @@ def _check_filled(found: dict[str, int], wanted: dict[str, int], documents: int,
         raise DataError(
             f"None of {documents} documents fills a block of {block_length} tokens. Lower text.block_length or give longer documents."
         )
-    short = {split: f"{found[split]} of {wanted[split]}" for split in found if found[split] < wanted[split]}
+    short = [split for split in found if found[split] < wanted[split]]
     if short:
+        each = [f"{found[split]:,} of {wanted[split]:,} blocks of {split} ({KEYS[split]})" for split in short]
+        full = " or ".join(KEYS[split] for split in found if split not in short)
         raise DataError(
-            f"The text ran out after {documents} documents, with blocks {short}. Lower text.train_tokens, text.held_out_tokens or contexts.tokens, or add sources."
+            f"The text ran out after {documents:,} documents with {', '.join(each)}. Add text, or lower {' and '.join(KEYS[split] for split in short)}"
+            f"{f'; {full} is full already' if full else ''}. A document is held out as a whole or not at all (text.held_out_share)."
         )

@@ -154,6 +154,12 @@ class Plan:
         blocks = -(-text.train_tokens // text.block_length)
         return training.epochs * (blocks * kept // training.batch_size)
 
+    @property
+    def text_tokens(self) -> float:
+        """Tokens of text that fill training, held-out and context blocks: the longer of what either side of the documents needs."""
+        text, held_out = self.profile.text, self.profile.text.held_out_tokens + self.profile.contexts.tokens
+        return max(text.train_tokens / (1 - text.held_out_share), held_out / text.held_out_share)
+
     @cached_property
     def work(self) -> list[Work]:
         """Activations, training, evaluation."""

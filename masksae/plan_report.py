@@ -11,6 +11,7 @@ def text(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float] 
     profile = plan.profile
     head = [
         f"{profile.name}: {profile.description}" if profile.description else profile.name,
+        _text(plan),
         f"{len(plan.saes)} SAEs in {len(plan.arms)} groups, one forward each; {plan.steps:,} steps of {profile.training.batch_size:,} tokens",
     ]
     return "\n\n".join(["\n".join(head), costs(plan, measured), _verdict(plan, device, kept)])
@@ -28,6 +29,7 @@ def record(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float
         "profile": plan.profile.name,
         "saes": len(plan.saes),
         "steps": plan.steps,
+        "text_tokens": plan.text_tokens,
         "flop": {name: work.flop + work.sae_flop for name, work in stages.items()},
         "hours": {gpu.name: {name: plan.hours(work, gpu) for name, work in stages.items()} for gpu in GPUS},
         "hours_here": measured,
@@ -35,6 +37,12 @@ def record(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float
         "disk_bytes": sum(plan.disk().values()),
         "verdict": _verdict(plan, device, kept),
     }
+
+
+def _text(plan: Plan) -> str:
+    text, contexts = plan.profile.text, plan.profile.contexts.tokens
+    parts = f"train {text.train_tokens:,}, held out {text.held_out_tokens:,}, contexts {contexts:,}"
+    return f"Text needed: {plan.text_tokens:,.0f} tokens in whole blocks of {text.block_length}\n({parts}; {text.held_out_share:.3g} of documents held out)"
 
 
 def _table(rows: list[list[str]]) -> str:

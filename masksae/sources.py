@@ -5,14 +5,18 @@ The texts together are about 40 MB of downloads, the default model 93 MB; both a
     "web-news"                                                       a name of TEXTS
     "hub:owner/name@revision#split=train&field=text&where=a.b:value"  a hub data set, streamed; rows where row["a"]["b"] == value (or one of value|value)
     "folder/or/file.{txt,jsonl,parquet}#field=text"                  the reader's own
+
+A row of .jsonl or Parquet is a document. So is a .txt file of up to `LONG` characters; a longer one is cut into documents (`pieces`), since
+a document is held out as a whole or not at all.
 """
 
 import csv
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -20,7 +24,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from masksae import hub
-from masksae.errors import ConfigError, SourceError, nearest
+from masksae.errors import ConfigError, MasksaeError, SourceError, nearest
 from masksae.packages import fetch, member
 
 
@@ -160,24 +164,81 @@ def _local_documents(path: Path, options: dict[str, str]) -> Iterator[str]:
     if not files or files[0].suffix not in kinds:
         raise ConfigError(f"{path} holds no .txt, .jsonl or .parquet file.")
     for file in files:
-        try:
-            found = (_text(row, options, file) for row in read_rows(file))
-            yield from (text for text in found if text is not None)
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise SourceError(f"{file} cannot be read as {file.suffix}: {error}") from error
+        found = (_text(row, options, file) for row in read_rows(file))
+        yield from (text for text in found if text is not None)
 
 
 def read_rows(file: Path) -> Iterator[dict]:
-    if file.suffix == ".txt":
-        yield {"text": file.read_text(encoding="utf-8")}
-    elif file.suffix == ".jsonl":
-        with open(file, encoding="utf-8") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
-    else:
-        import pyarrow.parquet
+    """Rows of a .jsonl or Parquet file, documents of any other as {"text": ...}. Raises SourceError naming the file and the line."""
+    with reading(file):
+        if file.suffix == ".jsonl":
+            with open(file, encoding="utf-8-sig") as lines:
+                yield from (_row(line, f"line {n}") for n, line in enumerate(lines, 1) if line.strip())
+        elif file.suffix == ".parquet":
+            import pyarrow.parquet
 
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+        else:
+            yield from ({"text": text} for text in pieces(file.read_text(encoding="utf-8-sig")))
+
+
+@contextmanager
+def reading(file: Path):
+    """Turn what a damaged or foreign file makes its reader raise into a SourceError."""
+    try:
+        yield
+    except MasksaeError:
+        raise
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{file} cannot be read as {file.suffix}: {error}. Convert it to UTF-8.") from error
+    except RecursionError as error:
+        raise SourceError(f"{file} cannot be read as {file.suffix}: it is nested too deep.") from error
+    except (ValueError, OSError, EOFError) as error:  # pyarrow's and pandas' own are among them
+        raise SourceError(f"{file} cannot be read as {file.suffix}: {error}") from error
+
+
+def _row(line: str, where: str) -> dict:
+    """A line of JSON as a row. Raises ValueError saying where."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} holds {type(row).__name__}, expected an object such as {{\"text\": ...}}")
+    return row
+
+
+LONG, PIECE = 8_000, 4_000
+"""Characters from which on a .txt file is cut, and of a piece; four or five to a token in English."""
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A long text as documents: paragraphs (parted by blank lines) put together up to `PIECE` characters; a paragraph of more than `LONG` is
+    cut between words.
+
+    >>> text = "\\n\\n".join(["A paragraph of fifty characters, one like another."] * 200)
+    >>> [len(piece) for piece in pieces(text)], len(list(pieces(text[:LONG])))
+    ([4002, 4002, 2390], 1)
+    """
+    if len(text) <= LONG:
+        yield text
+        return
+    together = ""
+    for paragraph in re.split(r"\n[^\S\n]*\n\s*", text):
+        if len(paragraph) > LONG and together:
+            yield together
+            together = ""
+        while len(paragraph) > LONG:
+            end = paragraph.rfind(" ", PIECE, LONG) + 1 or LONG
+            yield paragraph[:end]
+            paragraph = paragraph[end:]
+        together += ("\n\n" if together else "") + paragraph
+        if len(together) >= PIECE:
+            yield together
+            together = ""
+    if together:
+        yield together
 
 
 def _web_news(path: Path) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from masksae import hub
 from masksae.errors import ConfigError, SourceError, nearest
 from masksae.packages import fetch, member
-from masksae.sources import hub_shards, matches, options_of, read_rows
+from masksae.sources import hub_shards, matches, options_of, read_rows, reading
 
 
 def probe_table(source: str):
@@ -24,7 +24,8 @@ def probe_table(source: str):
     if path.startswith("hub:"):
         table = _hub_table(path, options.get("split", "train"))
     elif Path(path).suffix == ".csv" and Path(path).exists():
-        table = pd.read_csv(path)
+        with reading(Path(path)):
+            table = pd.read_csv(path)
     elif Path(path).exists():
         table = pd.DataFrame(read_rows(Path(path)))
     else:
@@ -38,8 +39,21 @@ def probe_table(source: str):
             )
     where = options.get("where", "")
     table = table[[matches(row, where) for row in table.to_dict("records")]] if where else table
+    for column in (prompt, target):
+        _check_cells(table[column], f"{source}: column {column!r}")
     values = table[target].map(str) == wanted if wanted else table[target]
     return pd.DataFrame({"prompt": table[prompt], "target": values}).reset_index(drop=True)
+
+
+def _check_cells(column, what: str) -> None:
+    """Raise SourceError for a row that holds nothing, or something that is neither text nor a number."""
+    import pandas as pd
+
+    for row, value in enumerate(column):
+        if not pd.api.types.is_scalar(value) or pd.isna(value):
+            raise SourceError(
+                f"{what} holds {type(value).__name__} {value!r:.60} in row {row}, expected text or a number. Mend or leave out such rows."
+            )
 
 
 @lru_cache(maxsize=2)

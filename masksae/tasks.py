@@ -64,7 +64,7 @@ def labels(targets) -> Tensor:
     >>> labels(["no", "yes", "no"])
     tensor([False,  True, False])
     """
-    values = sorted(set(targets))
+    values = sorted({*targets}, key=lambda value: (isinstance(value, str), value))
     if len(values) != 2:
         raise DataError(f"A probing task has two classes, found {len(values)}: {values[:4]}. Choose a binary one.")
     return torch.tensor([value == values[1] for value in targets])

@@ -95,7 +95,16 @@ def test_without_bos_every_position_is_text(tmp_path):
         ([], {}, "hold no document"),
         (["short", "too"], {}, "fills a block of 16 tokens"),
         (make_documents(30), {}, "ran out after"),
-        (make_documents(), {"tokens": {"train": 2000, "held_out": 90000}}, "held_out"),
+        (
+            make_documents(),
+            {"tokens": {"train": 2000, "held_out": 90000}},
+            r"of 5,625 blocks of held_out \(text.held_out_tokens\). Add text, or lower text.held_out_tokens; text.train_tokens is full",
+        ),
+        (
+            make_documents(1),
+            {"tokens": {"train": 16, "held_out": 16}},
+            "ran out after 1 documents with 0 of 1 blocks.*A document is held out as a whole or not at all",
+        ),
     ],
 )
 def test_bad_text(tmp_path, documents, changes, words):

@@ -7,8 +7,9 @@ import torch
 import yaml
 from conftest import byte_tokenizer, tiny_model
 
-from masksae import Run, load_profile, models, scores
+from masksae import Run, load_profile, models, plan_report, scores
 from masksae.errors import ConfigError, SourceError
+from masksae.plan import Plan
 
 WORDS = "the cat sat on a mat while seven dogs ran past it and nobody saw them".split()
 
@@ -41,6 +42,21 @@ def own(project, model, tokenizer=None, **keys):
     }
     (project / "mine.yaml").write_text(yaml.safe_dump(profile))
     return Run("mine.yaml")
+
+
+def test_a_profile_of_a_dozen_lines_lives_on_one_text_file_of_200_k_tokens(project):
+    """Neither sizes nor shares are named: held-out and context text follow what is trained on."""
+    draw = random.Random(1)
+    paragraphs = (" ".join(draw.choices(WORDS, k=draw.randint(20, 200))) for _ in range(450))
+    (project / "book.txt").write_text("\n\n".join(paragraphs)[:200_000])
+    run = own(project, tiny_model("llama"))
+    text = {"sources": ["book.txt"], "train_tokens": 60_000}
+    raw = run.profile.model_dump(mode="json", exclude_defaults=True, include={"name", "model", "saes"}) | {"text": text}
+    (project / "mine.yaml").write_text(yaml.safe_dump(raw))
+    run = Run("mine.yaml")
+    tokens = {split: 128 * len(blocks) for split, blocks in run.blocks.items()}
+    assert tokens["train"] >= 60_000 and tokens["held_out"] > 5_000 and tokens["contexts"] > 12_000  # less what repeats
+    assert plan_report.record(Plan(run.profile), "cpu")["text_tokens"] < 100_000
 
 
 def gpt2():

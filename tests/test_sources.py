@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import random
 import shutil
 import zipfile
 from collections import namedtuple
@@ -146,6 +147,15 @@ def test_local_files(tmp_path):
         ("a.jsonl", b'{"body": 1}', "", SourceError, "has no field 'text'. Known: body"),
         ("a.jsonl", b"{broken", "", SourceError, "cannot be read as .jsonl"),
         ("a.txt", b"\xff\xfe\xfa", "", SourceError, "cannot be read as .txt"),
+        ("a.jsonl", b'{"text": "x"}\nnull\n', "", SourceError, "line 2 holds NoneType, expected an object"),
+        ("a.jsonl", b'["text"]', "", SourceError, "line 1 holds list, expected an object"),
+        ("a.jsonl", b'\n{"text": 1,}', "", SourceError, "line 2: "),
+        ("a.jsonl", b'{"text": ' + 10**5 * b"[", "", SourceError, "nested too deep"),
+        ("a.jsonl", b'{"text": ' + 5000 * b"9" + b"}", "", SourceError, "cannot be read as .jsonl: line 1"),
+        ("a.parquet", b"", "", SourceError, "cannot be read as .parquet"),
+        ("a.parquet", b"PAR1 no table PAR1", "", SourceError, "cannot be read as .parquet"),
+        ("a.txt", "ein Wort für viele".encode("utf-16"), "", SourceError, "Convert it to UTF-8"),
+        ("a.jsonl", '{"text": "für"}'.encode("latin-1"), "", SourceError, "Convert it to UTF-8"),
         ("a.jsonl", b'{"text": "x"}', "#feild=x", ConfigError, "Did you mean 'field'"),
         ("a.csv", b"x", "", ConfigError, "holds no .txt, .jsonl or .parquet file"),
     ],
@@ -155,6 +165,49 @@ def test_bad_local_files(tmp_path, name, content, suffix, error, words):
     with pytest.raises(error) as caught:
         list(sources.documents(f"{tmp_path / name}{suffix}"))
     assert words in str(caught.value)
+
+
+def test_marks_nul_and_empty_files(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo\r\nlines")
+    (tmp_path / "c.txt").write_bytes(b"")
+    (tmp_path / "d.txt").write_bytes(b"a\0b")
+    assert list(sources.documents(str(tmp_path))) == ["one", "two\nlines", "a\0b"]
+
+
+def test_nested_parquet(tmp_path):
+    pd.DataFrame({"text": ["a"], "meta": [{"lines": ["b"]}]}).to_parquet(tmp_path / "a.parquet")
+    assert list(sources.documents(str(tmp_path))) == ["a"]
+    with pytest.raises(SourceError, match="field 'meta' holds dict, expected text"):
+        list(sources.documents(f"{tmp_path}/a.parquet#field=meta"))
+
+
+def test_a_damaged_parquet_is_refused_or_read(tmp_path):
+    """Bytes changed anywhere: an error of ours, or rows; never another's traceback."""
+    file = tmp_path / "a.parquet"
+    pd.DataFrame({"text": [f"some text {i}" for i in range(300)]}).to_parquet(file)
+    good, draw, refused = file.read_bytes(), random.Random(0), 0
+    for _ in range(40):
+        bad = bytearray(good)
+        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+        file.write_bytes(bad[: draw.randrange(len(bad))] if draw.random() < 0.3 else bad)
+        try:
+            list(sources.documents(str(file)))
+        except SourceError as error:
+            assert str(file) in str(error)
+            refused += 1
+    assert refused > 10
+
+
+def test_a_long_text_file_is_many_documents(tmp_path):
+    paragraphs = [f"Paragraph {i}. " + "Some words follow here. " * 20 for i in range(200)]
+    (tmp_path / "book.txt").write_text("\n \n".join(paragraphs))
+    found = list(sources.documents(str(tmp_path / "book.txt")))
+    assert len(found) > 20 and max(map(len, found)) <= sources.LONG
+    assert "\n\n".join(found) == "\n\n".join(paragraphs)  # nothing lost, nothing torn
+    (tmp_path / "line.txt").write_text("word " * 10_000 + "x" * 20_000)
+    found = list(sources.documents(str(tmp_path / "line.txt")))
+    assert "".join(found) == "word " * 10_000 + "x" * 20_000 and max(map(len, found)) <= sources.LONG
 
 
 def test_hub_out_of_reach(monkeypatch):
@@ -273,6 +326,31 @@ def test_probe_tables_from_files_and_the_hub(tmp_path):
     frame.rename(columns={"target": "label"}).to_csv(tmp_path / "b.csv")
     with pytest.raises(SourceError, match="has no column 'target'"):
         tables.probe_table(f"{tmp_path}/b.csv")
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.csv", "prompt,target\nfür,1\n".encode("latin-1"), "Convert it to UTF-8"),
+        ("a.csv", b"", "cannot be read as .csv"),
+        ("a.csv", b'prompt,target\n"a,1\n', "cannot be read as .csv"),
+        ("a.csv", b"prompt,target\na,1\n,0\n", "column 'prompt' holds float nan in row 1"),
+        ("a.csv", b"prompt,target\na,1\nb,\n", "column 'target' holds float nan in row 1"),
+        ("a.jsonl", b'{"prompt": ["a"], "target": 1}', "column 'prompt' holds list ['a'] in row 0"),
+        ("a.jsonl", b'{"prompt": "a", "target": 1}\nnull', "line 2 holds NoneType"),
+    ],
+)
+def test_bad_probe_tables(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        tables.probe_table(str(tmp_path / name))
+    assert words in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
+def test_probe_tables_with_marks_and_nul(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfprompt,target\na\0b,1\nc,0\n")
+    table = tables.probe_table(str(tmp_path / "a.csv"))
+    assert table["target"].tolist() == [1, 0] and len(table["prompt"]) == 2
 
 
 def test_every_text_source_and_model_has_its_package():
