@@ -1,13 +1,16 @@
 """What a run costs, before it starts: work by arithmetic, time on several GPUs, memory, disk; and whether it fits here.
 
-Nothing is loaded and nothing is downloaded: the language model is built on the `meta` device from its shape. FLOP are exact counts
+No weights are loaded: the language model is built on the `meta` device from its shape, which is known here, in a folder, in the hub's cache, or,
+said in a line, one small file of the hub. FLOP are exact counts
 of the matrix products; hours assume shares of a GPU's peak that `SHARE` states and that no one has measured on those GPUs. What can be
 measured is measured where the plan is made (`measure.py`): the same step on the same shapes, for a moment.
 """
 
 import shutil
+import sys
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -19,6 +22,7 @@ from masksae.profile import Profile
 from masksae.saes.config import SAEConfig
 
 SHAPES = {
+    "hub:EleutherAI/pythia-70m": ("gpt_neox", dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048, vocab_size=50304)),
     "hub:EleutherAI/pythia-160m-deduped": ("gpt_neox", dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=50304)),
     "hub:google/gemma-2-2b": ("gemma2", dict(hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256, intermediate_size=9216, vocab_size=256000)),
     "hub:google/gemma-2-27b": ("gemma2", dict(hidden_size=4608, num_hidden_layers=46, num_attention_heads=32, num_key_value_heads=16, head_dim=128, intermediate_size=36864, vocab_size=256000)),
@@ -94,11 +98,11 @@ class Plan:
             return AutoConfig.for_model(kind, **values)
         name, _, revision = source.removeprefix("hub:").partition("@")
         try:
-            return AutoConfig.from_pretrained(name, revision=revision or "main").get_text_config()
+            return _looked_up(name, revision or "main").get_text_config()
         except (OSError, ValueError) as error:
             raise SourceError(
                 f"The shape of {source} is not known here and cannot be looked up ({str(error).splitlines()[0]}). Known without a network: "
-                f"{', '.join(SHAPES)}; or give a folder with a config.json."
+                f"{', '.join(SHAPES)}; or give a folder with a config.json, or a .gguf file."
             ) from error
 
     @cached_property
@@ -272,6 +276,21 @@ class Plan:
                 f"Profile {self.profile.name} needs {disk / 1e9:.1f} GB of disk in {cache_dir()}, {room / 1e9:.1f} GB are free. Point MASKSAE_CACHE to a "
                 "larger disk, or lower text.train_tokens."
             )
+
+
+def _looked_up(name: str, revision: str):
+    """Config of a model in a .gguf file, a folder or the hub's cache; else from the hub, and says so: without a network that takes half a minute to fail."""
+    from transformers import AutoConfig
+
+    if name.endswith(".gguf"):
+        return AutoConfig.from_pretrained(Path(name).parent, gguf_file=Path(name).name, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        if Path(name).exists():
+            raise
+    print(f"masksae: asking the hub for the shape of {name} (its config.json)", file=sys.stderr, flush=True)
+    return AutoConfig.from_pretrained(name, revision=revision)
 
 
 def step_flop(config: SAEConfig) -> float:

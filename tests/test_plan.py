@@ -1,8 +1,10 @@
 """Plans: counts against PyTorch's own counter and published sizes, no network, refusals with the remedy."""
 
+import re
 import shutil
 import socket
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from masksae.member import Member
 from masksae.plan import GPUS, Plan, peers, step_flop
 from masksae.plan_report import text
 from masksae.saes.sae import SAE
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +82,22 @@ def test_a_larger_gpu_is_faster_and_ablations_cost(paper):
     assert steps == 484  # what the trainer counts
 
 
-def test_a_plan_needs_no_network(monkeypatch, capsys):
+def test_a_plan_needs_no_network(monkeypatch, capsys, tmp_path):
     def closed(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr(socket.socket, "connect", closed)
+    example = re.search(r"```yaml\n(name: mine.*?)```", (ROOT / "docs/own.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "mine.yaml").write_text(example)
+    example = Plan(load_profile(tmp_path / "mine.yaml"))  # of docs/own.md
+    assert sum(p.numel() for p in example.model.parameters()) == 70_426_624
     pipeline.print_plan("paper", measure=False)
     told = capsys.readouterr().out
     assert "24 SAEs in 2 groups" in told and "SAELens + SAEBench" in told and "memory of a GPU" in told
     assert max(map(len, told.split("\n\nSpace")[0].split("\n\nTime")[1].splitlines())) <= 80
 
 
-def test_an_unknown_shape_is_named(monkeypatch):
+def test_an_unknown_shape_is_named(monkeypatch, capsys):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -98,6 +107,26 @@ def test_an_unknown_shape_is_named(monkeypatch):
         SourceError, match="shape of hub:nobody/nothing is not known here.*hub:google/gemma-2-2b.*config.json"
     ):
         plan.work
+    assert "asking the hub for the shape of nobody/nothing" in capsys.readouterr().err
+
+
+def test_a_gguf_files_shape_is_read_from_its_header(tmp_path):
+    import gguf
+
+    file = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    file.add_block_count(3)
+    file.add_context_length(64)
+    file.add_embedding_length(16)
+    file.add_feed_forward_length(32)
+    file.add_head_count(2)
+    file.add_head_count_kv(1)
+    file.add_vocab_size(128)
+    for write in (file.write_header_to_file, file.write_kv_data_to_file, file.write_tensors_to_file, file.close):
+        write()
+    smoke = load_profile("smoke")
+    model = smoke.model.model_copy(update={"source": str(tmp_path / "tiny.gguf")})
+    plan = Plan(smoke.model_copy(update={"model": model}))
+    assert plan.width == 16 and plan.config.num_hidden_layers == 3
 
 
 def test_what_cannot_fit_is_refused_with_the_remedy(paper, monkeypatch):
