@@ -5,14 +5,16 @@ What does not depend on the SAE (activations, probes) is shared with the profile
 """
 
 import hashlib
+import sys
 from pathlib import Path
 
 from masksae.code_ids import code_id
-from masksae.errors import ConfigError, nearest
+from masksae.errors import ConfigError, MasksaeError, OutputError, nearest
 from masksae.files import ensure_writable, write_json
-from masksae.metrics.reconstruction import reconstruction
+from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import once
 from masksae.profile import load_profile
+from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
 from masksae.stages import Run
 
@@ -45,6 +47,8 @@ class Guest(Run):
     name  what it is called; None: the folder's name
     l0    matched clean L0; None: the SAE's own k or target, or else the L0 that it has
     out   where results go
+
+    Raises ConfigError for an SAE of another width and an l0 that it cannot have, CheckpointError, OutputError.
     """
 
     def __init__(self, profile, folder, *, out, name: str | None = None, l0: float | None = None):
@@ -56,12 +60,34 @@ class Guest(Run):
             raise ConfigError(
                 f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has {self.width}. Name the profile of its model."
             )
+        self._check_l0()
         self.sae.to(self.device)
+
+    def _check_l0(self) -> None:
+        l0, latents, rule = self._l0, self.sae.config.n_latents, self.sae.config.selection
+        if l0 is not None and not 0 < l0 <= latents:
+            raise ConfigError(
+                f"l0 is {l0}, expected a number above 0, up to the {latents} latents of this SAE. Or leave it out."
+            )
+        if l0 is not None and type(rule) is TopK and l0 != rule.k:
+            raise ConfigError(f"l0 is {l0}, and this SAE keeps its k = {rule.k} latents of every token. Leave l0 out.")
 
     @once
     def k(self) -> float:
         """The clean L0 at which matched scores are taken."""
         return self._l0 or self.sae.config.selection.goal or round(reconstruction(self.sae, self.held_out).l0, 1)
+
+    def check_reach(self) -> None:
+        """Whether some threshold gives clean L0 = k: else ConfigError if that k was asked for, and a line on stderr if it is the SAE's own."""
+        if type(self.sae.config.selection) is TopK:
+            return
+        threshold = calibrated_threshold(self.sae, self.held_out, self.k)
+        reached = reconstruction(self.sae, self.held_out, threshold=threshold).l0
+        if abs(reached / self.k - 1) > 0.01:
+            told = f"no threshold of this SAE gives L0 {self.k:g} on the clean text; the nearest is {reached:.4g}"
+            if self._l0 is not None:
+                raise ConfigError(f"l0 is {self.k:g}, and {told}. Give another, or leave l0 out.")
+            print(f"masksae: {told}, and matched scores are taken there.", file=sys.stderr, flush=True)
 
     @property
     def table(self) -> list[dict]:
@@ -88,7 +114,11 @@ class Guest(Run):
 
 
 def evaluate(guest: Guest, metrics: list[str]) -> dict[str, list[dict]]:
-    """Rows of each metric, as trained and at matched clean L0; written to `NAME.json` in the guest's folder as they come. Raises ConfigError."""
+    """Rows of each metric, as trained and at matched clean L0; written to `NAME.json` in the guest's folder as they come.
+
+    A metric that cannot be taken has one row, {"sae": name, "failed": why}, and the others are taken all the same. Raises ConfigError for an
+    unknown metric, and the first reason if no metric can be taken.
+    """
     from masksae import concepts, scores, tasks
 
     scorers = {
@@ -102,12 +132,31 @@ def evaluate(guest: Guest, metrics: list[str]) -> dict[str, list[dict]]:
     for metric in metrics:
         if metric not in scorers:
             raise ConfigError(f"There is no metric {metric!r}.{nearest(metric, METRICS)}")
-    found = {}
+    guest.check_reach()
+    found, errors = {}, []
     for metric in METRICS:
         if metric in metrics:
-            found[metric] = scorers[metric](guest)
+            try:
+                found[metric] = scorers[metric](guest)
+            except OutputError:
+                raise
+            except MasksaeError as error:
+                errors.append(error)
+                found[metric] = [{"sae": guest.name, "failed": str(error)}]
+                print(f"masksae: {metric} cannot be taken: {error}", file=sys.stderr, flush=True)
             write_json(guest.results / f"{metric}.json", found[metric])
+    if len(errors) == len(found):
+        raise errors[0]
     return found
+
+
+def failed(found: dict[str, list[dict]]) -> dict[str, str]:
+    """Why, for each metric of `evaluate` that could not be taken.
+
+    >>> failed({"reconstruction": [{"sae": "mine", "l0": 3}], "absorption": [{"sae": "mine", "failed": "too few letters"}]})
+    {'absorption': 'too few letters'}
+    """
+    return {metric: rows[0]["failed"] for metric, rows in found.items() if rows and "failed" in rows[0]}
 
 
 def saebench(guest: Guest, found: dict[str, list[dict]]) -> list[Path]:
@@ -116,7 +165,7 @@ def saebench(guest: Guest, found: dict[str, list[dict]]) -> list[Path]:
 
     written = []
     for kind, (source, _) in EVALUATIONS.items():
-        for row in found.get(source, ()):
+        for row in () if source in failed(found) else found.get(source, ()):
             name = f"{row['sae']}-{row['mode']}_custom_sae_eval_results.json"
             written.append(write_json(guest.results / "saebench" / kind / name, result(guest, kind, row)))
     return written

@@ -8,7 +8,7 @@ from pathlib import Path
 from masksae import figures, task_figures
 from masksae.figures import scale_note
 from masksae.files import write_text
-from masksae.guest import Guest
+from masksae.guest import Guest, failed
 from masksae.site import page
 
 SCORES = {
@@ -37,15 +37,21 @@ def write(guest: Guest, found: dict[str, list[dict]]) -> Path:
         "<p><b>As trained</b> uses the SAE's own threshold. <b>Matched</b> moves it so that clean L0 is exactly the value shown: compare SAEs there, since "
         "most scores get better with more latents.</p>"
     )
-    parts = [head, table(found), *(_figure(*drawn) for drawn in _drawings(guest, found))]
+    parts = [head, table(found)]
+    parts += [f"<p><b>{metric}</b> could not be taken: {html.escape(why)}</p>" for metric, why in failed(found).items()]
+    found = {metric: rows for metric, rows in found.items() if metric not in failed(found)}
+    parts += [*(_figure(*drawn) for drawn in _drawings(guest, found))]
     parts.append(f"<p>{html.escape(scale_note(profile))}</p>")
     return write_text(guest.results / "report.html", page(f"{guest.name}, masksae", "\n".join(parts)))
 
 
 def rows(found: dict[str, list[dict]]) -> list[tuple[str, dict[str, float]]]:
-    """(score in words, value by mode) of everything that was measured."""
+    """(score in words, value by mode) of everything that was measured; {"failed": why} of a metric that could not be taken."""
     listed = []
     for metric, names in SCORES.items():
+        if metric in failed(found):
+            listed.append((f"{metric}: could not be taken", {"failed": failed(found)[metric]}))
+            continue
         by_mode = {row["mode"]: row for row in found.get(metric, ())}
         for name, words in names.items():
             first = next(iter(by_mode.values()), {})

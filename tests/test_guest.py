@@ -1,13 +1,15 @@
 """Somebody's own SAE: read in three forms, scored like a run's own, in a run's place."""
 
+import html
 import json
+import re
 
 import pytest
 import torch
 from test_stages import profile, project  # noqa: F401
 
-from masksae import SAE, Run, guest, scores
-from masksae.errors import ConfigError
+from masksae import SAE, BatchTopK, Run, SAEConfig, TopK, guest, guest_report, scores
+from masksae.errors import ConfigError, MasksaeError
 
 
 @pytest.fixture
@@ -57,11 +59,65 @@ def test_an_sae_without_a_k_of_its_own_is_matched_at_the_l0_it_has(run, folder, 
     )
 
 
+def untrained(project, name, rule):  # noqa: F811
+    """The profile and a random SAE for it: what needs no training."""
+    SAE(SAEConfig(16, 32, rule)).save(project / name)
+    return profile(project), project / name
+
+
+def test_an_l0_that_no_sae_has_is_refused_at_once(project, tmp_path):  # noqa: F811
+    mine = untrained(project, "mine", BatchTopK(3))
+    for l0 in (-3.0, 0.0, float("nan"), float("inf"), 1e9):
+        with pytest.raises(ConfigError, match=r"l0 is .*, expected a number above 0, up to the 32 latents"):
+            guest.Guest(*mine, out=tmp_path / "out", l0=l0)
+    topk = untrained(project, "topk", TopK(3))
+    with pytest.raises(ConfigError, match="l0 is 5.0, and this SAE keeps its k = 3"):
+        guest.Guest(*topk, out=tmp_path / "out", l0=5.0)
+    assert guest.Guest(*topk, out=tmp_path / "out", l0=3.0).k == 3
+
+
+def test_an_l0_out_of_reach_is_told_with_the_one_within(project, tmp_path, capsys):  # noqa: F811
+    mine = untrained(project, "mine", BatchTopK(3))
+    with pytest.raises(ConfigError, match="l0 is 31.9, and no threshold .* L0 31.9 .*the nearest is") as found:
+        guest.evaluate(guest.Guest(*mine, out=tmp_path / "out", l0=31.9), ["reconstruction"])
+    most = float(str(found.value).split("nearest is ")[1].split(". ")[0])
+    again = guest.Guest(*mine, out=tmp_path / "out", l0=0.9 * most)
+    again.check_reach()
+    row = guest.evaluate(again, ["reconstruction"])["reconstruction"][1]
+    assert 3 < most < 31 and row["l0"] == pytest.approx(0.9 * most, rel=0.01)
+    assert capsys.readouterr().err.count("no threshold") == 0
+    guest.Guest(*untrained(project, "greedy", BatchTopK(30)), out=tmp_path / "out").check_reach()
+    assert "no threshold of this SAE gives L0 30 on the clean text; the nearest is" in capsys.readouterr().err
+
+
+def test_a_metric_that_fails_leaves_the_others(project, tmp_path, capsys):  # noqa: F811
+    """Fifty words are too few for the first-letter task."""
+    visitor = guest.Guest(*untrained(project, "mine", BatchTopK(3)), out=tmp_path / "out")
+    found = guest.evaluate(visitor, ["reconstruction", "absorption"])
+    why = guest.failed(found)["absorption"]
+    assert list(guest.failed(found)) == ["absorption"] and found["reconstruction"][0]["ev_centred"]
+    assert json.loads((tmp_path / "out/absorption.json").read_text()) == [{"sae": visitor.name, "failed": why}]
+    assert f"masksae: absorption cannot be taken: {why}" in capsys.readouterr().err
+    page = guest_report.write(visitor, found).read_text()
+    assert "absorption: could not be taken" in page and html.escape(why) in page
+    assert dict(guest_report.rows(found))["absorption: could not be taken"] == {"failed": why}
+    assert {path.parent.name for path in guest.saebench(visitor, found)} == {"core"}
+    with pytest.raises(MasksaeError, match=re.escape(why)):
+        guest.evaluate(visitor, ["absorption"])
+
+
+def test_weak_saes_are_told_in_a_sentence():
+    good = {"sae": "a", "mode": "matched", "ev_centred": 0.5, "l0": 20.0, "k": 20}
+    good |= {"ce_sae": 1.0, "ce_zero": 2.0, "kl_sae": 1.0, "kl_zero": 2.0}
+    assert scores.remarks([good]) == []
+    weak, useless, short = scores.remarks([good, good | {"sae": "b", "ev_centred": -0.1, "ce_sae": 3.0, "l0": 9.0}])
+    assert weak.startswith("1 of 2 rows reconstruct no better than the mean") and "text.train_tokens" in weak
+    assert "no better than zeros" in useless and "do not reach L0 = k" in short and short.endswith(": b matched.")
+
+
 def test_what_cannot_be_scored_is_refused(run, folder, tmp_path):
     with pytest.raises(ConfigError, match="no metric 'absorbtion'.*Did you mean 'absorption'"):
         guest.evaluate(guest.Guest(run.source, folder, out=tmp_path), ["absorbtion"])
-    from masksae import BatchTopK, SAEConfig
-
     SAE(SAEConfig(24, 32, BatchTopK(3))).save(tmp_path / "wide")
     with pytest.raises(ConfigError, match="reads width 24, .* has 16"):
         guest.Guest(run.source, tmp_path / "wide", out=tmp_path)
