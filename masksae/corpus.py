@@ -252,8 +252,9 @@ def _check_filled(found: dict[str, int], wanted: dict[str, int], documents: int,
     short = [split for split in found if found[split] < wanted[split]]
     if short:
         each = [f"{found[split]:,} of {wanted[split]:,} blocks of {split} ({KEYS[split]})" for split in short]
-        full = " or ".join(KEYS[split] for split in found if split not in short)
+        lower = " and ".join(KEYS[split] for split in short)
+        full = " and ".join(f"{KEYS[split]} is full" for split in found if split not in short) or "nothing is full"
         raise DataError(
-            f"The text ran out after {documents:,} documents with {', '.join(each)}. Add text, or lower {' and '.join(KEYS[split] for split in short)}"
-            f"{f'; {full} is full already' if full else ''}. A document is held out as a whole or not at all (text.held_out_share)."
+            f"The text ran out after {documents:,} documents with {', '.join(each)}. Add text, or lower {lower} "
+            f"({full}). A document is held out as a whole or not at all (text.held_out_share)."
         )

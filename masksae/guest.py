@@ -78,7 +78,7 @@ class Guest(Run):
         return self._l0 or self.sae.config.selection.goal or round(reconstruction(self.sae, self.held_out).l0, 1)
 
     def check_reach(self) -> None:
-        """Whether some threshold gives clean L0 = k: else ConfigError if that k was asked for, and a line on stderr if it is the SAE's own."""
+        """If no threshold gives clean L0 = k: ConfigError if that k was asked for, a line on stderr if it is the SAE's own."""
         if type(self.sae.config.selection) is TopK:
             return
         threshold = calibrated_threshold(self.sae, self.held_out, self.k)
@@ -114,10 +114,10 @@ class Guest(Run):
 
 
 def evaluate(guest: Guest, metrics: list[str]) -> dict[str, list[dict]]:
-    """Rows of each metric, as trained and at matched clean L0; written to `NAME.json` in the guest's folder as they come.
+    """Rows of each metric, as trained and at matched clean L0, each written to `NAME.json` in the guest's folder as it comes.
 
-    A metric that cannot be taken has one row, {"sae": name, "failed": why}, and the others are taken all the same. Raises ConfigError for an
-    unknown metric, and the first reason if no metric can be taken.
+    A metric that cannot be taken has one row, {"sae": name, "failed": why}, and the others are taken all the same.
+    Raises ConfigError for an unknown metric, and the first reason if no metric can be taken.
     """
     from masksae import concepts, scores, tasks
 
@@ -153,7 +153,7 @@ def evaluate(guest: Guest, metrics: list[str]) -> dict[str, list[dict]]:
 def failed(found: dict[str, list[dict]]) -> dict[str, str]:
     """Why, for each metric of `evaluate` that could not be taken.
 
-    >>> failed({"reconstruction": [{"sae": "mine", "l0": 3}], "absorption": [{"sae": "mine", "failed": "too few letters"}]})
+    >>> failed({"reconstruction": [{"sae": "a", "l0": 3}], "absorption": [{"sae": "a", "failed": "too few letters"}]})
     {'absorption': 'too few letters'}
     """
     return {metric: rows[0]["failed"] for metric, rows in found.items() if rows and "failed" in rows[0]}

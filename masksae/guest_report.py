@@ -46,7 +46,7 @@ def write(guest: Guest, found: dict[str, list[dict]]) -> Path:
 
 
 def rows(found: dict[str, list[dict]]) -> list[tuple[str, dict[str, float]]]:
-    """(score in words, value by mode) of everything that was measured; {"failed": why} of a metric that could not be taken."""
+    """(score in words, value by mode) of all that was measured; {"failed": why} for a metric that could not be taken."""
     listed = []
     for metric, names in SCORES.items():
         if metric in failed(found):

@@ -1,7 +1,7 @@
 """What a run costs, before it starts: work by arithmetic, time on several GPUs, memory, disk; and whether it fits here.
 
-No weights are loaded: the language model is built on the `meta` device from its shape, which is known here, in a folder, in the hub's cache, or,
-said in a line, one small file of the hub. FLOP are exact counts
+No weights are loaded: the language model is built on the `meta` device from its shape, which is known here, or stands in a folder or the
+hub's cache; else one small file is asked of the hub, and that is said. FLOP are exact counts
 of the matrix products; hours assume shares of a GPU's peak that `SHARE` states and that no one has measured on those GPUs. What can be
 measured is measured where the plan is made (`measure.py`): the same step on the same shapes, for a moment.
 """
@@ -160,7 +160,7 @@ class Plan:
 
     @property
     def text_tokens(self) -> float:
-        """Tokens of text that fill training, held-out and context blocks: the longer of what either side of the documents needs."""
+        """Tokens of text that fill all blocks: the larger of what the trained-on and the held-out documents need."""
         text, held_out = self.profile.text, self.profile.text.held_out_tokens + self.profile.contexts.tokens
         return max(text.train_tokens / (1 - text.held_out_share), held_out / text.held_out_share)
 
@@ -279,7 +279,8 @@ class Plan:
 
 
 def _looked_up(name: str, revision: str):
-    """Config of a model in a .gguf file, a folder or the hub's cache; else from the hub, and says so: without a network that takes half a minute to fail."""
+    """Config of a model in a .gguf file, a folder or the hub's cache; else from the hub, which is said, since without a
+    network it takes half a minute to fail."""
     from transformers import AutoConfig
 
     if name.endswith(".gguf"):

@@ -42,7 +42,8 @@ def record(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float
 def _text(plan: Plan) -> str:
     text, contexts = plan.profile.text, plan.profile.contexts.tokens
     parts = f"train {text.train_tokens:,}, held out {text.held_out_tokens:,}, contexts {contexts:,}"
-    return f"Text needed: {plan.text_tokens:,.0f} tokens in whole blocks of {text.block_length}\n({parts}; {text.held_out_share:.3g} of documents held out)"
+    needed = f"Text needed: {plan.text_tokens:,.0f} tokens in whole blocks of {text.block_length}"
+    return f"{needed}\n({parts}; {text.held_out_share:.3g} of documents held out)"
 
 
 def _table(rows: list[list[str]]) -> str:

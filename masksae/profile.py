@@ -48,7 +48,7 @@ class Profile(Section):
 
     @property
     def shipped(self) -> bool:
-        """Whether it comes with the package: then its results are known, and notebooks assert that they are as promised."""
+        """Whether it comes with the package: then notebooks assert that its results are as promised."""
         return self.name in shipped_profiles()
 
     @property
@@ -137,7 +137,8 @@ def load_profile(name_or_path) -> Profile:
         )
     if raw["name"] in RESERVED:
         raise ConfigError(
-            f"{path}: name: {raw['name']!r} is a folder of the project's own under build/ ({', '.join(RESERVED)}). Choose another."
+            f"{path}: name: {raw['name']!r} is a folder of the project's own under build/, as are {', '.join(RESERVED)}. "
+            "Choose another."
         )
     try:
         return Profile.model_validate(raw)

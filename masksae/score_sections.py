@@ -53,7 +53,8 @@ class Contexts(Section):
     """Absorption of parents that another token sets (`masksae.metrics.contexts`)."""
 
     tokens: Positive | None = None
-    """Of held-out text in which occurrences are looked for. None: a third of text.train_tokens, 16,000 at least and 160,000 at most."""
+    """Of held-out text in which occurrences are looked for. None: a third of text.train_tokens, 16,000 at least and
+    160,000 at most."""
     positives: Positive = 2000
     """Occurrences of a parent, at most, and as many others beside them."""
     min_parents: Positive = 5
@@ -104,8 +105,8 @@ class Perturbation(Section):
 
 
 class Simulation(Section):
-    """The world with known features (notebook 00). No model is in it, so what it says is the same for every profile: the defaults are a small
-    one that takes seconds, kept for all profiles; the shipped ones state larger worlds."""
+    """The world with known features (notebook 00). No model is in it, so what it says is the same for every profile: the
+    defaults are few worlds, made in seconds and kept for all profiles; the shipped profiles state more."""
 
     seeds: Positive = 2
     """Worlds; each with an SAE in every cell."""

@@ -140,19 +140,33 @@ def _reconstruction_scores(run: Run) -> list[dict]:
     return rows
 
 
+REMARKS = {
+    "reconstruct no better than the mean activation (explained variance 0 or less); other scores say little of such an "
+    "SAE: train on more tokens (text.train_tokens, training.epochs) or with another training.lr": (
+        lambda row: row["ev_centred"] <= 0
+    ),
+    "serve the language model no better than zeros in the activation's place": (
+        lambda row: row["ce_sae"] >= row["ce_zero"] or row["kl_sae"] >= row["kl_zero"]
+    ),
+    "do not reach L0 = k at any threshold, so they are not compared at equal L0: train longer": (
+        lambda row: row["mode"] == "matched" and row["l0"] < 0.99 * row["k"]
+    ),
+}
+"""What can be wrong with an SAE's row of reconstruction scores."""
+
+
 def remarks(rows: list[dict]) -> list[str]:
-    """What must be known of some SAEs before their scores are compared, a sentence each, from rows of `reconstruction_scores`; [] if all is well."""
-    named = lambda chosen: f"{', '.join(row['sae'] + ' ' + row['mode'].replace('_', ' ') for row in chosen[:6])}{', ...' if len(chosen) > 6 else ''}"
-    poor = [row for row in rows if row["ev_centred"] <= 0]
-    useless = [row for row in rows if row["ce_sae"] >= row["ce_zero"] or row["kl_sae"] >= row["kl_zero"]]
-    short = [row for row in rows if row["mode"] == "matched" and row["l0"] < 0.99 * row["k"]]
-    found = {
-        "reconstruct no better than the mean activation (explained variance 0 or less). Other scores say little of such an SAE; train it on more "
-        "tokens (text.train_tokens, training.epochs), at another training.lr, or with more latents a token": poor,
-        "serve the language model no better than zeros in their place": useless,
-        "do not reach L0 = k at any threshold, so they are not compared at equal L0; train longer": short,
-    }
-    return [f"{len(chosen)} of {len(rows)} rows {what}: {named(chosen)}." for what, chosen in found.items() if chosen]
+    """What must be known of some SAEs before their scores are compared, a sentence each; [] if all is well.
+
+    rows  of `reconstruction_scores`
+    """
+    found = []
+    for what, holds in REMARKS.items():
+        names = [f"{row['sae']} ({row['mode'].replace('_', ' ')})" for row in rows if holds(row)]
+        if names:
+            shown = ", ".join([*names[:6], *(["..."] if len(names) > 6 else [])])
+            found.append(f"{len(names)} of {len(rows)} rows {what}: {shown}.")
+    return found
 
 
 def word_activations(run: Run, draw: int = 0) -> tuple[list[str], Tensor]:

@@ -58,21 +58,22 @@ class Text(Section):
     """Which text, cut into which blocks."""
 
     sources: Annotated[list[str], Field(min_length=1)]
-    """Names of `masksae.sources`, `hub:...`, or files. A long .txt file is cut at blank lines into documents of some pages."""
+    """Names of `masksae.sources`, `hub:...`, or files. A long .txt file is cut at blank lines into documents."""
     block_length: Annotated[int, Field(gt=1)] = 128
     """Tokens of a block, BOS included. A document gives whole blocks only; no block spans two documents."""
     train_tokens: Positive
     """Tokens of the training blocks, the same for every arm."""
     held_out_tokens: Positive | None = None
-    """Tokens of the evaluation blocks, from documents that are never trained on. None: an eighth of train_tokens, 2,048 at least and 32,000 at most."""
+    """Tokens of the evaluation blocks, from documents that are never trained on. None: an eighth of train_tokens, 2,048
+    at least and 32,000 at most."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of documents that is held out, by a hash of the document's text. None: what held_out_tokens and contexts.tokens need with a quarter
-    to spare, .05 at least."""
+    """Share of documents that is held out, by a hash of the document's text. None: what held_out_tokens and
+    contexts.tokens need with a quarter to spare, .05 at least."""
     seed: Seed = 0
     """Order of the documents."""
 
     def sized(self, context_tokens: int | None) -> tuple[int, int, float]:
-        """(held-out tokens, tokens of the context text, held-out share of documents): what is None follows the size of the training text.
+        """(held-out tokens, tokens of the context text, held-out share): what is None follows train_tokens.
 
         >>> Text(sources=["mine.txt"], train_tokens=60_000).sized(None)
         (7500, 20000, 0.3642)

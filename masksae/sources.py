@@ -6,8 +6,8 @@ The texts together are about 40 MB of downloads, the default model 93 MB; both a
     "hub:owner/name@revision#split=train&field=text&where=a.b:value"  a hub data set, streamed; rows where row["a"]["b"] == value (or one of value|value)
     "folder/or/file.{txt,jsonl,parquet}#field=text"                  the reader's own
 
-A row of .jsonl or Parquet is a document. So is a .txt file of up to `LONG` characters; a longer one is cut into documents (`pieces`), since
-a document is held out as a whole or not at all.
+A row of .jsonl or Parquet is a document. So is a .txt file of up to `LONG` characters; a longer one is cut into documents
+(`pieces`), since a document is held out as a whole or not at all.
 """
 
 import csv
@@ -169,7 +169,7 @@ def _local_documents(path: Path, options: dict[str, str]) -> Iterator[str]:
 
 
 def read_rows(file: Path) -> Iterator[dict]:
-    """Rows of a .jsonl or Parquet file, documents of any other as {"text": ...}. Raises SourceError naming the file and the line."""
+    """Rows of a .jsonl or Parquet file; documents of any other as {"text": ...}. Raises SourceError naming file and line."""
     with reading(file):
         if file.suffix == ".jsonl":
             with open(file, encoding="utf-8-sig") as lines:
@@ -205,7 +205,7 @@ def _row(line: str, where: str) -> dict:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where} holds {type(row).__name__}, expected an object such as {{\"text\": ...}}")
+        raise ValueError(f'{where} holds {type(row).__name__}, expected an object such as {{"text": ...}}')
     return row
 
 
@@ -214,8 +214,8 @@ LONG, PIECE = 8_000, 4_000
 
 
 def pieces(text: str) -> Iterator[str]:
-    """A long text as documents: paragraphs (parted by blank lines) put together up to `PIECE` characters; a paragraph of more than `LONG` is
-    cut between words.
+    """A long text as documents: paragraphs (parted by blank lines) put together up to `PIECE` characters; a paragraph of
+    more than `LONG` is cut between words.
 
     >>> text = "\\n\\n".join(["A paragraph of fifty characters, one like another."] * 200)
     >>> [len(piece) for piece in pieces(text)], len(list(pieces(text[:LONG])))

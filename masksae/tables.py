@@ -52,7 +52,8 @@ def _check_cells(column, what: str) -> None:
     for row, value in enumerate(column):
         if not pd.api.types.is_scalar(value) or pd.isna(value):
             raise SourceError(
-                f"{what} holds {type(value).__name__} {value!r:.60} in row {row}, expected text or a number. Mend or leave out such rows."
+                f"{what} holds {type(value).__name__} {value!r:.60} in row {row}, expected text or a number. "
+                "Mend such rows or leave them out."
             )
 
 

@@ -63,6 +63,8 @@ def labels(targets) -> Tensor:
 
     >>> labels(["no", "yes", "no"])
     tensor([False,  True, False])
+    >>> labels([1, "one", 1])  # numbers before words
+    tensor([False,  True, False])
     """
     values = sorted({*targets}, key=lambda value: (isinstance(value, str), value))
     if len(values) != 2:

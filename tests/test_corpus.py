@@ -98,7 +98,7 @@ def test_without_bos_every_position_is_text(tmp_path):
         (
             make_documents(),
             {"tokens": {"train": 2000, "held_out": 90000}},
-            r"of 5,625 blocks of held_out \(text.held_out_tokens\). Add text, or lower text.held_out_tokens; text.train_tokens is full",
+            r"of 5,625 blocks of held_out \(text.held_out_tokens\). Add text, or lower text.held_out_tokens \(",
         ),
         (
             make_documents(1),

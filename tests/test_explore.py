@@ -68,8 +68,9 @@ def test_top_contexts_frame_the_token_that_fires_most(look):
 def test_an_unknown_parent_is_named(look):
     explorer, sae = look
     explorer.__dict__["_contexts"] = (torch.zeros(1, 16), [], [])
-    with pytest.raises(ConfigError, match="no parent 'teh'"):
+    with pytest.raises(ConfigError, match="no parent 'teh'") as caught:
         explorer.context(sae, "teh")
+    assert str(caught.value).count("Known:") == 1
 
 
 def test_the_style_suits_light_and_dark_pages():

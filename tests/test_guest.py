@@ -112,7 +112,7 @@ def test_weak_saes_are_told_in_a_sentence():
     assert scores.remarks([good]) == []
     weak, useless, short = scores.remarks([good, good | {"sae": "b", "ev_centred": -0.1, "ce_sae": 3.0, "l0": 9.0}])
     assert weak.startswith("1 of 2 rows reconstruct no better than the mean") and "text.train_tokens" in weak
-    assert "no better than zeros" in useless and "do not reach L0 = k" in short and short.endswith(": b matched.")
+    assert "no better than zeros" in useless and "do not reach L0 = k" in short and short.endswith(": b (matched).")
 
 
 def test_what_cannot_be_scored_is_refused(run, folder, tmp_path):

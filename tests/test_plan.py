@@ -19,7 +19,6 @@ from masksae.plan import GPUS, Plan, peers, step_flop
 from masksae.plan_report import text
 from masksae.saes.sae import SAE
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -114,6 +114,18 @@ def test_disk_full_before_and_during(index, monkeypatch):
     assert "disk is full" in why and "MASKSAE_CACHE" in why
 
 
+def test_what_is_not_the_pinned_file_is_never_opened(index, tmp_path, monkeypatch):
+    """A bomb with a path out of the folder, put where the package is kept: its hash is not the pinned one."""
+    good = fetch()
+    with zipfile.ZipFile(good, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("tiny/a.txt", bytes(10**7))
+        archive.writestr("../../evil.txt", b"out")
+    opened = []
+    monkeypatch.setattr(packages.zipfile, "ZipFile", lambda *_, **__: opened.append(1))
+    assert hashlib.sha256(fetch().read_bytes()).hexdigest() == packages.PACKAGES["masksae-tiny-data"].sha256
+    assert not opened and not list(tmp_path.rglob("evil.txt"))
+
+
 def test_missing_member_and_unknown_names(index):
     with pytest.raises(SourceError, match=r"holds no 'tiny/b.txt'. Did you mean 'tiny/a.txt'"):
         packages.member(fetch(), "tiny/b.txt")
@@ -243,6 +255,24 @@ def test_hub_rows_are_filtered(tmp_path):
         list(sources.documents(f"hub:{path}#split=test"))
     with pytest.raises(SourceError, match="field 'meta' holds dict, expected text"):
         list(sources.documents(f"hub:{path}#split=test&field=meta"))
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ('{"text": "a"}\nnull\n{"text": null}\n{"text": "b"}\n', ["a", "b"]),
+        ('{"text": {"x": 1}}\n', "field 'text' holds dict"),
+        ("", "train.jsonl, row 0 cannot be read"),
+    ],
+)
+def test_hub_rows_that_hold_nothing(tmp_path, content, found):
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo/train.jsonl").write_text(content)
+    if isinstance(found, list):
+        assert list(sources.documents(f"hub:{tmp_path}/repo")) == found
+    else:
+        with pytest.raises(SourceError, match=found):
+            list(sources.documents(f"hub:{tmp_path}/repo"))
 
 
 def test_a_text_stream_goes_on_where_it_was(tmp_path):
