@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from masksae.code_ids import SOURCE_CODE
+from masksae.errors import DataError
 from masksae.metrics.absorption import first_letter, icl_prefixes, single_token_words
 from masksae.metrics.contexts import context_absorption
 from masksae.metrics.probes import letter_probe
@@ -66,6 +67,10 @@ def context_sample(run: Run) -> tuple[Tensor, Tensor, Tensor]:
 
     ids, first = run.ids("contexts"), 0 if run.bos_id is None else 1
     where, labels = contexts.occurrences(ids, vocabulary(run.language_model.tokenizer))
+    if len(where) == 0:
+        raise DataError(
+            "The held-out text holds no word that a parent could be told of: parents are read off English words."
+        )
     rows = where[:, 0] * (ids.shape[1] - first) + where[:, 1] - first
     key = [run.profile.text.model_dump(), run.profile.contexts.tokens]
     make = lambda: {"x": run.activations(ids, label="activations of the context text")[rows]}

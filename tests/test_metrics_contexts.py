@@ -124,11 +124,6 @@ def test_too_few_parents_is_an_error_that_names_them():
         context_absorption(planted(directions, False), x, probes, min_parents=2)
 
 
-def test_text_without_words_is_refused():
-    with pytest.raises(DataError, match="holds no word"):
-        context_probes(torch.empty(0, 4), torch.empty(0, 13, dtype=torch.bool), torch.empty(0).long(), positives=10)
-
-
 def test_the_word_list_has_no_overlap_that_would_make_a_parent_trivial():
     prepositions, determiners = (set(contexts.BEFORE[key].split()) for key in ("a preposition", "a determiner"))
     assert not prepositions & determiners and len(PARENTS) == 13 == len(set(PARENTS))

@@ -8,7 +8,7 @@ import yaml
 from conftest import byte_tokenizer, tiny_model
 
 from masksae import Run, load_profile, models, plan_report, scores
-from masksae.errors import ConfigError, SourceError
+from masksae.errors import ConfigError, DataError, SourceError
 from masksae.plan import Plan
 
 WORDS = "the cat sat on a mat while seven dogs ran past it and nobody saw them".split()
@@ -57,6 +57,16 @@ def test_a_profile_of_a_dozen_lines_lives_on_one_text_file_of_200_k_tokens(proje
     tokens = {split: 128 * len(blocks) for split, blocks in run.blocks.items()}
     assert tokens["train"] >= 60_000 and tokens["held_out"] > 5_000 and tokens["contexts"] > 12_000  # less what repeats
     assert plan_report.record(Plan(run.profile), "cpu")["text_tokens"] < 100_000
+
+
+def test_text_without_words_has_no_contexts_and_says_so(project):
+    run = own(project, tiny_model("llama"))
+    draw = random.Random(0)
+    lines = [f'{{"text": "{"".join(draw.choices("0123456789 .,", k=300))}"}}\n' for _ in range(150)]
+    (project / "text.jsonl").write_text("".join(lines))
+    assert len(run.held_out) > 0
+    with pytest.raises(DataError, match="no word that a parent could be told of"):
+        scores.context_sample(run)
 
 
 def gpt2():
