@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from masksae.activations import ActivationStream
-from masksae.code_ids import code_id
+from masksae.cache import code_id
 from masksae.errors import ConfigError, DataError, nearest
 from masksae.files import run_id
 from masksae.masking import mask_tokens
@@ -56,7 +56,7 @@ def mask_dataset(dataset, *, p: float, token_id: int, seed: int, spare=(), colum
     rows = functools.partial(_mask_rows, column=column, **keys)
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.map(rows, with_indices=True, batched=True)
-    key = [dataset._fingerprint, column, keys, code_id("masking", "plugins")]
+    key = [dataset._fingerprint, column, keys, code_id("plugins")]
     features = datasets.Features(dataset.features | {"is_masked": datasets.Sequence(datasets.Value("bool"))})
     return dataset.map(rows, with_indices=True, batched=True, features=features, new_fingerprint=run_id(key))
 

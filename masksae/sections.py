@@ -19,6 +19,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    @property
+    def named_data(self) -> list[str]:
+        """Names of models, texts and tasks in this section: what they stand for belongs to the results as much as the names do."""
+        return []
+
 
 class Model(Section):
     """Which language model, and where its activations are read."""
@@ -34,6 +39,10 @@ class Model(Section):
     """Number format of its weights and activations; bfloat16 halves the memory and suits GPUs, and is slow on most CPUs."""
     bos_token: str | None = None
     """Text of the token that starts every block; its own activations are never used. None: no such token."""
+
+    @property
+    def named_data(self) -> list[str]:
+        return [self.source]
 
     @property
     def layer(self) -> int | None:
@@ -68,6 +77,10 @@ class Text(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Order of the documents."""
 
+    @property
+    def named_data(self) -> list[str]:
+        return self.sources
+
 
 class Arm(Section):
     """A masking condition."""
@@ -75,8 +88,8 @@ class Arm(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     p: Share
     """Probability that an input token is replaced; 0 is the unmasked baseline."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the masks."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the masks, beside the seed of the pair: arms of one seed mask the same tokens."""
     token: str | None = None
     """Text of the token that replaces; None: the model's mask_token; "rare": the rarest token of the training text; "random": for each position
     a token drawn by its frequency there."""
@@ -88,6 +101,10 @@ class Arm(Section):
     """Share of the training text that is used."""
     seeds: list[Annotated[int, Field(ge=0)]] | None = None
     """Of an ablation: seeds of its SAEs, some of the first grid's; None: all of them."""
+
+    def mask_seed(self, pair: int) -> int:
+        """Seed of the masks that the SAEs of seed `pair` see: another for every pair."""
+        return self.seed << 32 | pair
 
 
 class Training(Section):
@@ -159,7 +176,7 @@ class Rule(Section):
 
 
 class Grid(Section):
-    """SAEs that differ only in their seed."""
+    """SAEs that differ in their seed only: in the initial weights, the order of the tokens and the masks that are drawn from it."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     selection: Rule
@@ -168,7 +185,7 @@ class Grid(Section):
     """Matryoshka group fractions, summing to 1; empty: one group."""
     dead_after_tokens: Positive = 10_000_000
     """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (TopK kinds)."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0, 1, 2]
 
     def config(self, d_model: int, seed: int, drop_masked: bool = False) -> SAEConfig:
         """The SAE's configuration for a model of width `d_model`."""
@@ -181,6 +198,7 @@ class Grid(Section):
             aux=aux,
             seed=seed,
             drop_masked=drop_masked,
+            own_order=True,
         )
 
     @property
