@@ -57,12 +57,13 @@ def mask_dataset(dataset, *, p: float, token_id: int, seed: int, spare=(), colum
             f"mask_dataset takes a datasets.Dataset or IterableDataset, found {type(dataset).__name__}. "
             f"Choose a split of a DatasetDict; make one of lists with datasets.Dataset.from_dict({{{column!r}: rows}})."
         )
+    lazy = isinstance(dataset, datasets.IterableDataset)
+    if not lazy and dataset.format["type"] == "custom":
+        raise ConfigError("The data set has a transform, which would run over the masked rows. Use map in its place.")
     _check_column(dataset, column, keys["token_id"])
     rows = functools.partial(_mask_rows, column=column, keys=keys)
-    if isinstance(dataset, datasets.IterableDataset):
+    if lazy:
         return dataset.map(rows, batched=True)
-    if dataset.format["type"] == "custom":
-        raise ConfigError("The data set has a transform, which would run over the masked rows. Use map in its place.")
     key = [dataset._fingerprint, column, keys, code_id("masking", "plugins")]
     features = datasets.Features(dataset.features | {"is_masked": datasets.Sequence(datasets.Value("bool"))})
     return dataset.map(rows, with_indices=True, batched=True, features=features, new_fingerprint=run_id(key))
@@ -87,11 +88,14 @@ def _plain(number):
 
 
 def _check_column(dataset, column: str, token_id: int) -> None:
-    """Raise ConfigError or DataError for a data set that cannot be masked; reads a row if the data set does not know its columns."""
-    features = dataset.features
-    first = None if features else next(iter(dataset), None)
-    if len(dataset) == 0 if hasattr(dataset, "__len__") else not features and first is None:
-        raise DataError("The data set has no rows, so there is nothing to mask. Look at the filters before.")
+    """Raise ConfigError or DataError for a data set that cannot be masked."""
+    import datasets
+
+    features, first = dataset.features, None
+    if not (features and isinstance(dataset, datasets.IterableDataset)):  # a stream that knows its columns is not begun
+        first = next(iter(dataset), None)
+        if first is None:
+            raise DataError("The data set has no rows, so there is nothing to mask. Look at the filters before.")
     names = list(features or first)
     if column not in names:
         raise ConfigError(
