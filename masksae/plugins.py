@@ -12,6 +12,7 @@ Neither library is imported here. `tests/test_peers_plugins.py` trains both on a
 import functools
 import hashlib
 import inspect
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -84,7 +85,7 @@ def _checked(p, token_id, seed, spare, vocab_size: int | None = None) -> dict:
 
 def _plain(number):
     """A number of NumPy or PyTorch as one of Python: it becomes part of the name of a cache."""
-    return number.item() if isinstance(number, (np.generic, Tensor)) else number
+    return number.item() if isinstance(number, (np.generic, Tensor)) and number.ndim == 0 else number
 
 
 def _check_column(dataset, column: str, token_id: int) -> None:
@@ -162,7 +163,7 @@ def activation_batches(stream: ActivationStream, *, drop_masked: bool = False) -
 
     drop_masked  leave masked positions out; batches stay full
 
-    Raises ConfigError now; the iterator raises DataError for pools of different widths, or whose is_masked is not bool.
+    Raises ConfigError now, and what the stream raises later.
 
     >>> x = torch.arange(8.0)[:, None]
     >>> stream = ActivationStream.from_array(x, batch_size=4, seed=0, is_masked=x[:, 0] > 3)
@@ -174,19 +175,7 @@ def activation_batches(stream: ActivationStream, *, drop_masked: bool = False) -
             f"activation_batches takes an ActivationStream, found {type(stream).__name__}. Make one with "
             "masksae.activations.from_model, or of an array with ActivationStream.from_array."
         )
-    return _batches(stream, drop_masked)
-
-
-def _batches(stream: ActivationStream, drop_masked: bool) -> Iterator[Tensor]:
-    width = None
-    for [(x, is_masked, *_)] in stream.batches([(stream.seed, drop_masked)]):
-        width = width or x.shape[1]
-        if is_masked.dtype != torch.bool or x.shape[1] != width:
-            raise DataError(
-                f"A pool of the stream has width {x.shape[1]} and is_masked of {is_masked.dtype}, expected {width} and torch.bool. "
-                "Look at what loads the pools."
-            )
-        yield x
+    return (views[0][0] for views in stream.batches([(stream.seed, drop_masked)]))
 
 
 class mask_inputs:
@@ -218,6 +207,8 @@ class mask_inputs:
 
     def __init__(self, model: nn.Module, *, p: float, token_id: int, seed: int, spare=()):
         self._model = type(model).__name__
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"mask_inputs takes the torch module that runs, found {self._model}. Give what it wraps.")
         # of the class, since nnsight and others put a function of their own in place of an instance's forward
         self._name = next(iter([*inspect.signature(type(model).forward).parameters][1:]), None)
         if self._name not in ("input_ids", "input", "tokens"):
@@ -232,7 +223,7 @@ class mask_inputs:
                 f"{self._model} is masked already, and would be twice. Call remove() of the masks before."
             )
         self.is_masked: Tensor | None = None
-        self._inside = False
+        self._inside: set[int] = set()  # threads that are in a forward of the model
         self._hooks = [
             model.register_forward_pre_hook(self._corrupt, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
@@ -262,16 +253,16 @@ class mask_inputs:
     def _corrupt(self, _, args: tuple, kwargs: dict):
         if self._name not in kwargs and not args:
             raise DataError("The model was called without input ids, so nothing could be masked. Call it with ids.")
-        self._inside = True
+        self._inside.add(threading.get_ident())
         if self._name in kwargs:
             return args, kwargs | {self._name: self.corrupt(kwargs[self._name])}
         return (self.corrupt(args[0]), *args[1:]), kwargs
 
     def _leave(self, *_) -> None:
-        self._inside = False
+        self._inside.discard(threading.get_ident())
 
     def _guard(self, *_) -> None:
-        if not self._inside:
+        if threading.get_ident() not in self._inside:
             raise DataError(
                 f"Ids reached the embedding of {self._model} past its own forward, and so unmasked. Call the model itself, "
                 "or give mask_inputs the part of it that is called."
@@ -286,9 +277,7 @@ class mask_inputs:
             )
         if self._keys["token_id"] > torch.iinfo(ids.dtype).max:
             raise DataError(f"token_id {self._keys['token_id']} does not fit into ids of {ids.dtype}. Give int64.")
-        if ids.is_meta or isinstance(
-            ids, FakeTensor
-        ):  # shapes alone, as in nnsight's scan: there is no token to replace
+        if ids.is_meta or isinstance(ids, FakeTensor):  # shapes alone, as in nnsight's scan: no token to replace
             self.is_masked = torch.zeros_like(ids, dtype=torch.bool)
             return ids
         clean = ids.detach().cpu().long()

@@ -1,6 +1,8 @@
 """Masking inside somebody else's pipeline: data sets, batches, and the inputs of a model. The real trainers are in test_peers_plugins.py."""
 
+import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from masksae import ActivationStream, activation_batches, mask_dataset, mask_inputs, mask_tokens
 from masksae.errors import ConfigError, DataError
+from masksae.models import LanguageModel
 
 KEYS = {"p": 0.4, "token_id": 1, "seed": 7, "spare": (0,)}
 IDS = torch.randint(2, 100, (20, 9), generator=torch.Generator().manual_seed(0))
@@ -238,6 +241,7 @@ def test_a_stream_of_a_generator_is_looked_at_before_it_is_masked():
         ({"seed": 2**63}, "seed must be"),
         ({"seed": 2**64}, "seed must be"),
         ({"token_id": 1.0}, "token_id must be"),
+        ({"token_id": torch.tensor([1, 2])}, "token_id must be"),
         ({"spare": (None,)}, r"list of token ids, found \[None\]. A tokenizer without a BOS"),
         ({"spare": 0}, "spare must be a list of token ids, found 0"),
         ({"spare": "<bos>"}, "spare must be a list of token ids, found"),
@@ -279,13 +283,6 @@ def test_a_model_sees_corrupted_ids_until_it_is_over(model, ids):
 def test_batches_of_what_is_no_stream_are_refused():
     with pytest.raises(ConfigError, match="takes an ActivationStream, found Tensor. Make one with"):
         activation_batches(torch.zeros(8, 2))
-    pools = {"is_masked of torch.uint8": [(torch.zeros(4, 2), torch.zeros(4, dtype=torch.uint8))]}
-    pools["width 3 .* expected 2"] = [(torch.zeros(4, width), torch.zeros(4, dtype=torch.bool)) for width in (2, 3)]
-    for words, loaded in pools.items():
-        batches = activation_batches(ActivationStream(loaded.__getitem__, [4] * len(loaded), batch_size=4, seed=0))
-        with pytest.raises(DataError, match=words):
-            for _ in range(2):
-                next(batches)
 
 
 @given(st.lists(st.lists(st.integers(2, 90), min_size=1, max_size=12), min_size=1, max_size=6), st.booleans())
@@ -306,6 +303,8 @@ def test_what_a_hook_cannot_mask_is_refused():
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="first argument of MultiheadAttention.forward is query, expected input_ids"):
         mask_inputs(torch.nn.MultiheadAttention(2, 1), **KEYS)
+    with pytest.raises(ConfigError, match="takes the torch module that runs, found LanguageModel. Give what it wraps"):
+        mask_inputs(LanguageModel("tiny", model, None, ""), **KEYS)
     with pytest.raises(ConfigError, match=f"token_id {VOCABULARY} is outside the vocabulary of {VOCABULARY} tokens"):
         mask_inputs(model, **KEYS | {"token_id": VOCABULARY})
     refused = {
@@ -330,6 +329,20 @@ def test_a_forward_past_the_masks_is_refused_at_once(model, ids):
         corrupted = masks.corrupt(ids)
     assert torch.equal(inner(corrupted).last_hidden_state, found)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_masks_hold_in_threads_after_an_error_and_in_a_copy(ids):
+    model = tiny_model("llama")
+    with mask_inputs(model, **KEYS):
+        expected = model(ids).logits
+        with ThreadPoolExecutor(4) as pool:
+            assert all(torch.equal(found.logits, expected) for found in pool.map(model, [ids] * 40))
+        for _ in range(2):
+            with pytest.raises(DataError, match="outside the vocabulary"):
+                model(ids + VOCABULARY)
+            with pytest.raises(DataError, match="and so unmasked"):
+                model.model(ids)
+        assert torch.equal(copy.deepcopy(model)(ids).logits, expected)
 
 
 def test_a_block_in_which_nothing_was_masked_is_refused(model, ids):
