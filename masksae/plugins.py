@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensor
 
 from masksae.activations import ActivationStream
 from masksae.code_ids import code_id
-from masksae.errors import ConfigError, DataError, nearest
+from masksae.errors import ConfigError, DataError, OutputError, nearest
 from masksae.files import run_id
 from masksae.masking import mask_tokens
 
@@ -43,7 +43,7 @@ def mask_dataset(dataset, *, p: float, token_id: int, seed: int, spare=(), colum
     epoch. Two equal rows get equal masks. For fresh masks in another epoch, mask the clean stream again with another seed.
 
     SAELens takes the result as it is (`override_dataset=`), and leaves masked positions out of training with
-    `exclude_special_tokens=[token_id]`. Raises ConfigError, DataError.
+    `exclude_special_tokens=[token_id]`. Raises ConfigError, DataError, OutputError.
 
     >>> import datasets
     >>> blocks = datasets.Dataset.from_dict({"input_ids": [[1, 5, 6, 7, 8, 9]]})
@@ -67,7 +67,13 @@ def mask_dataset(dataset, *, p: float, token_id: int, seed: int, spare=(), colum
         return dataset.map(rows, batched=True)
     key = [dataset._fingerprint, column, keys, code_id("masking", "plugins")]
     features = datasets.Features(dataset.features | {"is_masked": datasets.Sequence(datasets.Value("bool"))})
-    return dataset.map(rows, with_indices=True, batched=True, features=features, new_fingerprint=run_id(key))
+    try:
+        return dataset.map(rows, with_indices=True, batched=True, features=features, new_fingerprint=run_id(key))
+    except OSError as error:
+        raise OutputError(
+            f"The masked rows cannot be written beside the data set ({error}). Free space there, or keep them in a "
+            "temporary folder with datasets.disable_caching()."
+        ) from error
 
 
 def _checked(p, token_id, seed, spare, vocab_size: int | None = None) -> dict:

@@ -20,6 +20,7 @@ import datasets
 
 from masksae import activation_batches, mask_dataset, mask_inputs, mask_tokens
 from masksae.activations import from_model
+from masksae.errors import ConfigError
 from masksae.models import LanguageModel
 from masksae.tracing import activations
 
@@ -175,6 +176,8 @@ def test_a_hooked_transformer_sees_masked_tokens():
         n_layers=2, d_model=16, n_ctx=12, d_head=8, d_vocab=128, act_fn="relu", default_prepend_bos=False, device="cpu"
     )
     hooked = HookedTransformer(config)
+    with pytest.raises(ConfigError, match="token_id 128 is outside the vocabulary of 128 tokens"):
+        mask_inputs(hooked, **KEYS | {"token_id": 128})
     name = "blocks.0.hook_resid_post"
     with mask_inputs(hooked, **KEYS) as masks:
         _, cache = hooked.run_with_cache(IDS, names_filter=[name], stop_at_layer=1, prepend_bos=False)

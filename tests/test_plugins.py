@@ -145,6 +145,20 @@ def test_the_cache_knows_the_masks(tmp_path):
         assert len(list(tmp_path.glob("cache-*.arrow"))) == len(settings)
 
 
+def test_a_data_set_that_cannot_be_written_to_is_named(tmp_path, as_nobody):
+    blocks().save_to_disk(tmp_path / "shared")
+    (tmp_path / "shared").chmod(0o555)
+    shared = datasets.load_from_disk(tmp_path / "shared")
+    name, words = as_nobody(lambda: mask_dataset(shared, **KEYS))
+    assert name == "OutputError" and "shared'" in words and "datasets.disable_caching()" in words
+
+    def without_a_cache():
+        datasets.disable_caching()
+        assert torch.equal(columns(mask_dataset(shared, **KEYS))[0], EXPECTED)
+
+    assert as_nobody(without_a_cache) is None
+
+
 def test_numbers_of_numpy_and_torch_are_numbers():
     theirs = {"p": np.float64(0.4), "token_id": np.int32(1), "seed": torch.tensor(7), "spare": np.array([0])}
     assert mask_dataset(blocks(), **theirs)._fingerprint == mask_dataset(blocks(), **KEYS)._fingerprint
