@@ -6,14 +6,14 @@ against steps and against clean explained variance, at snapshots that are finish
 
 from torch import Tensor
 
-from masksae.code_ids import code_id
+from masksae import cache
 from masksae.metrics.absorption import first_letter
 from masksae.metrics.contexts import context_absorption
 from masksae.metrics.probes import letter_probe
 from masksae.metrics.reconstruction import reconstruction
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
-from masksae.scores import CONTEXT_CODE, context_probes, matched_threshold, word_activations
+from masksae.scores import context_probes, matched_threshold, word_activations
 from masksae.stages import Run
 
 KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what came before)"}
@@ -41,9 +41,7 @@ def _arm_rows(run: Run, arm) -> list[dict]:
         )  # fmt: skip
 
     options = [run.profile.absorption.model_dump(exclude={"draws", "splits"}), run.profile.contexts.model_dump()]
-    return run.kept(
-        "along", [run.rows_of([arm]), run.id_of("group", arm), options, code_id(*CONTEXT_CODE, "along")], make
-    )
+    return cache.kept_rows("along", [run.rows_of([arm]), run.ids_of([arm]), options, cache.code_of(make)], make)
 
 
 def _scores(run: Run, sae: SAE, k: float, words: list[str], x_words: Tensor, probe, x_contexts: Tensor, probes) -> dict:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from masksae.code_ids import SOURCE_CODE
 from masksae.errors import DataError
 from masksae.metrics.perturbation import Probe, Texts, fit_probe, scr, tpp
 from masksae.metrics.sparse_probing import probe, sparse_probing
@@ -61,7 +60,7 @@ def pool(run: Run, texts: list[str], label: str) -> Pool:
                 parts[row] = values[:length]
         return {"x": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
 
-    return Pool(**run.scratch("pools", [texts, limit], (*SOURCE_CODE, "tables", "tracing", "tasks", "concepts"), make))
+    return Pool(**run.scratch("pools", [texts, limit], make))
 
 
 def distinct_texts(task: str) -> dict[str, bool]:
@@ -224,16 +223,6 @@ def pair_scores(run: Run, found: Pair, sae, threshold) -> dict:
 
 def concept_scores(run: Run) -> list[dict]:
     """One row per SAE and mode: TPP and SCR by number of ablated latents, accuracy of k-sparse probes, and the tables they are means of."""
-    code = (
-        *SOURCE_CODE,
-        "tables",
-        "tracing",
-        "tasks",
-        "concepts",
-        "metrics.sparse_probing",
-        "metrics.perturbation",
-        "scores",
-    )
 
     def make() -> list[dict]:
         options = run.profile.perturbation
@@ -247,7 +236,7 @@ def concept_scores(run: Run) -> list[dict]:
 
         return score_saes(run, "concepts", score)
 
-    return run.rows("concepts", run.profile.perturbation, code, make)
+    return run.rows("concepts", run.profile.perturbation, make)
 
 
 def _means(groups: list[dict], pairs: list[dict]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from masksae.adapter import AdapterConfig, SAEBenchAdapter
 from masksae.errors import CheckpointError, ConfigError, readable
 from masksae.files import atomic_dir, save_tensors
 from masksae.saes.config import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
-from masksae.saes.sae import SAE
+from masksae.saes.sae import SAE, SAE_FILES
 
 SAELENS_VERSION = "6.54.12"
 """Version that the written `cfg.json` names; without one the folder would be read as an older format."""
@@ -57,7 +57,7 @@ def to_saelens(sae: SAE, folder, *, model_name: str = "", hook_name: str = "", *
             "hook_head_index": None, "prepend_bos": True, **metadata, "masksae": _own(sae),
         },
     }  # fmt: skip
-    with atomic_dir(folder) as tmp:
+    with atomic_dir(folder, SAE_FILES) as tmp:
         save_tensors(_plain(tensors), tmp / "sae_weights.safetensors")
         (tmp / "cfg.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return Path(folder)
@@ -143,7 +143,7 @@ def to_dictionary_learning(sae: SAE, folder, *, model_name: str = "", layer: int
         "buffer": {},
         "masksae": _own(sae),
     }  # fmt: skip
-    with atomic_dir(folder) as tmp:
+    with atomic_dir(folder, SAE_FILES) as tmp:
         torch.save(_plain(state), tmp / "ae.pt")
         (tmp / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return Path(folder)

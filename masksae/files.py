@@ -1,7 +1,8 @@
 """Paths, atomic writes and run ids: the few file habits that every other module shares.
 
 A file or folder appears under its final name only when it is complete (written beside it, flushed, then renamed), so a
-kill or a full disk can leave rubbish with a `.tmp-` name but never half a result. Rubbish is swept by the next writer.
+kill or a full disk can leave rubbish with a `.tmp-` name but never half a result. Who may read it is what the umask says, as for
+any other program's files: two users may share a cache.
 """
 
 import contextlib
@@ -10,8 +11,11 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
+from collections.abc import Collection
+from fnmatch import fnmatch
 from pathlib import Path
 
 from masksae.errors import DataError, OutputError
@@ -61,22 +65,33 @@ def ensure_writable(folder) -> Path:
     return folder
 
 
+ANYTHING = ("*",)
+"""What `atomic_dir` may replace in a place that no one else writes to: the cache, or `build/`."""
+
+
 @contextlib.contextmanager
-def atomic_dir(target):
+def atomic_dir(target, replaces: Collection[str] = ()):
     """Yield an empty temporary folder that becomes `target` when the block ends without an error.
 
-    An existing `target` is replaced; at no moment is there a partly written one. If the process dies between the two
-    renames, the old folder survives as `.old-NAME` and `recover` brings it back.
+    A folder that is there already is replaced if every file in it is one of `replaces` (patterns such as "*.json", in folders inside it
+    too); any other is not ours to delete, and refused with OutputError before the block runs. At no moment is there a partly written
+    one. If the process dies between the two renames, the old folder survives as `.old-NAME` and `recover` brings it back.
     """
     target = Path(target)
+    if target.is_symlink():
+        target = target.resolve()
     ensure_writable(target.parent)
     recover(target)
-    tmp = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+    _refuse_foreign(target, replaces)
+    tmp = _beside(target)
+    tmp.mkdir()
     try:
         with explained(target):
             yield tmp
+            mode = tmp.stat().st_mode & 0o666
             for path in tmp.rglob("*"):
                 if path.is_file():
+                    path.chmod(mode)  # safetensors makes its files for their owner alone
                     _sync(path)
             old = target.with_name(f".old-{target.name}")
             if target.exists():
@@ -86,6 +101,26 @@ def atomic_dir(target):
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _refuse_foreign(target: Path, replaces: Collection[str]) -> None:
+    """Raise OutputError if there is something at `target` that may not be replaced."""
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file, and a folder is to be written there. Choose another name.")
+    if not target.exists() or tuple(replaces) == ANYTHING:
+        return
+    files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if not path.is_dir())
+    if foreign := [file for file in files if not any(fnmatch(file, pattern) for pattern in replaces)]:
+        expected = f"nothing but {', '.join(replaces)}" if replaces else "nothing"
+        raise OutputError(
+            f"{target} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, and writing there would delete it. "
+            f"Expected: a folder that is new, or holds {expected}. Choose another name, or move what is there."
+        )
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody uses, beside a path."""
+    return path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
 
 
 def recover(target) -> Path:
@@ -105,17 +140,18 @@ def atomic_file(path):
     """Yield a temporary path; the file written there becomes `path` when the block ends without an error."""
     path = Path(path)
     ensure_writable(path.parent)
-    fd, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
-    os.close(fd)
+    tmp = _beside(path)
+    with explained(path):
+        tmp.touch(exist_ok=False)
+    mode = tmp.stat().st_mode & 0o666
     try:
         with explained(path):
-            yield Path(name)
-            _sync(Path(name))
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            yield tmp
+            tmp.chmod(mode)  # the writer may have put a file of its own there
+            _sync(tmp)
+            os.replace(tmp, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        tmp.unlink(missing_ok=True)
 
 
 def write_text(path, text: str) -> Path:

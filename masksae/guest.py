@@ -8,7 +8,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from masksae.code_ids import code_id
+from masksae import cache
 from masksae.errors import ConfigError, MasksaeError, OutputError, nearest
 from masksae.files import ensure_writable, write_json
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
@@ -103,14 +103,14 @@ class Guest(Run):
     def latents_of(self, row: dict) -> int:
         return self.sae.config.n_latents
 
-    def rows(self, kind: str, section, code: tuple[str, ...], make) -> list[dict]:
+    def rows(self, kind: str, section, make) -> list[dict]:
         """As of a run, under an id of the weights."""
         digest = hashlib.sha256()
         for name, value in sorted(self.sae.state_dict().items()):
             digest.update(name.encode() + value.cpu().contiguous().view(-1).numpy().tobytes())
-        stream = [self.profile.model.model_dump(), self.profile.text.model_dump()]
-        key = [self.table, self.sae.config.to_dict(), digest.hexdigest(), stream, section.model_dump(), code_id(*code)]
-        return self.kept(f"guest-{kind}", key, make)
+        made_of = self.identity(self.profile.model, self.profile.text, section)
+        key = [self.table, self.sae.config.to_dict(), digest.hexdigest(), made_of, cache.code_of(make)]
+        return cache.kept_rows(f"guest-{kind}", key, make)
 
 
 def evaluate(guest: Guest, metrics: list[str]) -> dict[str, list[dict]]:

@@ -61,6 +61,10 @@ class Profile(Section):
         grids = self.grids if arm in self.arms else self.grids[:1]
         return [(grid, seed) for grid in grids for seed in arm.seeds or grid.seeds]
 
+    def pairs(self, arm: Arm) -> list[int | None]:
+        """The draws of masks of an arm: one for each seed of its SAEs; [None] without masks."""
+        return list(dict.fromkeys(seed for _, seed in self.members(arm))) if arm.p else [None]
+
     @model_validator(mode="after")
     def _sized(self):
         """Sizes that are left out follow the training text; from here on they are numbers."""

@@ -10,7 +10,7 @@ import statistics
 import uuid
 from pathlib import Path
 
-from masksae.files import atomic_dir, write_json
+from masksae.files import ANYTHING, atomic_dir, write_json
 from masksae.stages import Run
 
 NOT_MEASURED = -1.0
@@ -192,7 +192,7 @@ def write_results(run: Run) -> Path:
     """Write build/<profile>/saebench/TYPE/NAME_custom_sae_eval_results.json for every SAE of the run, as trained and at matched L0."""
     rows = {name: run.result(name) for name in {source for source, _ in EVALUATIONS.values()}}
     folder = run.build / "saebench"
-    with atomic_dir(folder) as tmp:
+    with atomic_dir(folder, ANYTHING) as tmp:
         for kind, (source, _) in EVALUATIONS.items():
             (tmp / kind).mkdir()
             for row in rows[source]:

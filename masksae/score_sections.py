@@ -82,6 +82,10 @@ class Probing(Section):
     """The same for shifted texts; C3 is decided on the first."""
     seed: Seed = 0
 
+    @property
+    def named_data(self) -> list[str]:
+        return [*self.tasks, *(part.strip() for text in self.shifted for part in text.split("->"))]
+
 
 class Perturbation(Section):
     """Texts averaged over tokens: SAEBench's k-sparse probing, and ablation of concepts (TPP, SCR)."""
@@ -102,6 +106,10 @@ class Perturbation(Section):
     ks: Annotated[list[Positive], Field(min_length=1)] = [1, 5, 16]
     """Numbers of latents a probe may use."""
     seed: Seed = 0
+
+    @property
+    def named_data(self) -> list[str]:
+        return [task for tasks in (*self.groups.values(), *self.pairs) for task in tasks]
 
 
 class Simulation(Section):

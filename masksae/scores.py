@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from masksae.code_ids import SOURCE_CODE
 from masksae.errors import DataError
 from masksae.metrics.absorption import first_letter, icl_prefixes, single_token_words
 from masksae.metrics.contexts import context_absorption
@@ -48,7 +47,7 @@ def thresholds(run: Run) -> dict[str, dict[str, float | None]]:
             for name, t in zip(ks, matched)
         }
 
-    return run.rows("thresholds", run.profile.text, ("metrics.reconstruction",), make)
+    return run.rows("thresholds", run.profile.text, make)
 
 
 def matched_threshold(run: Run, sae: SAE, k: float) -> float | None:
@@ -72,9 +71,9 @@ def context_sample(run: Run) -> tuple[Tensor, Tensor, Tensor]:
             "The held-out text holds no word that a parent could be told of: parents are read off English words."
         )
     rows = where[:, 0] * (ids.shape[1] - first) + where[:, 1] - first
-    key = [run.profile.text.model_dump(), run.profile.contexts.tokens]
+    key = [run.identity(run.profile.text), run.profile.contexts.tokens]
     make = lambda: {"x": run.activations(ids, label="activations of the context text")[rows]}
-    x = run.scratch("contexts", key, (*SOURCE_CODE, "corpus", "tracing", "metrics.contexts"), make)["x"]
+    x = run.scratch("contexts", key, make)["x"]
     kept = ~contexts.sinks(x)
     return x[kept], labels[kept], where[kept]
 
@@ -100,7 +99,7 @@ def context_scores(run: Run) -> list[dict]:
             lambda sae, t: _context_row(context_absorption(sae, x, probes, threshold=t, **options)),
         )
 
-    return run.rows("contexts", run.profile.contexts, CONTEXT_CODE, make)
+    return run.rows("contexts", run.profile.contexts, make)
 
 
 def _context_row(found) -> dict:
@@ -124,8 +123,7 @@ def score_saes(run: Run, label: str, score: Callable[[SAE, float | None], dict])
 
 def reconstruction_scores(run: Run) -> list[dict]:
     """One row per SAE and mode: explained variance in three definitions, L0, CE score, dead latents, ..."""
-    code = ("metrics.reconstruction", "scores")
-    return run.rows("reconstruction", run.profile.evaluation, code, lambda: _reconstruction_scores(run))
+    return run.rows("reconstruction", run.profile.evaluation, lambda: _reconstruction_scores(run))
 
 
 def _reconstruction_scores(run: Run) -> list[dict]:
@@ -185,8 +183,7 @@ def word_activations(run: Run, draw: int = 0) -> tuple[list[str], Tensor]:
     chosen = torch.randperm(len(words), generator=torch.Generator().manual_seed(task.seed))[: task.words].sort().values
     words, ids = [words[i] for i in chosen], torch.as_tensor(ids)[chosen]
     key = task.model_dump(include={"words", "min_word_letters", "prefixes", "seed"}) | {"draw": draw}
-    code = (*SOURCE_CODE, "tracing", "metrics.absorption")
-    return words, run.scratch("words", key, code, lambda: {"x": _word_activations(run, words, ids, draw)})["x"]
+    return words, run.scratch("words", key, lambda: {"x": _word_activations(run, words, ids, draw)})["x"]
 
 
 def _word_activations(run: Run, words: list[str], ids: Tensor, draw: int) -> Tensor:
@@ -203,10 +200,6 @@ def _word_activations(run: Run, words: list[str], ids: Tensor, draw: int) -> Ten
     return x
 
 
-ABSORPTION_CODE = ("metrics.reconstruction", "metrics.probes", "metrics.absorption", "scores")
-CONTEXT_CODE = (*ABSORPTION_CODE, "metrics.contexts")
-
-
 def absorption_scores(run: Run) -> list[dict]:
     """One row per SAE and mode: mean full absorption, absorption fraction, and the table of letters."""
 
@@ -218,7 +211,7 @@ def absorption_scores(run: Run) -> list[dict]:
             run, "absorption", lambda sae, t: first_letter(sae, x, words, threshold=t, **options).to_dict()
         )
 
-    return run.rows("absorption", run.profile.absorption, ABSORPTION_CODE, make)
+    return run.rows("absorption", run.profile.absorption, make)
 
 
 def absorption_noise(run: Run) -> list[dict]:
@@ -227,7 +220,7 @@ def absorption_noise(run: Run) -> list[dict]:
     task = run.profile.absorption
     if task.draws * task.splits == 1:
         return []
-    return run.rows("noise", task, ABSORPTION_CODE, lambda: _absorption_noise(run))
+    return run.rows("noise", task, lambda: _absorption_noise(run))
 
 
 def _absorption_noise(run: Run) -> list[dict]:

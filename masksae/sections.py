@@ -21,6 +21,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
+    @property
+    def named_data(self) -> list[str]:
+        """Names of models, texts and tasks in this section: what they stand for belongs to the results as much as the names do."""
+        return []
+
 
 class Model(Section):
     """Which language model, and where its activations are read."""
@@ -36,6 +41,10 @@ class Model(Section):
     """Number format of its weights and activations; bfloat16 halves the memory and suits GPUs, and is slow on most CPUs."""
     bos_token: str | None = None
     """Text of the token that starts every block; its own activations are never used. None: no such token."""
+
+    @property
+    def named_data(self) -> list[str]:
+        return [self.source]
 
     @property
     def layer(self) -> int | None:
@@ -84,6 +93,10 @@ class Text(Section):
         share = self.held_out_share or round(max(0.05, spare / (self.train_tokens + spare)), 4)
         return held_out, contexts, share
 
+    @property
+    def named_data(self) -> list[str]:
+        return self.sources
+
 
 class Arm(Section):
     """A masking condition."""
@@ -92,7 +105,7 @@ class Arm(Section):
     p: Share
     """Probability that an input token is replaced; 0 is the unmasked baseline."""
     seed: Seed = 0
-    """Seed of the masks."""
+    """Of the masks, beside the seed of the pair: arms of one seed mask the same tokens."""
     token: str | None = None
     """Text of the token that replaces; None: the model's mask_token; "rare": the rarest token of the training text; "random": for each position
     a token drawn by its frequency there."""
@@ -104,6 +117,10 @@ class Arm(Section):
     """Share of the training text that is used."""
     seeds: list[Seed] | None = None
     """Of an ablation: seeds of its SAEs, some of the first grid's; None: all of them."""
+
+    def mask_seed(self, pair: int) -> int:
+        """Seed of the masks that the SAEs of seed `pair` see: another for every pair."""
+        return self.seed << 32 | pair
 
 
 class Training(Section):
@@ -175,7 +192,7 @@ class Rule(Section):
 
 
 class Grid(Section):
-    """SAEs that differ only in their seed."""
+    """SAEs that differ in their seed only: in the initial weights, the order of the tokens and the masks that are drawn from it."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     selection: Rule
@@ -197,6 +214,7 @@ class Grid(Section):
             aux=aux,
             seed=seed,
             drop_masked=drop_masked,
+            own_order=True,
         )
 
     @property

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from masksae.errors import ConfigError, DataError, SourceError
 from masksae.export import to_saelens
-from masksae.files import atomic_dir
+from masksae.files import ANYTHING, atomic_dir
 from masksae.plan import Plan
 from masksae.stages import Run
 from masksae.tracing import hook_point
@@ -22,7 +22,7 @@ def build(run: Run) -> Path:
     saes, target = run.load_saes(), run.build / "hub"
     model = run.profile.model
     hook, name = hook_point(Plan(run.profile).model, model.block), model.source.removeprefix("hub:")
-    with atomic_dir(target) as tmp:
+    with atomic_dir(target, ANYTHING) as tmp:
         for row in run.table:
             to_saelens(
                 saes[row["sae"]], tmp / row["sae"], model_name=name, hook_name=model.hook_name,

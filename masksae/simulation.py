@@ -16,15 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from masksae import cache
 from masksae.activations import ActivationStream
-from masksae.code_ids import SAE_CODE, code_id
 from masksae.metrics.absorption import absorbed
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import in_threads
 from masksae.recipe import TrainConfig
 from masksae.saes.config import BatchTopK, SAEConfig
 from masksae.saes.sae import SAE
-from masksae.stages import Run
+from masksae.score_sections import Simulation
 from masksae.stats import paired_effect
 from masksae.training import train
 
@@ -126,26 +126,15 @@ def grid(options) -> list[dict]:
     return [cell | {"k": k, "seed": seed} for cell in cells for k in options.ks for seed in range(options.seeds)]
 
 
-def simulation_rows(run: Run) -> list[dict]:
-    """Rows of every cell of the grid, kept in scratch."""
-    options = run.profile.simulation
-    code = (
-        *SAE_CODE,
-        "recipe",
-        "member",
-        "training",
-        "activations",
-        "metrics.reconstruction",
-        "metrics.absorption",
-        "simulation",
-    )
+def simulation_rows(options: Simulation) -> list[dict]:
+    """Rows of every cell of the grid, kept in scratch: profiles that ask for the same worlds share them."""
 
     def make() -> list[dict]:
         cells = grid(options)
         found = in_threads(lambda cell: simulate(steps=options.steps, **cell), cells, label="simulation", unit="SAE")
         return [row for rows in found for row in rows]
 
-    return run.kept("simulation", [options.model_dump(), code_id(*code)], make)
+    return cache.kept_rows("simulation", [options.model_dump(), cache.code_of(make)], make)
 
 
 def effects(rows: list[dict], arm: str, *, mode: str = "matched") -> list[dict]:

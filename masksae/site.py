@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from masksae.errors import DataError
-from masksae.files import PROFILES, atomic_dir, read_json, repository, write_text
+from masksae.files import ANYTHING, PROFILES, atomic_dir, read_json, repository, write_text
 from masksae.profile import load_profile
 from masksae.report import CLAIMS, describe
 from masksae.stats import Effect
@@ -37,7 +37,7 @@ def build(root: Path | None = None) -> Path:
     pages = sorted((root / "docs").glob("*.md"), key=lambda path: place(path.stem, DOCS))
     links = [("index.html", "masksae"), *((f"{name}/index.html", name) for name in names)]
     links += [(f"docs/{path.stem}.html", path.stem) for path in pages] + [("api/masksae.html", "API")]
-    with atomic_dir(root / "build" / "site") as site:
+    with atomic_dir(root / "build" / "site", ANYTHING) as site:
         for name in names:
             _profile(root, folders[name], name, links, site / name)
         for path in pages:

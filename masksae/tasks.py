@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from masksae import progress
-from masksae.code_ids import SOURCE_CODE
+from masksae.cache import contents
 from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads
@@ -74,10 +74,7 @@ def labels(targets) -> Tensor:
 
 def task_activations(run: Run, task: str, shift: Shift | None = None) -> dict[str, Tensor]:
     """x_train, y_train, x_test, y_test of a task; the test side is that of `shift` if one is given."""
-    options, code = (
-        run.profile.probing,
-        (*SOURCE_CODE, "tables", "tracing", "tasks", "shifts", "metrics.sparse_probing"),
-    )
+    options = run.profile.probing
 
     def make() -> dict[str, Tensor]:
         prompts, y = _rows(task)
@@ -94,9 +91,9 @@ def task_activations(run: Run, task: str, shift: Shift | None = None) -> dict[st
         return {"x_train": x[: len(train)], "y_train": y[train], "x_test": x[len(train) :], "y_test": y_test}
 
     how = None if shift is None else [shift.family, shift.table, shift.change and shift.change.__name__]
-    return run.scratch(
-        "tasks", [task, how, options.model_dump(exclude={"tasks", "shifted", "ks", "shifted_ks"})], code, make
-    )
+    named = [task] if shift is None or shift.table is None else [task, shift.table]
+    key = [task, how, contents(named), options.model_dump(exclude={"tasks", "shifted", "ks", "shifted_ks"})]
+    return run.scratch("tasks", key, make)
 
 
 def _rows(source: str) -> tuple[list[str], Tensor]:
@@ -125,8 +122,7 @@ def ood_scores(run: Run) -> list[dict]:
 
 
 def _scores(run: Run, kind: str, tasks: dict[str, tuple[str, Shift | None]], rankings: tuple[str, ...]) -> list[dict]:
-    code = (*SOURCE_CODE, "tables", "tracing", "tasks", "shifts", "metrics.sparse_probing", "metrics.reconstruction")
-    return run.rows(kind, run.profile.probing, code, lambda: _score_all(run, kind, tasks, rankings))
+    return run.rows(kind, run.profile.probing, lambda: _score_all(run, kind, tasks, rankings))
 
 
 def _score_all(

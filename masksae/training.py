@@ -21,7 +21,7 @@ from masksae.member import EXPLODED, Member
 from masksae.memory import check_memory
 from masksae.recipe import TrainConfig
 from masksae.saes.config import SAEConfig
-from masksae.saes.sae import SAE, read_tensors, seal
+from masksae.saes.sae import SAE, SAE_FILES, read_tensors, seal
 
 SCHEMAS = (1, 2)
 """Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the configs."""
@@ -187,7 +187,7 @@ class Group:
         step, position = self.step, self.stream.state_dict()
         if n > step:
             self.run(config.branch(n))
-        with atomic_dir(target) as tmp:
+        with atomic_dir(target, ("identity.json", *(f"sae-*/{file}" for file in SAE_FILES))) as tmp:
             write_json(tmp / "identity.json", run_id(self.identity))
             for i, member in enumerate(self.members):
                 _finish(copy.deepcopy(member.sae), self.scale).save(tmp / f"sae-{i:04d}")
@@ -206,7 +206,7 @@ class Group:
         }
         record = {"schema": SCHEMAS[-1], "identity": self.identity, "step": self.step, "scale": self.scale}
         record |= {"stream": self.stream.state_dict(), "history": [member.sae.history for member in self.members]}
-        with atomic_dir(folder) as tmp:
+        with atomic_dir(folder, ("state.safetensors", "state.json")) as tmp:
             save_tensors(tensors, tmp / "state.safetensors")
             record["sha256"] = seal(record, tmp / "state.safetensors")
             (tmp / "state.json").write_text(json.dumps(record), encoding="utf-8")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import masksae
 from masksae import BatchTopK, Gated, JumpReLU, ReLU, TopK, load_dictionary_learning, load_saelens
-from masksae.errors import CheckpointError, ConfigError
+from masksae.errors import CheckpointError, ConfigError, OutputError
 from masksae.export import saebench_adapter
 
 every_rule = pytest.mark.parametrize("rule", ALL_RULES, ids=lambda r: type(r).__name__)
@@ -155,3 +155,16 @@ def test_adapter_has_what_saebench_asks_for(rule):
     assert adapter.dtype == torch.float64 == adapter.W_dec.dtype and adapter.cfg.dtype == "float64"
     adapter.W_dec.data *= 2
     assert not adapter.check_decoder_norms()
+
+
+@pytest.mark.parametrize("write", ["save", "to_saelens", "to_dictionary_learning"])
+def test_an_sae_is_written_over_an_sae_and_over_nothing_else(write, tmp_path):
+    sae, model = make(TopK(2)), tmp_path / "model"
+    for other in ("save", "to_saelens", write):
+        getattr(sae, other)(tmp_path / "sae")
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_text("weights of a week")
+    with pytest.raises(OutputError, match="model holds model.safetensors, and writing there would delete it"):
+        getattr(sae, write)(model)
+    assert sorted(p.name for p in model.iterdir()) == ["config.json", "model.safetensors"]

@@ -20,6 +20,7 @@ import datasets
 
 from masksae import activation_batches, mask_dataset, mask_inputs, mask_tokens
 from masksae.activations import from_model
+from masksae.errors import ConfigError
 from masksae.models import LanguageModel
 from masksae.tracing import activations
 
@@ -38,9 +39,9 @@ def model():
     return tiny_model("llama")
 
 
-def ours(model, keep):
+def ours(model, keep, corrupted=CORRUPTED):
     """Activations at the positions to keep."""
-    return activations(model, CORRUPTED, block=1)[keep]
+    return activations(model, corrupted, block=1)[keep]
 
 
 def assert_same_rows(found, expected):
@@ -65,7 +66,7 @@ def saelens_config(drop, steps, output):
 @pytest.mark.parametrize("drop", [False, True], ids=["kept", "dropped"])
 @pytest.mark.parametrize("stream", [False, True], ids=["Dataset", "IterableDataset"])
 def test_saelens_trains_on_our_activations(model, drop, stream, monkeypatch, tmp_path):
-    """Its own runner, from a pre-tokenised data set; masked positions dropped by its own option."""
+    """Its own runner, from a pre-tokenised data set; masked positions dropped by its own option. A stream's masks are those of `mask_inputs`."""
     from sae_lens import LanguageModelSAETrainingRunner
     from sae_lens.load_model import HookedProxyLM
     from sae_lens.training.sae_trainer import SAETrainer
@@ -84,10 +85,12 @@ def test_saelens_trains_on_our_activations(model, drop, stream, monkeypatch, tmp
         override_model=HookedProxyLM(model, byte_tokenizer()),
     )
     runner.run()
-    keep = ~WHERE if drop else torch.ones_like(WHERE)
+    masks = mask_inputs(tiny_model("llama"), **KEYS)
+    corrupted, where = (masks.corrupt(IDS), masks.is_masked) if stream else (CORRUPTED, WHERE)
+    keep = ~where if drop else torch.ones_like(where)
     keep[:, 0] = False
     assert len(seen) == 48
-    assert_same_rows(torch.cat(seen), ours(model, keep))
+    assert_same_rows(torch.cat(seen), ours(model, keep, corrupted))
 
 
 def recorder():
@@ -173,6 +176,8 @@ def test_a_hooked_transformer_sees_masked_tokens():
         n_layers=2, d_model=16, n_ctx=12, d_head=8, d_vocab=128, act_fn="relu", default_prepend_bos=False, device="cpu"
     )
     hooked = HookedTransformer(config)
+    with pytest.raises(ConfigError, match="token_id 128 is outside the vocabulary of 128 tokens"):
+        mask_inputs(hooked, **KEYS | {"token_id": 128})
     name = "blocks.0.hook_resid_post"
     with mask_inputs(hooked, **KEYS) as masks:
         _, cache = hooked.run_with_cache(IDS, names_filter=[name], stop_at_layer=1, prepend_bos=False)

@@ -1,11 +1,15 @@
-"""Properties of streams and selections that hold for whatever sizes, seeds and values Hypothesis comes up with."""
+"""Properties of streams, masks and selections that hold for whatever sizes, seeds and values Hypothesis comes up with."""
 
+import datasets
 import torch
-from hypothesis import given, settings
+from conftest import VOCABULARY, tiny_model
+from datasets.distributed import split_dataset_by_node
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_saes import ALL_RULES, random_sae
+from scipy.stats import binomtest
 
-from masksae import ActivationStream, BatchTopK, TopK
+from masksae import ActivationStream, BatchTopK, TopK, mask_dataset, mask_inputs
 from masksae.saes.rules import largest, rule_of
 
 quick = settings(max_examples=60, deadline=None)
@@ -102,3 +106,52 @@ def test_latents_scale_with_the_activations(rule, seed, scale):
     sae.requires_grad_(False).rescale_(scale)
     torch.testing.assert_close(sae.encode(scale * x), scale * f, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(sae(scale * x), scale * x_hat, rtol=1e-9, atol=1e-9)
+
+
+MODEL = tiny_model("llama", layers=1)
+seeds, shares = st.integers(0, 2**63 - 1), st.floats(0, 1)
+
+
+def masks_of(number, p, seed):
+    """(sequences [128, 32], where they are masked by content); the sequences are distinct but for a chance of nothing."""
+    ids = torch.randint(2, VOCABULARY, (128, 32), generator=torch.Generator().manual_seed(number))
+    with mask_inputs(MODEL, p=p, token_id=1, seed=seed, spare=[0]) as masks:
+        corrupted = masks.corrupt(ids)
+    assert torch.equal(corrupted, ids.masked_fill(masks.is_masked, 1))
+    return masks.is_masked
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 90), max_size=9), min_size=1, max_size=30), shares, seeds, st.integers(1, 5),
+    st.integers(1, 3), st.integers(1, 9), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_masks_by_content_do_not_depend_on_batches_shards_nodes_or_order(rows, p, seed, shards, nodes, buffer, late):
+    keys = {"p": p, "token_id": 1, "seed": seed, "spare": [0]}
+    data = datasets.Dataset.from_list([{"input_ids": row, "row": i} for i, row in enumerate(rows)])
+    data = data.cast_column("input_ids", datasets.List(datasets.Value("int64")))
+    stream = data.to_iterable_dataset(min(shards, len(rows)))
+    stream = stream if late else mask_dataset(stream, **keys)
+    parts = [split_dataset_by_node(stream.shuffle(seed=1, buffer_size=buffer), rank, nodes) for rank in range(nodes)]
+    parts = [mask_dataset(part, **keys) if late else part for part in parts]
+    found = {row["row"]: row["input_ids"] for part in parts for row in part}
+    with mask_inputs(MODEL, **keys) as masks:
+        assert found == {i: masks.corrupt(torch.tensor([row]).long())[0].tolist() for i, row in enumerate(rows)}
+
+
+@given(st.integers(0, 2**32), shares, seeds)
+@quick
+def test_a_share_p_is_masked_by_content_and_more_p_only_adds(number, p, seed):
+    where, more = masks_of(number, p, seed), masks_of(number, (1 + p) / 2, seed)
+    assert (more | ~where).all()
+    assert binomtest(int(where.sum()), where.numel(), p).pvalue > 1e-9
+
+
+@given(st.integers(0, 2**32), st.floats(0.05, 0.95), seeds, seeds | st.integers(1, 3))
+@quick
+def test_masks_of_two_seeds_are_independent(number, p, seed, other):
+    """They agree at a position as often as two coins do, whether the seeds are neighbours or far from each other."""
+    other = seed + other if other < 4 and seed < 2**62 else other
+    assume(seed != other)
+    agree = masks_of(number, p, seed) == masks_of(number, p, other)
+    assert binomtest(int(agree.sum()), agree.numel(), p**2 + (1 - p) ** 2).pvalue > 1e-9

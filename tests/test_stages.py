@@ -7,9 +7,9 @@ import torch
 import yaml
 from conftest import byte_tokenizer, tiny_model
 
-from masksae import SAE, Run, scores
+from masksae import SAE, Run, scores, stages
 from masksae.errors import ConfigError, DataError
-from masksae.files import cache_dir, read_json
+from masksae.files import read_json
 
 
 @pytest.fixture
@@ -121,17 +121,14 @@ def test_the_masked_arm_is_trained_on_what_the_model_makes_of_masked_text(projec
 def test_what_is_finished_is_read_back_and_what_is_missing_is_made(project, monkeypatch):
     path = profile(project)
     before = {name: sae.W_dec.clone() for name, sae in Run(path).saes.items()}
-    import masksae.training
-
-    monkeypatch.setattr(masksae.training, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(stages, "train", lambda *_, **__: pytest.fail("trained again"))
     again = Run(path)
     assert all(torch.equal(again.saes[name].W_dec, w) for name, w in before.items())
     assert all(torch.equal(again.load_saes()[name].W_dec, w) for name, w in before.items())
     monkeypatch.undo()
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "cache"))
-    for arm in again.profile.arms:
-        group = cache_dir("groups", again.id_of("group", arm), arm.name)
-        left = {p.name for p in group.iterdir()}
+    for group in again.groups(again.arms):
+        left = {p.name for p in again.folder_of(group).iterdir()}
         assert left == {"saes", ".lock", "log.jsonl"}  # the checkpoint is gone once the SAEs are there
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "other"))
     assert all(torch.equal(sae.W_dec, before[name]) for name, sae in Run(path).saes.items())
@@ -214,22 +211,24 @@ def test_a_changed_arm_changes_only_what_depends_on_it(project):
     before = Run(profile(project, ablations=ablations))
     arms = [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.2}]
     after = Run(profile(project, "changed", ablations=ablations, arms=arms))
-    same = [a.name for a, b in zip(before.arms, after.arms) if before.id_of("group", a) == after.id_of("group", b)]
+    same = [a.name for a, b in zip(before.arms, after.arms) if before.ids_of([a]) == after.ids_of([b])]
     assert same == ["unmasked", "dropped"]
-    unmasked, masked, dropped = before.arms
-    assert before.id_of("stream", masked) == before.id_of("stream", dropped)  # one forward serves both
-    assert before.id_of("stream", masked) != after.id_of("stream", after.arms[1])
+    assert before.stream_id(before.arms[1]) != after.stream_id(after.arms[1])
 
 
-def test_pictures_and_tables_are_no_part_of_any_id():
-    from masksae import along, code_ids, concepts, scores, tasks
-
-    used = {*code_ids.SOURCE_CODE, *code_ids.TRAINING_CODE, *scores.CONTEXT_CODE}
-    drawing = {"figures", "task_figures", "simulation_figures", "along_report", "report", "site", "explore", "stages"}
-    assert not used & drawing
-    for module in (along, concepts, scores, tasks):
-        source = open(module.__file__, encoding="utf-8").read()
-        assert not any(f'"{name}"' in source for name in drawing)
+def test_saes_of_another_configuration_are_not_taken_for_this_ones(project):
+    run = Run(profile(project))
+    run.saes
+    run.load_saes()
+    with pytest.raises(
+        DataError,
+        match="unmasked was made of another configuration, other files or by other code. Run notebook 02_train",
+    ):
+        Run(profile(project, training={"lr": 1e-3})).load_saes()
+    text = project / "text.jsonl"
+    text.write_text(text.read_text().replace("the", "thy"))
+    with pytest.raises(DataError, match="was made of another configuration"):
+        Run(profile(project)).load_saes()
 
 
 def test_every_kind_of_replacement(project):
@@ -250,4 +249,6 @@ def test_every_kind_of_replacement(project):
     assert run.replacement(letter)["token_id"] != run.replacement(masked)["token_id"]
     x, is_masked, clean = next(run.stream(denoising).batches([(0, True)]))[0]
     assert not is_masked.any() and not torch.equal(x, clean)
-    assert {sae.config.drop_masked for sae in run._group(denoising).values()} == {True}
+    [group] = run.groups([denoising])
+    run.train_group(group)
+    assert SAE.load(run.folder_of(group) / "saes/denoising-plain-s0").config.drop_masked

@@ -21,6 +21,9 @@ from masksae.errors import CheckpointError, DataError, readable
 from masksae.files import atomic_dir, save_tensors, sha256
 from masksae.saes.config import Gated, JumpReLU, SAEConfig, TopK
 
+SAE_FILES = ("sae.safetensors", "config.json", "sae_weights.safetensors", "cfg.json", "ae.pt")
+"""What the folder of one SAE may hold, in our form, SAELens' and dictionary_learning's: such a folder may be written over."""
+
 SCHEMA = 1
 """Version of the saved form; raise it when the files change meaning."""
 
@@ -141,7 +144,7 @@ class SAE(nn.Module):
 
     def save(self, folder) -> Path:
         """Write `sae.safetensors` and `config.json` into `folder`, atomically. `SAE.load` reads them back bit for bit."""
-        with atomic_dir(folder) as tmp:
+        with atomic_dir(folder, SAE_FILES) as tmp:
             save_tensors(self.state_dict(), tmp / "sae.safetensors")
             record = {"schema": SCHEMA, "config": self.config.to_dict(), "history": self.history}
             record["sha256"] = seal(record, tmp / "sae.safetensors")
