@@ -60,8 +60,7 @@ class Explorer:
         x, probes, texts = self._contexts
         found = next((probe for probe in probes if probe.name == parent), None)
         if found is None:
-            names = [probe.name for probe in probes]
-            raise ConfigError(f"There is no parent {parent!r} here.{nearest(parent, names)} Known: {', '.join(names)}.")
+            raise ConfigError(f"There is no parent {parent!r} here.{nearest(parent, [probe.name for probe in probes])}")
         metric = context_absorption(sae, x, [found], min_parents=1, threshold=threshold)
         names = [texts[i] for i in found.rows.tolist()]
         sample = (x[found.rows], names, found.positive, found.is_test, found.weight)
