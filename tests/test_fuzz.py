@@ -9,15 +9,18 @@ import pickle
 import random
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 from fault_table import survived
 
 from masksae import SAE, ActivationStream, BatchTopK, JumpReLU, SAEConfig, TrainConfig, load_profile, train
-from masksae.errors import CheckpointError, ConfigError, MasksaeError
+from masksae.errors import CheckpointError, ConfigError, MasksaeError, SourceError
 from masksae.files import PROFILES
 from masksae.guest import load_sae
+from masksae.sources import documents
+from masksae.tables import probe_table
 
 TRIES = int(os.environ.get("MASKSAE_FUZZ", "30"))
 JUNK = [None, -1, True, 0, 10**30, "x", [], {}, [None], [{}], float("nan"), float("inf")]
@@ -175,3 +178,27 @@ def test_damaged_scratch_is_said_to_be_made_again(tmp_path, monkeypatch):
                 refused += 1
     what = "scratch files (scores, activations), damaged likewise"
     survived("damaged file", what, 2 * TRIES, f"{refused} refused with the remedy, the others read")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".csv"])
+def test_a_damaged_text_or_table_is_refused_by_name_or_read(suffix, tmp_path):
+    file, draw, refused = tmp_path / f"mine{suffix}", random.Random(0), 0
+    table = pd.DataFrame({"text": [f"some text für {i}" for i in range(200)], "target": [0, 1] * 100})
+    write = {
+        ".txt": lambda: file.write_text("\n\n".join(table["text"] * 20)),
+        ".jsonl": lambda: table.to_json(file, orient="records", lines=True, force_ascii=False),
+        ".parquet": lambda: table.to_parquet(file),
+        ".csv": lambda: table.to_csv(file, index=False),
+    }
+    write[suffix]()
+    good = file.read_bytes()
+    for _ in range(TRIES):
+        file.write_bytes(damaged(good, draw))
+        try:
+            probe_table(f"{file}#prompt=text") if suffix == ".csv" else list(documents(str(file)))
+        except SourceError as error:
+            assert str(file) in str(error)
+            refused += 1
+    assert 0 < refused < TRIES
+    outcome = f"{refused} refused naming the file, {TRIES - refused} read"
+    survived("damaged file", f"a reader's own {suffix} file, damaged likewise", TRIES, outcome)
