@@ -61,7 +61,7 @@ def pool(run: Run, texts: list[str], label: str) -> Pool:
                 parts[row] = values[:length]
         return {"x": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
 
-    return Pool(**run.scratch("pools", [texts, limit], (*SOURCE_CODE, "tables", "tracing", "tasks", "concepts"), make))
+    return Pool(**run.scratch("pools", [texts, limit], (*SOURCE_CODE, "tables", "corpus", "tracing", "tasks", "concepts"), make))
 
 
 def distinct_texts(task: str) -> dict[str, bool]:
@@ -227,6 +227,7 @@ def concept_scores(run: Run) -> list[dict]:
     code = (
         *SOURCE_CODE,
         "tables",
+        "corpus",
         "tracing",
         "tasks",
         "concepts",

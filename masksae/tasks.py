@@ -11,6 +11,7 @@ from torch import Tensor
 
 from masksae import progress
 from masksae.code_ids import SOURCE_CODE
+from masksae.corpus import tokenise
 from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads
@@ -36,7 +37,7 @@ def text_batches(run: Run, texts: list[str], limit: int, *, from_end: bool, labe
     tokenizer, model = run.language_model.tokenizer, run.language_model.model
     start = [] if run.bos_id is None else [run.bos_id]
     cut = slice(-limit, None) if from_end else slice(limit)
-    tokens = [ids[cut] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    tokens = [ids[cut] for ids in tokenise(tokenizer, texts)]
     if not all(tokens):
         raise DataError("A labelled text has no token. Leave empty texts out of the table.")
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
@@ -74,7 +75,7 @@ def task_activations(run: Run, task: str, shift: Shift | None = None) -> dict[st
     """x_train, y_train, x_test, y_test of a task; the test side is that of `shift` if one is given."""
     options, code = (
         run.profile.probing,
-        (*SOURCE_CODE, "tables", "tracing", "tasks", "shifts", "metrics.sparse_probing"),
+        (*SOURCE_CODE, "tables", "corpus", "tracing", "tasks", "shifts", "metrics.sparse_probing"),
     )
 
     def make() -> dict[str, Tensor]:
@@ -123,7 +124,7 @@ def ood_scores(run: Run) -> list[dict]:
 
 
 def _scores(run: Run, kind: str, tasks: dict[str, tuple[str, Shift | None]], rankings: tuple[str, ...]) -> list[dict]:
-    code = (*SOURCE_CODE, "tables", "tracing", "tasks", "shifts", "metrics.sparse_probing", "metrics.reconstruction")
+    code = (*SOURCE_CODE, "tables", "corpus", "tracing", "tasks", "shifts", "metrics.sparse_probing", "metrics.reconstruction")
     return run.rows(kind, run.profile.probing, code, lambda: _score_all(run, kind, tasks, rankings))
 
 

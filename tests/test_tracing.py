@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from masksae.errors import ConfigError, DataError
-from masksae.tracing import activations, hook_point, hook_width, prefix_cache, spliced_losses
+from masksae.tracing import activations, activations_after, hook_point, hook_width, spliced_losses
 
 
 def hooked(model, ids, block):
@@ -35,14 +35,16 @@ def test_later_blocks_do_not_run(model, ids):
     assert ran
 
 
-def test_prefix_cache_equals_the_whole_prompt(model, ids):
-    prefix, words = ids[:1, :7], ids[:, 7:8]
-    cache = prefix_cache(model, prefix, block=1)
-    for _ in range(2):  # the cache must not grow
-        fast = activations(model, words, block=1, batch=5, cache=cache)[:, 0]
-        assert torch.allclose(
-            fast, hooked(model, torch.cat([prefix.expand(len(ids), -1), words], 1), 1)[:, -1], atol=1e-5
-        )
+def test_activations_after_a_prefix_equal_the_whole_prompts(model, ids):
+    """Over several batches, so that a cache that grows would be seen; the prefix itself runs once."""
+    prefix, words = ids[:1, :6], ids[:, 6:8]
+    lengths, block = [], model.get_submodule(hook_point(model, 0))
+    handle = block.register_forward_pre_hook(lambda m, inputs: lengths.append(inputs[0].shape[1]))
+    after = activations_after(model, prefix, words, block=1, batch=5)
+    handle.remove()
+    assert lengths == [8, 6, 2, 2, 2, 2]  # the comparison, the prefix, the comparison, three batches
+    whole = hooked(model, torch.cat([prefix.expand(len(ids), -1), words], 1), 1)
+    assert torch.allclose(after, whole[:, 6:], atol=1e-5)
 
 
 def with_hook(model, ids, block, change):
@@ -80,13 +82,14 @@ def test_spliced_losses_equal_the_models_own_and_those_of_a_hook(model, ids):
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_a_spliced_run_starts_after_the_hook_point(model, ids, block):
-    """Every block up to the hook point runs once, for the original; the later ones run once more for each replacement."""
+    """Every block up to the hook point runs once, for the original; the later ones run once more for each replacement, and once to see
+    whether that may be."""
     ran = [0] * 3
     for i in range(3):
         count = lambda *_, i=i: ran.__setitem__(i, ran[i] + 1)
         model.get_submodule(hook_point(model, i)).mlp.register_forward_pre_hook(count)
     spliced_losses(model, ids, {"same": lambda x: x}, block=block, batch=12)
-    assert ran == [1 if i <= block else 3 for i in range(3)]
+    assert ran == [1 if i <= block else 4 for i in range(3)]
 
 
 def test_splicing_does_not_depend_on_the_batch(model, ids):
@@ -126,9 +129,8 @@ def mlp(model):
 def test_a_module_path_is_a_hook_point_too(model, ids, mlp):
     assert torch.equal(activations(model, ids, block=mlp, batch=12), hooked(model, ids, mlp))
     assert torch.equal(activations(model, ids, block=hook_point(model, 1)), activations(model, ids, block=1))
-    cache = prefix_cache(model, ids[:1, :7], block=mlp)
     whole = hooked(model, torch.cat([ids[:1, :7].expand(12, -1), ids[:, 7:8]], 1), mlp)[:, -1]
-    assert torch.allclose(activations(model, ids[:, 7:8], block=mlp, cache=cache)[:, 0], whole, atol=1e-5)
+    assert torch.allclose(activations_after(model, ids[:1, :7], ids[:, 7:8], block=mlp)[:, 0], whole, atol=1e-5)
     wide = next(
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.out_features == 32
     )
@@ -153,5 +155,5 @@ def test_a_path_that_is_no_module_or_gives_no_tokens(model, mlp):
     with pytest.raises(ConfigError, match="has no module .* that runs"):
         hook_width(model, hook_point(model, 0).removesuffix(".0"))  # the list of blocks
     model.get_submodule(hook_point(model, 1)).mlp = Flat()
-    with pytest.raises(ConfigError, match=r"gives \(2, 16\) for two tokens, expected \(1, 2, width\)"):
+    with pytest.raises(ConfigError, match=r"gives \(2, 16\) for ids \(1, 2\), expected \(1, 2, width\)"):
         hook_width(model, mlp)
