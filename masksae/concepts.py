@@ -61,7 +61,9 @@ def pool(run: Run, texts: list[str], label: str) -> Pool:
                 parts[row] = values[:length]
         return {"x": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
 
-    return Pool(**run.scratch("pools", [texts, limit], (*SOURCE_CODE, "tables", "corpus", "tracing", "tasks", "concepts"), make))
+    return Pool(
+        **run.scratch("pools", [texts, limit], (*SOURCE_CODE, "tables", "corpus", "tracing", "tasks", "concepts"), make)
+    )
 
 
 def distinct_texts(task: str) -> dict[str, bool]:

@@ -109,11 +109,15 @@ def token_id(tokenizer, text: str) -> int:
 def _check_causal(model, source: str) -> None:
     """Raise SourceError if what the model says of earlier tokens depends on later ones by more than rounding."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (vocabulary // 2 + torch.arange(16, device=model.device)[None]) % vocabulary  # ordinary words of most tokenizers
+    ids = (
+        vocabulary // 2 + torch.arange(16, device=model.device)[None]
+    ) % vocabulary  # ordinary words of most tokenizers
     other = torch.cat([ids[:, :8], ids[:, 8:].flip(1)], dim=1)
     before, after = (model(input_ids=each, use_cache=False).logits[:, :8].double() for each in (ids, other))
     change = ((after - before).norm(dim=-1) / before.norm(dim=-1)).max().item()
-    quantised = getattr(model.config, "quantization_config", None) is not None  # its products may be coarser than its dtype
+    quantised = (
+        getattr(model.config, "quantization_config", None) is not None
+    )  # its products may be coarser than its dtype
     rounding = 32 * torch.finfo(torch.bfloat16 if quantised else model.dtype).eps
     if not change <= rounding:
         raise SourceError(
@@ -137,7 +141,7 @@ def check_reads_english(model, tokenizer, name: str) -> float:
     if not loss < LARGEST_PAGE_LOSS:
         raise SourceError(
             f"{name} gives {loss:.2f} nats per token on a page of English, expected below {LARGEST_PAGE_LOSS}: its weights were "
-            "read wrongly. Use the pinned versions of transformers and gguf (requirements.lock)."
+            "read wrongly, or it is no model of English. Use the pinned versions of transformers and gguf (requirements.lock)."
         )
     return loss
 
@@ -173,7 +177,9 @@ def _from_pretrained(folder, source: str, **options):
             f"Cannot load the model {source!r}: it lacks {len(missing)} weights of {type(model).__name__}: {_some(missing)}. Get all of its files, and a "
             "config.json that belongs to them."
         )
-    if mismatched := sorted(f"{name} {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]):
+    if mismatched := sorted(
+        f"{name} {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
+    ):
         raise SourceError(
             f"Cannot load the model {source!r}: {len(mismatched)} weights have another shape than its config.json says: {_some(mismatched)}. Get all of "
             "its files from one place."

@@ -124,7 +124,16 @@ def ood_scores(run: Run) -> list[dict]:
 
 
 def _scores(run: Run, kind: str, tasks: dict[str, tuple[str, Shift | None]], rankings: tuple[str, ...]) -> list[dict]:
-    code = (*SOURCE_CODE, "tables", "corpus", "tracing", "tasks", "shifts", "metrics.sparse_probing", "metrics.reconstruction")
+    code = (
+        *SOURCE_CODE,
+        "tables",
+        "corpus",
+        "tracing",
+        "tasks",
+        "shifts",
+        "metrics.sparse_probing",
+        "metrics.reconstruction",
+    )
     return run.rows(kind, run.profile.probing, code, lambda: _score_all(run, kind, tasks, rankings))
 
 

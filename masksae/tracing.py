@@ -295,7 +295,9 @@ def _check_shape(x, ids: Tensor, path: str) -> Tensor:
     if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] != ids.shape:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         expected = f"({ids.shape[0]}, {ids.shape[1]}, width)"
-        raise ConfigError(f"{path} gives {shape} for ids {tuple(ids.shape)}, expected {expected}. Choose another module.")
+        raise ConfigError(
+            f"{path} gives {shape} for ids {tuple(ids.shape)}, expected {expected}. Choose another module."
+        )
     return x
 
 

@@ -157,3 +157,35 @@ def test_a_path_that_is_no_module_or_gives_no_tokens(model, mlp):
     model.get_submodule(hook_point(model, 1)).mlp = Flat()
     with pytest.raises(ConfigError, match=r"gives \(2, 16\) for ids \(1, 2\), expected \(1, 2, width\)"):
         hook_width(model, mlp)
+
+
+def test_a_model_in_training_mode_gives_what_it_gives_in_eval_mode(ids):
+    """Dropout would be noise in the activations; every module gets its own mode back, also after an error."""
+    import transformers as tr
+
+    torch.manual_seed(0)
+    config = tr.GPT2Config(
+        vocab_size=128, n_embd=16, n_layer=3, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    model = tr.AutoModelForCausalLM.from_config(config).eval()
+    x, after = activations(model, ids, block=1), activations_after(model, ids[:1], ids, block=1)
+    losses = spliced_losses(model, ids, {"half": lambda x: x / 2}, block=1)
+    model.train()
+    model.transformer.h[0].eval()  # frozen by its trainer
+    state = torch.get_rng_state()
+    assert torch.equal(activations(model, ids, block=1), x)
+    assert torch.equal(activations_after(model, ids[:1], ids, block=1), after)
+    assert spliced_losses(model, ids, {"half": lambda x: x / 2}, block=1) == losses and hook_width(model, 1) == 16
+    with pytest.raises(ZeroDivisionError):
+        spliced_losses(model, ids, {"broken": lambda x: x / (1 // 0)}, block=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    frozen = set(model.transformer.h[0].modules())
+    assert all(module.training == (module not in frozen) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "shape, keep_first, words", [((3, 1), False, "of 2 tokens"), ((3, 2), True, "after BOS. .* of 3 tokens"), ((0, 9), False, "hold no")]
+)  # fmt: skip
+def test_ids_without_a_token_to_predict(model, shape, keep_first, words):
+    with pytest.raises(DataError, match=f"no token to predict.*{words}|{words} token to predict"):
+        spliced_losses(model, torch.full(shape, 5), {}, block=1, keep_first=keep_first)
