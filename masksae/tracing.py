@@ -308,7 +308,9 @@ def _first(output):
 
 def _with_first(output, x: Tensor):
     """What a module gave, with x for the residual stream."""
-    return type(output)([x, *output[1:]]) if isinstance(output, tuple | list) else x
+    if isinstance(output, list):
+        return [x, *output[1:]]
+    return (x, *output[1:]) if isinstance(output, tuple) else x
 
 
 def _traced(model: nn.Module):
@@ -327,10 +329,10 @@ def _repeat(cache, n: int):
 
 
 def _check_ids(model: nn.Module, ids: Tensor) -> None:
-    if ids.ndim != 2 or ids.dtype != torch.int64:
-        raise DataError(f"ids must be int64 [sequences, tokens], found {ids.dtype} {tuple(ids.shape)}.")
+    if ids.ndim != 2 or ids.dtype != torch.int64 or not ids.numel():
+        raise DataError(f"ids must be int64 [sequences, tokens] and not empty, found {ids.dtype} {tuple(ids.shape)}.")
     vocabulary = model.get_input_embeddings().num_embeddings
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise DataError(
             f"Token ids run from {int(ids.min())} to {int(ids.max())}, the model's vocabulary from 0 to {vocabulary - 1}. Tokenise with its own tokenizer."
         )

@@ -114,7 +114,12 @@ def test_hook_point_outside_the_model(model, ids, block):
 
 @pytest.mark.parametrize(
     "bad, words",
-    [(torch.tensor([[500]]), "500"), (torch.tensor([[1.0]]), "float32"), (torch.tensor([1]), "sequences, tokens")],
+    [
+        (torch.tensor([[500]]), "500"),
+        (torch.tensor([[1.0]]), "float32"),
+        (torch.tensor([1]), "sequences, tokens"),
+        (torch.zeros(0, 9, dtype=torch.int64), r"not empty, found torch.int64 \(0, 9\)"),
+    ],
 )
 def test_bad_ids(model, bad, words):
     with pytest.raises(DataError, match=words):
@@ -183,9 +188,7 @@ def test_a_model_in_training_mode_gives_what_it_gives_in_eval_mode(ids):
     assert all(module.training == (module not in frozen) for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    "shape, keep_first, words", [((3, 1), False, "of 2 tokens"), ((3, 2), True, "after BOS. .* of 3 tokens"), ((0, 9), False, "hold no")]
-)  # fmt: skip
+@pytest.mark.parametrize("shape, keep_first, words", [((3, 1), False, "of 2 tokens"), ((3, 2), True, "of 3 tokens")])
 def test_ids_without_a_token_to_predict(model, shape, keep_first, words):
-    with pytest.raises(DataError, match=f"no token to predict.*{words}|{words} token to predict"):
+    with pytest.raises(DataError, match=f"no token to predict.*{words}"):
         spliced_losses(model, torch.full(shape, 5), {}, block=1, keep_first=keep_first)
