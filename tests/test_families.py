@@ -149,7 +149,7 @@ def test_a_folder_gives_the_model_back(family, ids, tmp_path):
 @pytest.mark.parametrize("kind", [tr.AutoModelForCausalLM, tr.BertForMaskedLM])
 def test_an_encoder_is_refused(tmp_path, kind):
     folder = saved(tiny(lambda: tr.BertConfig(**SHAPE), kind), tmp_path / "model")
-    with pytest.raises(SourceError, match=r"BertLMHeadModel\) sees later tokens: .* expected rounding, 4e-06"):
+    with pytest.raises(SourceError, match=r"BertLMHeadModel\) sees later tokens: .* expected rounding, 3e-05"):
         models.load_model(folder)
 
 
