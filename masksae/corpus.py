@@ -59,8 +59,8 @@ def in_order(documents: Iterable[str], seed: int) -> list[str]:
 
 
 def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens: a text that says "<mask>" gives the letters of the word, so that BOS and masks
-    stand where they were put and nowhere else."""
+    """Token ids of each text, without special tokens: a text that says "<mask>" gives the letters of the word, so that
+    BOS and masks stand where they were put and nowhere else."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 

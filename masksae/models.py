@@ -1,8 +1,9 @@
 """Language models by name: a pinned GGUF file out of a registry package, a hub name, or a folder.
 
-A GGUF file of a registry package takes half a minute to read, so it is converted once, tested on a page of English, and kept as safetensors;
-later loads take a second. The test matters: a reader that maps one tensor wrongly gives a model that runs and means nothing.
-Whatever the source, a model with weights of its own making (a tensor that the folder lacks) or that sees later tokens is refused.
+A GGUF file of a registry package takes half a minute to read, so it is converted once, tested on a page of English,
+and kept as safetensors; later loads take a second. The test matters: a reader that maps one tensor wrongly gives a
+model that runs and means nothing. Whatever the source, a model that lacks weights (transformers would draw them at
+random) or sees later tokens is refused.
 """
 
 import contextlib
@@ -45,8 +46,8 @@ class LanguageModel:
 def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
     """Load "smollm2-135m" (registry package), "hub:owner/name[@revision]", a folder, or a .gguf file, which is dequantised at every load.
 
-    Raises ConfigError, also for a model that is larger than the free memory, or SourceError: for what cannot be read, lacks weights, sees later
-    tokens, or is a GGUF file that does not read English."""
+    Raises ConfigError, also for a model that is larger than the free memory, or SourceError: for what cannot be read,
+    lacks weights, sees later tokens, or is a GGUF file that does not read English."""
     if source in MODELS:
         folder, options, note = _converted(source), {"local_files_only": True}, MODELS[source].note
     elif source.startswith("hub:"):
@@ -73,15 +74,16 @@ def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> L
 
 
 def _check_config(folder, source: str, device: str, dtype: str, options: dict) -> None:
-    """Raise SourceError for an encoder-decoder, ConfigError if the weights alone need more than is free; quantised weights, whose size is
-    not told by the config, are not checked."""
+    """Raise SourceError for an encoder-decoder, ConfigError if the weights alone need more than is free; quantised
+    weights, whose size is not told by the config, are not checked."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _loading(source):
         config = AutoConfig.from_pretrained(folder, **options)
     if config.is_encoder_decoder:  # transformers would load the decoder of some alone, with weights missing
         raise SourceError(
-            f"Cannot load the model {source!r}: it is an encoder-decoder ({config.model_type}). Use a decoder-only model."
+            f"Cannot load the model {source!r}: it is an encoder-decoder ({config.model_type}). "
+            "Use a decoder-only model."
         )
     try:
         with torch.device("meta"):
@@ -107,8 +109,9 @@ def token_id(tokenizer, text: str) -> int:
 
 @torch.no_grad()
 def _check_causal(model, source: str) -> None:
-    """Raise SourceError if what the model says of earlier tokens depends on later ones by more than rounding: 0 without experts, whose
-    batches change with the tokens (3e-7 in float32); an encoder with random weights gives 2e-4 or more."""
+    """Raise SourceError if what the model says of earlier tokens depends on later ones by more than rounding: 0
+    without experts, whose batches change with the tokens (3e-7 in float32); an encoder with random weights gives 2e-4
+    or more."""
     vocabulary = model.get_input_embeddings().num_embeddings
     middle = vocabulary // 2 + torch.arange(16, device=model.device)  # ordinary words of most tokenizers
     ids = middle[None] % vocabulary
@@ -119,8 +122,9 @@ def _check_causal(model, source: str) -> None:
     rounding = max(3e-5, 16 * torch.finfo(torch.bfloat16 if quantised else model.dtype).eps)
     if not change <= rounding:
         raise SourceError(
-            f"{source!r} ({type(model).__name__}) sees later tokens: other tokens after the eighth change what it says before by {change:.2g} of its size, "
-            f"expected rounding, {rounding:.1g}. Use a causal language model; an encoder has nothing to predict next."
+            f"{source!r} ({type(model).__name__}) sees later tokens: other tokens after the eighth change what it says "
+            f"before by {change:.2g} of its size, expected rounding, {rounding:.1g}. Use a causal language model; "
+            "an encoder has nothing to predict next."
         )
 
 
@@ -139,7 +143,8 @@ def check_reads_english(model, tokenizer, name: str) -> float:
     if not loss < LARGEST_PAGE_LOSS:
         raise SourceError(
             f"{name} gives {loss:.2f} nats per token on a page of English, expected below {LARGEST_PAGE_LOSS}: its weights were "
-            "read wrongly, or it is no model of English. Use the pinned versions of transformers and gguf (requirements.lock)."
+            "read wrongly, or it is no model of English. Use the pinned versions of transformers and gguf "
+            "(requirements.lock)."
         )
     return loss
 
@@ -159,7 +164,8 @@ def _loading(source: str):
 
 
 def _from_pretrained(folder, source: str, **options):
-    """The model and its tokenizer. Raises SourceError if the weights are not all there, which transformers would draw at random."""
+    """The model and its tokenizer. Raises SourceError if the weights are not all there or have other shapes;
+    transformers would draw them at random."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -172,15 +178,15 @@ def _from_pretrained(folder, source: str, **options):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     if missing := sorted(info["missing_keys"]):  # tied weights are not among them
         raise SourceError(
-            f"Cannot load the model {source!r}: it lacks {len(missing)} weights of {type(model).__name__}: {_some(missing)}. Get all of its files, and a "
-            "config.json that belongs to them."
+            f"Cannot load the model {source!r}: it lacks {len(missing)} weights of {type(model).__name__}: "
+            f"{_some(missing)}. Get all of its files, and a config.json that belongs to them."
         )
     if mismatched := sorted(
         f"{name} {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
     ):
         raise SourceError(
-            f"Cannot load the model {source!r}: {len(mismatched)} weights have another shape than its config.json says: {_some(mismatched)}. Get all of "
-            "its files from one place."
+            f"Cannot load the model {source!r}: {len(mismatched)} weights have another shape than its config.json "
+            f"says: {_some(mismatched)}. Get all of its files from one place."
         )
     return model, tokenizer
 

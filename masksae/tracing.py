@@ -1,9 +1,10 @@
 """The language model, driven by nnsight: read the residual stream after a block, or put something else in its place.
 
-`activations` stops the forward right after the hook point, so the later blocks and the unembedding cost nothing. The hook
-point is a block number, or the path of any module that gives [batch, tokens, width]; the list of blocks is found by its length, so
-no architecture is a special case. Two short cuts, a cached prefix and a forward that starts after the hook point, do not hold for
-every architecture: each is tried on the first sequences, compared with the whole forward, and left out where the two differ or it fails.
+`activations` stops the forward right after the hook point, so the later blocks and the unembedding cost nothing. The
+hook point is a block number, or the path of any module that gives [batch, tokens, width]; the list of blocks is found
+by its length, so no architecture is a special case. Two short cuts, a cached prefix and a forward that starts after
+the hook point, do not hold for every architecture: each is tried on the first sequences, compared with the whole
+forward, and left out where the two differ or it fails.
 
 Everything here runs in eval mode: a model in the middle of its own training is put back into its mode afterwards.
 Only this module imports nnsight. Its overhead over a bare forward hook is measured by `benchmarks/tracing.py`.
@@ -44,7 +45,8 @@ def hook_point(model: nn.Module, block: int | str) -> str:
 
 
 def _lists(model, length: int) -> list[str]:
-    """Paths of lists of as many modules; of several, those that belong to the text model, since a vision tower may have as many blocks."""
+    """Paths of lists of as many modules; of several, those of the text model: a vision tower may have as many
+    blocks."""
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -104,7 +106,8 @@ def activations(
     device  where the result goes, piece by piece
     dtype   of the result; None: the model's own
 
-    Raises DataError for ids that are none of the model's, ConfigError if the hook point gives no [batch, tokens, width].
+    Raises DataError for ids that are none of the model's, ConfigError if the hook point gives no [batch, tokens,
+    width].
     """
     return _activations(model, ids, block, batch, label, device=device, dtype=dtype)
 
@@ -114,8 +117,9 @@ def activations_after(
 ) -> Tensor:  # fmt: skip
     """As `activations` of ids int64 [n, s], each after the same prefix int64 [1, p]: float32 [n, s, d].
 
-    The prefix runs once and its keys and values serve all sequences, if the model gives the same that way. Some do not: RWKV takes no such
-    cache, and most models with a recurrent state have one that cannot be repeated. They run the prefix before each sequence.
+    The prefix runs once and its keys and values serve all sequences, if the model gives the same that way. Some do
+    not: RWKV takes no such cache, and most models with a recurrent state have one that cannot be repeated. They run
+    the prefix before each sequence.
     """
     whole = torch.cat([prefix.expand(len(ids), -1), ids], dim=1)
     cache = _prefix_cache(model, prefix, block, ids[:2], whole[:2])
@@ -126,9 +130,11 @@ def activations_after(
 
 @torch.no_grad()
 def _activations(
-    model, ids: Tensor, block: int | str, batch: int, label: str | None, cache=None, device="cpu", dtype: torch.dtype | None = torch.float32,
+    model, ids: Tensor, block: int | str, batch: int, label: str | None, cache=None, device="cpu",
+    dtype: torch.dtype | None = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """`activations`; with `cache`, a transformers cache of one sequence, after what it holds. It is copied, never changed."""
+    """`activations`; with `cache`, a transformers cache of one sequence, after what it holds. It is copied, not
+    changed."""
     _check_ids(model, ids)
     traced, path = _traced(model), hook_point(model, block)
     parts = []
@@ -143,7 +149,8 @@ def _activations(
 
 @torch.no_grad()
 def _prefix_cache(model, prefix: Tensor, block: int | str, ids: Tensor, whole: Tensor):
-    """Keys and values of a prefix [1, p] up to `block`; None if `ids` after it and the `whole` sequences give different activations."""
+    """Keys and values of a prefix [1, p] up to `block`; None if `ids` after it and the `whole` sequences give different
+    activations."""
     from transformers import DynamicCache
 
     expected = _activations(model, whole, block, len(whole), None)[:, prefix.shape[1] :]
@@ -193,8 +200,9 @@ def spliced_losses(
     """Losses of the model as it is ("original"), with zeros for the residual stream after `block` ("zero"), and with
     `replace(x [b, s, d])` in its place for each of `replacements`.
 
-    What no replacement changes runs once per batch for all of them: the original forward, the zeros, and the blocks up to the hook
-    point, from which every other run starts. Where later blocks want more of the earlier ones than the residual stream, all run.
+    What no replacement changes runs once per batch for all of them: the original forward, the zeros, and the blocks
+    up to the hook point, from which every other run starts. Where later blocks want more of the earlier ones than the
+    residual stream, all run.
 
     keep_first  position 0 (BOS) keeps its own activation and its prediction does not count, in every kind of run alike
 
@@ -205,7 +213,8 @@ def spliced_losses(
     count = len(ids) * (ids.shape[1] - first - 1)
     if count < 1:
         raise DataError(
-            f"Token ids {tuple(ids.shape)} hold no token to predict{' after BOS' * first}. Give sequences of {first + 2} tokens or more."
+            f"Token ids {tuple(ids.shape)} hold no token to predict{' after BOS' * first}. "
+            f"Give sequences of {first + 2} tokens or more."
         )
     total = dict.fromkeys(("original", "zero", *replacements), torch.zeros(2, dtype=torch.float64, device=model.device))
     skipping = None
@@ -250,8 +259,8 @@ def _whole(model, ids: Tensor, block: int | str) -> tuple[list, Tensor]:
 
 
 def _can_skip(model, ids: Tensor, block: int | str, outputs: list, logits: Tensor) -> bool:
-    """Whether a forward that starts after `block` with what the model has there gives the model's own logits. It does not where a
-    later block reads keys of an earlier one."""
+    """Whether a forward that starts after `block` with what the model has there gives the model's own logits. It does
+    not where a later block reads keys of an earlier one."""
     if isinstance(block, str):
         return False
     with contextlib.suppress(Exception):  # what a block misses of a skipped one, it says in its own way
@@ -260,8 +269,8 @@ def _can_skip(model, ids: Tensor, block: int | str, outputs: list, logits: Tenso
 
 
 def _skipped(model, ids: Tensor, outputs: list, x: Tensor, block: int) -> Tensor:
-    """Logits of a forward that starts after `block` with the residual stream x [b, s, d]; earlier blocks do not run, and each stands for
-    x in the form in which it gives its output."""
+    """Logits of a forward that starts after `block` with the residual stream x [b, s, d]; earlier blocks do not run,
+    and each stands for x in the form in which it gives its output."""
     traced = _traced(model)
     skipped = [traced.get(hook_point(model, i)) for i in range(block + 1)]
     with traced.trace(input_ids=ids, use_cache=False):

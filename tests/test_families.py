@@ -1,4 +1,4 @@
-"""Model families of transformers, tiny and random: each is read at its hook points, scored, loaded back, or refused with the reason."""
+"""Model families of transformers, tiny and random: each is read, scored and loaded back, or refused with the reason."""
 
 import pytest
 import torch

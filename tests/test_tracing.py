@@ -82,8 +82,8 @@ def test_spliced_losses_equal_the_models_own_and_those_of_a_hook(model, ids):
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_a_spliced_run_starts_after_the_hook_point(model, ids, block):
-    """Every block up to the hook point runs once, for the original; the later ones run once more for each replacement, and once to see
-    whether that may be."""
+    """Every block up to the hook point runs once, for the original; the later ones run once more for each
+    replacement, and once to see whether that may be."""
     ran = [0] * 3
     for i in range(3):
         count = lambda *_, i=i: ran.__setitem__(i, ran[i] + 1)
