@@ -11,6 +11,7 @@ from torch import Tensor
 
 from masksae import progress
 from masksae.cache import contents
+from masksae.corpus import tokenise
 from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads
@@ -36,7 +37,7 @@ def text_batches(run: Run, texts: list[str], limit: int, *, from_end: bool, labe
     tokenizer, model = run.language_model.tokenizer, run.language_model.model
     start = [] if run.bos_id is None else [run.bos_id]
     cut = slice(-limit, None) if from_end else slice(limit)
-    tokens = [ids[cut] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    tokens = [ids[cut] for ids in tokenise(tokenizer, texts)]
     if not all(tokens):
         raise DataError("A labelled text has no token. Leave empty texts out of the table.")
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
