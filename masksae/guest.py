@@ -7,6 +7,8 @@ What does not depend on the SAE (activations, probes) is shared with the profile
 import hashlib
 from pathlib import Path
 
+import torch
+
 from masksae.code_ids import code_id
 from masksae.errors import ConfigError, nearest
 from masksae.files import ensure_writable, write_json
@@ -81,7 +83,7 @@ class Guest(Run):
         """As of a run, under an id of the weights."""
         digest = hashlib.sha256()
         for name, value in sorted(self.sae.state_dict().items()):
-            digest.update(name.encode() + value.cpu().contiguous().view(-1).numpy().tobytes())
+            digest.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         stream = [self.profile.model.model_dump(), self.profile.text.model_dump()]
         key = [self.table, self.sae.config.to_dict(), digest.hexdigest(), stream, section.model_dump(), code_id(*code)]
         return self.kept(f"guest-{kind}", key, make)

@@ -239,7 +239,8 @@ class Run(Store):
 
         finished, first = self.load_saes([arm]), self.profile.grids[0].name
         last = next(iter(finished.values())).history[-1]["step"] + 1
-        kept = load_snapshots(self._folder(arm), device=self.device)
+        folder = self._folder(arm)
+        kept = load_snapshots(folder, device=self.device) if folder.exists() else {}
         if sorted(kept) != sorted(n for n in self.profile.training.snapshots if n < last):
             shutil.rmtree(self._folder(arm), ignore_errors=True)
             self._group(arm)

@@ -86,7 +86,7 @@ def test_both_steps_equal_the_definition(rule, prefixes, weighting):
     wanted = dict(zip(names, torch.autograd.grad(expected, [sae.get_parameter(n) for n in names])))
     xc = sae.encoder_input(x).detach()
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
-    outcomes = [dense_step(sae, x, xc, pre, weight, False, isinstance(rule, TopK))]
+    outcomes = [dense_step(sae, x, xc, pre, weight, None, isinstance(rule, TopK))]
     gradients = [{name: p.grad.clone() for name, p in sae.named_parameters()}]
     if torch.backends.mkl.is_available():
         index = rule_of(sae.config).support(sae, pre, math.inf)
@@ -114,7 +114,7 @@ def test_gradient_of_jump_thresholds_by_hand():
         sae.W_dec.fill_(1)
     x = torch.tensor([[1.05], [0.95], [3.0]]).double()
     xc = sae.encoder_input(x)
-    dense_step(sae, x, xc, (xc @ sae.W_enc).detach(), 1.0, False, False)
+    dense_step(sae, x, xc, (xc @ sae.W_enc).detach(), 1.0, None, False)
     # df_b = 2/3 (f - x): 0 for the active ones, -2/3 * 0.95 for the silent one; thresholds get -(1 / 0.2) of it inside the window
     value = -(1 / 0.2) * (-2 / 3 * 0.95)
     # penalty (2/3 / 0.5 - 1)^2: its derivative for each step is 2 (1/3) / 0.5 / 3; only f = 1.05 is in the window
@@ -130,7 +130,7 @@ def test_tiny_thresholds_see_every_silent_entry():
         sae.thresholds.fill_(0.05)
     xc = sae.encoder_input(x)
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
-    dense_step(sae, x, xc, pre, 1.0, False, False)
+    dense_step(sae, x, xc, pre, 1.0, None, False)
     wanted = sae.thresholds.grad.clone()
     sparse_step(sae, x, xc, pre, rule_of(sae.config).support(sae, pre, math.inf), 1.0, False)
     torch.testing.assert_close(sae.thresholds.grad, wanted, rtol=1e-9, atol=1e-12)
@@ -142,7 +142,7 @@ def test_sparse_equals_dense_in_single_precision(rule):
     sae, x = random_sae(rule, MATRYOSHKA, d=64, n=512, dtype=torch.float32), random_batch(256, 64, torch.float32)
     xc = sae.encoder_input(x).detach()
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
-    dense_step(sae, x, xc, pre, 0.1, False, False)
+    dense_step(sae, x, xc, pre, 0.1, None, False)
     wanted = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sparse_step(sae, x, xc, pre, rule_of(sae.config).support(sae, pre, math.inf), 0.1, False)
     for name, parameter in sae.named_parameters():
@@ -157,7 +157,7 @@ def test_a_group_without_any_active_latent(rule):
         sae.b_enc[:48] = -100
     xc = sae.encoder_input(x).detach()
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
-    dense_step(sae, x, xc, pre, 0.1, False, False)
+    dense_step(sae, x, xc, pre, 0.1, None, False)
     wanted = {name: p.grad.clone() for name, p in sae.named_parameters()}
     index = rule_of(sae.config).support(sae, pre, math.inf)
     assert (index % 96 >= 48).all()
@@ -223,7 +223,7 @@ def test_a_step_with_dead_latents_follows_the_whole_loss():
     with torch.no_grad():
         sae.b_enc[10:19] -= 2  # 19 fires
     pre = sae.pre_activations(x)
-    loss, _, f = dense_loss(sae, x, pre, 0.0, revive=True)
+    loss, _, f = dense_loss(sae, x, pre, 0.0, dead_after=1000)
     assert (f[:, 19] > 0).any() and not (f[:, 10:15] > 0).any()
     wanted = torch.autograd.grad(loss, list(sae.parameters()))
     without = torch.autograd.grad(dense_loss(sae, x, sae.pre_activations(x))[0], list(sae.parameters()))
