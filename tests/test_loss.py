@@ -166,6 +166,45 @@ def test_a_group_without_any_active_latent(rule):
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-9, atol=1e-12)
 
 
+@needs_mkl
+@pytest.mark.parametrize("rule, bias", [(BatchTopK(4), -100), (TopK(4), -100), (BatchTopK(0.005), 0)], ids=str)
+def test_a_batch_in_which_nothing_is_kept(rule, bias):
+    """No pre-activation is positive, or k x batch rounds to none: x_hat = b_dec, for either step."""
+    sae, x = random_sae(rule, (0.25, 0.75)), random_batch()
+    with torch.no_grad():
+        sae.b_enc += bias
+    xc = sae.encoder_input(x).detach()
+    pre = (xc @ sae.W_enc + sae.b_enc).detach()
+    index = rule_of(sae.config).support(sae, pre, math.inf)
+    for step, given in ((dense_step, (0.0, None, True)), (sparse_step, (index, 0.0, True))):
+        outcome = step(sae, x, xc, pre, *given)
+        torch.testing.assert_close(outcome.residual, (x - sae.b_dec).detach())
+        torch.testing.assert_close(outcome.loss, (x - sae.b_dec).detach().square().sum(1).mean() / 2)
+        torch.testing.assert_close(sae.b_dec.grad, -(x - sae.b_dec).detach().mean(0))
+        assert outcome.l0 == 0 == outcome.smallest and not outcome.fired.any()
+        assert all(not p.grad.any() for name, p in sae.named_parameters() if name != "b_dec")
+
+
+@pytest.mark.parametrize("rule", ALL_RULES[:2], ids=lambda r: type(r).__name__)
+def test_the_dense_step_numbers_no_entries(rule):
+    """Nothing of the size of the pre-activations is int64: 8 bytes an entry beside the 4 of f."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            found.extend(t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
+            return result
+
+    sae, x, found = random_sae(rule), random_batch(), []
+    xc = sae.encoder_input(x).detach()
+    pre = (xc @ sae.W_enc + sae.b_enc).detach()
+    with Watch():
+        dense_step(sae, x, xc, pre, 0.0, None, True)
+    assert max(t.numel() for t in found) == pre.numel()
+    assert max(t.numel() for t in found if t.dtype == torch.int64) <= 4 * len(x)
+
+
 @every_rule
 def test_gradients_twice_change_nothing(rule):
     sae, x = random_sae(rule, MATRYOSHKA, dtype=torch.float32), random_batch(dtype=torch.float32)
