@@ -76,7 +76,7 @@ def test_one_against_rest_is_balanced_and_keeps_the_sides_apart():
 def test_an_sae_in_half_precision(run, tmp_path):
     sae = next(iter(run.saes.values()))
     [row, *_] = concepts.concept_scores(run)
-    visitor = guest.Guest(run.source, sae.bfloat16().save(tmp_path / "half"), out=tmp_path / "out")
+    visitor = guest.Guest(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
     [found, _] = guest.evaluate(visitor, ["perturbation"])["perturbation"]
     assert found.keys() == row.keys()
     assert found["pooled_accuracy_5"] == pytest.approx(row["pooled_accuracy_5"], abs=0.1)
