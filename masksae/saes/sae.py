@@ -145,7 +145,7 @@ class SAE(nn.Module):
         return to_dictionary_learning(self, folder, **metadata)
 
     def save(self, folder) -> Path:
-        """Write `sae.safetensors` and `config.json` into `folder`, atomically. `SAE.load` reads them back bit for bit."""
+        """Write `sae.safetensors` and `config.json` into `folder`, atomically. `SAE.load` reads them back bit for bit, in their type."""
         with atomic_dir(folder) as tmp:
             save_tensors(self.state_dict(), tmp / "sae.safetensors")
             record = {"schema": SCHEMA, "config": self.config.to_dict(), "history": self.history}
