@@ -175,7 +175,7 @@ def _means(family: str, table: list[dict]) -> dict[str, float]:
 
 def _score_one(sae, threshold, data: dict[str, Tensor], ks: list[int], rankings: tuple[str, ...], seed: int) -> dict:
     """AUC by k and ranking, such as {"5": .8, "5_plain": .7}."""
-    f_train, f_test = (sae.encode(data[key].to(sae.device), threshold).cpu() for key in ("x_train", "x_test"))
+    f_train, f_test = (sae.latents(data[key], threshold) for key in ("x_train", "x_test"))
     found = {}
     for ranking in rankings:
         choice = dict(ks=tuple(ks), normalised=RANKINGS[ranking], penalty="l2", seed=seed)
