@@ -93,7 +93,7 @@ def updates(sae: SAE, batch: int) -> dict:
 
 def measure(rule, prefixes, settled: bool, batches, d: int, n_latents: int, rounds: int, turns: int) -> dict:
     """Milliseconds per step, ratio and its quartiles, and peak memory of each trainer; the encoder product's milliseconds."""
-    aux = AuxK() if isinstance(rule, TopK) else None
+    aux = AuxK(dead_after_tokens=10_000_000) if isinstance(rule, TopK) else None
     sae = SAE(SAEConfig(d, n_latents, rule, prefixes, aux=aux))
     if settled:
         settle(sae, batches[0], getattr(rule, "target_l0", None) or 40.0)

@@ -162,7 +162,8 @@ def train(options) -> None:
         folder = next((run.build / "saes").glob(f"*/{name}"))
         last = {key: sae.history[-1][key] for key in ("explained_variance", "l0")}
         found.append({"sae": name, "folder": str(folder), **last})
-        lines.append(f"{name:28}{last['explained_variance']:7.3f}{last['l0']:8.1f}")
+        explained = last["explained_variance"]  # None for batches of one token
+        lines.append(f"{name:28}{'-' if explained is None else f'{explained:.3f}':>7}{last['l0']:8.1f}")
     _show(options, found, "\n".join([*lines, f"\n{run.build / 'saes'}"]))
 
 

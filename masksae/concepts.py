@@ -13,6 +13,7 @@ from torch import Tensor
 from masksae.errors import DataError
 from masksae.metrics.perturbation import Probe, Texts, fit_probe, scr, tpp
 from masksae.metrics.sparse_probing import probe, sparse_probing
+from masksae.saes.sae import at_least_single
 from masksae.scores import score_saes
 from masksae.stages import Run
 from masksae.tables import probe_table
@@ -138,7 +139,7 @@ def halves(run: Run) -> tuple[slice, slice]:
 def group_scores(run: Run, found: Group, sae, threshold) -> dict:
     """TPP and SAEBench's k-sparse probing of one SAE on one group."""
     options, classes = run.profile.perturbation, len(found.classes)
-    f, w_dec = found.pool.averaged(lambda x: sae.encode(x.to(sae.device), threshold)), sae.W_dec.cpu()
+    f, w_dec = found.pool.averaged(lambda x: at_least_single(sae.encode(x.to(sae.device), threshold))), sae.W_dec.cpu()
     sides, accuracy = ([], []), {k: 0.0 for k in (*options.ks, "all")}
     for cls in range(classes):
         for rows, side in zip(halves(run), sides):
@@ -203,7 +204,7 @@ def pair(run: Run, wanted: str, other: str) -> Pair:
 def pair_scores(run: Run, found: Pair, sae, threshold) -> dict:
     """SCR of one SAE on one pair, averaged over those of the two ways in which the attributes can go together that leave room for it."""
     ns, w_dec = tuple(run.profile.perturbation.ns), sae.W_dec.cpu()
-    f = found.pool.averaged(lambda x: sae.encode(x.to(sae.device), threshold))
+    f = found.pool.averaged(lambda x: at_least_single(sae.encode(x.to(sae.device), threshold)))
     results = {}
     for agree, spurious in found.spurious.items():
         # where they disagree, attribute 2 is replaced by its opposite

@@ -61,6 +61,12 @@ def in_order(documents: Iterable[str], seed: int) -> list[str]:
     return sorted(set(documents), key=lambda text: (digest(text, seed + 1), text))
 
 
+def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens: a text that says "<mask>" gives the letters of the word, so that
+    BOS and masks stand where they were put and nowhere else."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
 def token_blocks(ids: list[int], *, block_length: int, bos_id: int | None) -> np.ndarray:
     """The whole blocks of a document's token ids: int32 [n, block_length]."""
     first = 0 if bos_id is None else 1
@@ -224,7 +230,7 @@ def _fill(parts: Parts, texts, tokenizer, bos_id: int | None, share: float, prog
         whole = True  # whether the blocks in memory and the place in the text belong together
         try:
             while found != wanted and (batch := list(islice(texts, TOGETHER))):
-                ids = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
+                ids = tokenise(tokenizer, [text for text, _ in batch])
                 blocks = [token_blocks(each, block_length=parts.block_length, bos_id=bos_id) for each in ids]
                 whole = False
                 for (text, place), new in zip(batch, blocks):

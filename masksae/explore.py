@@ -15,7 +15,7 @@ from masksae.metrics.absorption import AbsorptionResult, LetterResult, absorbed,
 from masksae.metrics.contexts import context_absorption
 from masksae.metrics.probes import first_letters, letter_probe
 from masksae.parallel import once
-from masksae.saes.sae import SAE
+from masksae.saes.sae import SAE, at_least_single
 from masksae.scores import context_probes, context_sample, vocabulary, word_activations
 from masksae.stages import Run
 
@@ -109,7 +109,7 @@ def _story(
     parent: str, sae: SAE, metric: LetterResult, x: Tensor, words: list[str], positive: Tensor, is_test: Tensor,
     direction: Tensor, *, threshold: float | None,
 ) -> Story:  # fmt: skip
-    f, w_dec = sae.encode(x.to(sae.device), threshold).cpu(), sae.W_dec.cpu()
+    f, w_dec = sae.latents(x, threshold), at_least_single(sae.W_dec.cpu())
     rows, direction = torch.nn.functional.normalize(w_dec, dim=1), direction / direction.norm()
     mine = (is_test & positive).nonzero().squeeze(1)
     full, _ = absorbed(x[mine], f[mine], w_dec, direction, metric.main)

@@ -112,7 +112,7 @@ def load_saelens(folder, *, device=None) -> SAE:
         raise ConfigError(f"{folder} holds a SAELens {architecture!r}. What can be read: {known}.")
     own = metadata.get("masksae")
     config = SAEConfig.from_dict(own["config"]) if own else SAEConfig(record["d_in"], record["d_sae"], rule())
-    sae = SAE(config).to(getattr(torch, record.get("dtype", "float32")))
+    sae = SAE(config).to(_dtype(record.get("dtype", "float32"), folder))
     names = {"b_gate": "b_enc", "threshold": "thresholds"}
     state = {names.get(name, name): value for name, value in tensors.items()}
     if isinstance(config.selection, TopK):
@@ -125,8 +125,13 @@ def load_saelens(folder, *, device=None) -> SAE:
 
 
 def to_dictionary_learning(sae: SAE, folder, *, model_name: str = "", layer: int = 0, **metadata) -> Path:
-    """Write `ae.pt` and `config.json`, for the library's `from_pretrained` and for SAEBench's loaders; `metadata` goes to "trainer"."""
+    """Write `ae.pt` and `config.json`, for the library's `from_pretrained` and for SAEBench's loaders; `metadata` goes to "trainer". Raises
+    ConfigError for a fractional k, which the library keeps as an integer."""
     rule, kind = sae.config.selection, type(sae.config.selection)
+    if isinstance(rule, TopK) and rule.k != int(rule.k):
+        raise ConfigError(
+            f"dictionary_learning keeps k as an integer, and this SAE has k = {rule.k:g}. Export it with to_saelens, or train with a whole k."
+        )
     matryoshka = kind is BatchTopK and bool(sae.config.prefixes)
     trainer, dictionary = MATRYOSHKA_TRAINER if matryoshka else TRAINERS[kind]
     state = {theirs: _of(sae, ours) for theirs, ours in _dl_names(dictionary).items()}
@@ -212,6 +217,14 @@ def _turned(tensor: Tensor, name: str) -> Tensor:
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _dtype(name: str, folder) -> torch.dtype:
+    """The float type that SAELens calls "float32" or "torch.float32". Raises ConfigError."""
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"{folder}: dtype {name!r} is no type of floats. Known: float32, float64, bfloat16, float16.")
+    return found
 
 
 def _own(sae: SAE) -> dict:

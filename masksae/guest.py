@@ -8,6 +8,8 @@ import hashlib
 import sys
 from pathlib import Path
 
+import torch
+
 from masksae import cache
 from masksae.errors import ConfigError, MasksaeError, OutputError, nearest
 from masksae.files import ensure_writable, write_json
@@ -107,7 +109,7 @@ class Guest(Run):
         """As of a run, under an id of the weights."""
         digest = hashlib.sha256()
         for name, value in sorted(self.sae.state_dict().items()):
-            digest.update(name.encode() + value.cpu().contiguous().view(-1).numpy().tobytes())
+            digest.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         made_of = self.identity(self.profile.model, self.profile.text, section)
         key = [self.table, self.sae.config.to_dict(), digest.hexdigest(), made_of, cache.code_of(make)]
         return cache.kept_rows(f"guest-{kind}", key, make)

@@ -12,7 +12,7 @@ from masksae.errors import ConfigError, nearest
 from masksae.files import explained, write_text
 
 Log = Callable[[int, dict], None]
-"""Called with the number of an SAE in its group and a record of its history: numbers by name, `step` among them."""
+"""Called with the number of an SAE in its group and a record of its history: numbers by name, `step` among them; None is not defined."""
 
 
 class JsonLines:
@@ -56,7 +56,7 @@ def tensorboard(folder, names: list[str]) -> Log:
         if number not in writers:
             writers[number] = SummaryWriter(str(Path(folder) / names[number]), purge_step=step)
         for name, value in record.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 writers[number].add_scalar(name, value, step)
         writers[number].flush()
 

@@ -47,7 +47,7 @@ def step_seconds(plan: Plan, config, device: str) -> float:
     batch = plan.profile.training.batch_size
     member = Member(SAE(config), plan.profile.training.config(max(plan.steps, 2)), device)
     x = torch.randn(batch, config.d_model, generator=torch.Generator().manual_seed(0)).to(device) / config.d_model**0.5
-    return _best(lambda: member.step(x, plan.profile.training.warmup), device)
+    return _best(lambda: member.step(x, member.config.warmup), device)
 
 
 def _kinds(plan: Plan) -> Counter:

@@ -5,6 +5,7 @@ what depends on the step's number only is decided on the host. That state change
 """
 
 import contextlib
+import math
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,7 @@ class Member:
 
     def __init__(self, sae: SAE, config, device="cpu", buffers: dict | None = None):
         self.sae, self.config = sae.to(device), config
+        self.steps = config.steps  # of the whole run, on a snapshot's branch too
         self.buffers = {} if buffers is None else buffers
         device, rule = torch.device(device), sae.config.selection
         self.sparse = device.type == "cpu" and torch.backends.mkl.is_available() and config.precision == "float32"
@@ -55,17 +57,18 @@ class Member:
     def gradients(self, x: Tensor, step: int, target: Tensor | None = None) -> Outcome:
         """Fill every parameter's `.grad` and change nothing else."""
         sae, target = self.sae, x if target is None else target
-        estimate = isinstance(sae.config.selection, TopK) and step > self.config.threshold_start
-        revive, weight = self._revive(len(x), step), self._weight(step)
+        late = step > self.config.threshold_start or step == self.config.steps - 1
+        estimate = late and isinstance(sae.config.selection, TopK)
+        dead_after, weight = self._dead_after(len(x), step), self._weight(step)
         with self._autocast():
             xc = sae.encoder_input(x)
             pre = self._pre_activations(xc)
             index = rule_of(sae.config).support(sae, pre, DENSE_SHARE * pre.numel()) if self.sparse else None
             if index is None:
-                return dense_step(sae, target, xc, pre, weight, revive, estimate)
+                return dense_step(sae, target, xc, pre, weight, dead_after, estimate)
         outcome = sparse_step(sae, target, xc, pre, index, weight, estimate)
-        if revive:
-            dead = dead_latents(sae, outcome.fired, len(x))
+        if dead_after is not None:
+            dead = dead_latents(sae, outcome.fired, len(x), dead_after)
             if dead.any():
                 with torch.enable_grad():
                     extra = aux_loss(sae, x, outcome.residual, dead)
@@ -88,13 +91,14 @@ class Member:
             return contextlib.nullcontext()
         return torch.autocast(self.sae.device.type, dtype=torch.bfloat16)
 
-    def _revive(self, batch: int, step: int) -> bool:
-        """Whether some latent can be dead: on a CPU by looking, elsewhere by the tokens seen, which needs no waiting."""
-        aux = self.sae.config.aux
-        if aux is None:
-            return False
+    def _dead_after(self, batch: int, step: int) -> int | None:
+        """Tokens without firing that make a latent dead; None where none can be dead: on a CPU by looking, elsewhere by the tokens seen, which
+        needs no waiting."""
+        if self.sae.config.aux is None:
+            return None
+        dead_after = self.sae.config.aux.dead_after(self.steps * batch)
         silent = self.sae.tokens_since_fired.max().item() if self.sparse else step * batch
-        return silent + batch >= aux.dead_after_tokens
+        return dead_after if silent + batch >= dead_after else None
 
     def _weight(self, step: int):
         """Sparsity coefficient of this step."""
@@ -111,7 +115,8 @@ class Member:
         if outcome.smallest is not None:
             smallest = outcome.smallest.to(sae.threshold.dtype)
             mixed = config.threshold_ema * sae.threshold + (1 - config.threshold_ema) * smallest
-            sae.threshold.copy_(torch.where(sae.threshold < 0, smallest, mixed))
+            mixed = torch.where(sae.threshold < 0, smallest, mixed)
+            sae.threshold.copy_(torch.where(smallest > 0, mixed, sae.threshold))
         if self.controlled and step >= config.sparsity_steps:
             ratio = (outcome.l0 / sae.config.selection.target_l0).clamp(1e-6, 1e6)
             self.coefficient.mul_(ratio.pow(GAIN).clamp(0.5, 2.0))
@@ -136,11 +141,11 @@ class Member:
             sae.thresholds.clamp_(min=0)
 
     def _record(self, x: Tensor, outcome: Outcome, step: int) -> None:
-        unexplained = outcome.residual.square().sum() / (x - x.mean(0)).square().sum()
+        unexplained = (outcome.residual.square().sum() / (x - x.mean(0)).square().sum()).item()
         record = {
             "step": step,
             "loss": outcome.loss.item(),
-            "explained_variance": 1 - unexplained.item(),
+            "explained_variance": 1 - unexplained if math.isfinite(unexplained) else None,
             "l0": outcome.l0.item(),
             "silent": int((self.sae.tokens_since_fired >= SILENT_BATCHES * len(x)).sum()),
             "threshold": self.sae.threshold.item(),
@@ -164,7 +169,8 @@ class Member:
             if f"adam.{name}.step" not in tensors:  # a start, before the first step
                 self.adam.state.pop(parameter, None)
                 continue
-            state = {"step": tensors[f"adam.{name}.step"].clone()}
+            where = parameter.device if self.adam.param_groups[0]["fused"] else "cpu"  # as Adam itself makes it
+            state = {"step": tensors[f"adam.{name}.step"].to(where, copy=True)}
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"adam.{name}.{key}"])
             self.adam.state[parameter] = state

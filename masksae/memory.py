@@ -1,6 +1,7 @@
 """How much memory training needs, by formula, and whether it is there: asked before the start, not found out in the night."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -9,6 +10,12 @@ from masksae.saes.config import SAEConfig
 
 ADAM_AND_WEIGHTS = 3
 """Numbers kept per parameter: the weight and Adam's two moments. Gradients exist for one SAE at a time."""
+
+CGROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""By version: the files that hold a cgroup's limit and use, and the entry of `memory.stat` for file caches that can be dropped."""
 
 
 def parameters(config: SAEConfig) -> int:
@@ -44,17 +51,50 @@ def _step(config: SAEConfig, batch: int, sparse: bool) -> int:
 
 
 def available_bytes(device) -> int | None:
-    """Memory that is free on a device; None where that cannot be told."""
+    """Memory that is free on a device, what this process holds there in reserve included; None where that cannot be told."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu":
-        try:
-            with open("/proc/meminfo", encoding="ascii") as file:
-                return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-        except (OSError, StopIteration):
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
-    return None
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's cached blocks
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    return host_bytes() if device.type == "cpu" else None
+
+
+def host_bytes(root: Path = Path("/")) -> int | None:
+    """Ordinary memory that is free to this process: on the machine, and within the limits of its cgroups (a container's, a SLURM job's)."""
+    try:
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    return min((known for known in (free, *_room_in_cgroups(root)) if known is not None), default=None)
+
+
+def _room_in_cgroups(root: Path) -> list[int]:
+    """Limit less use of each memory cgroup that this process is in, and of those around it. File caches do not count: they give way."""
+    try:
+        entries = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    room = []
+    for _, controllers, path in entries:
+        version = 2 if controllers == "" else 1 if "memory" in controllers.split(",") else None
+        if version is None:
+            continue
+        mount = root / ("sys/fs/cgroup" if version == 2 else "sys/fs/cgroup/memory")
+        inner = mount / path.strip("/")
+        for folder in (inner, *(parent for parent in inner.parents if parent.is_relative_to(mount))):
+            room += _room(folder, *CGROUP_FILES[version])
+    return room
+
+
+def _room(folder: Path, limit: str, used: str, cache: str) -> list[int]:
+    """[bytes that are free in a cgroup], [] where it has no limit, or is not visible from inside a container."""
+    try:
+        most, now = int((folder / limit).read_text()), int((folder / used).read_text())  # "max" is no number
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return [max(0, most - now + int(stat.get(cache, 0)))]
+    except (OSError, ValueError):
+        return []
 
 
 def check_memory(

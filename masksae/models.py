@@ -1,9 +1,12 @@
 """Language models by name: a pinned GGUF file out of a registry package, a hub name, or a folder.
 
-A GGUF file takes half a minute to read, so it is converted once, tested on a page of English, and kept as safetensors; later
-loads take a second. The test matters: a reader that maps one tensor wrongly gives a model that runs and means nothing.
+A GGUF file of a registry package takes half a minute to read, so it is converted once, tested on a page of English,
+and kept as safetensors; later loads take a second. The test matters: a reader that maps one tensor wrongly gives a
+model that runs and means nothing. Whatever the source, a model that lacks weights (transformers would draw them at
+random) or sees later tokens is refused.
 """
 
+import contextlib
 import copy
 import html
 import os
@@ -42,7 +45,9 @@ class LanguageModel:
 
 def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
     """Load "smollm2-135m" (registry package), "hub:owner/name[@revision]", a folder, or a .gguf file, which is dequantised at every load.
-    Raises ConfigError, also for a model that is larger than the free memory, or SourceError."""
+
+    Raises ConfigError, also for a model that is larger than the free memory, or SourceError: for what cannot be read,
+    lacks weights, sees later tokens, or is a GGUF file that does not read English."""
     if source in MODELS:
         folder, options, note = _converted(source), {"local_files_only": True}, MODELS[source].note
     elif source.startswith("hub:"):
@@ -58,19 +63,29 @@ def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> L
                 f"Model source {source!r} is neither a known name, a hub: name nor a folder with a config.json, nor a .gguf file.{nearest(source, MODELS)}"
             )
         folder, options, note = source, {"local_files_only": True}, f"local folder {Path(source).name}"
-    _check_memory(folder, source, device, dtype, options)
+    _check_config(folder, source, device, dtype, options)
     model, tokenizer = _from_pretrained(folder, source, dtype=getattr(torch, dtype), **options)
     if model.device.type != torch.device(device).type:  # quantised weights may be there already, and cannot be moved
         model = model.to(device)
-    return LanguageModel(source, model.eval().requires_grad_(False), tokenizer, note)
+    _check_causal(model.eval().requires_grad_(False), source)
+    if "gguf_file" in options:
+        check_reads_english(model, tokenizer, source)
+    return LanguageModel(source, model, tokenizer, note)
 
 
-def _check_memory(folder, source: str, device: str, dtype: str, options: dict) -> None:
-    """Raise ConfigError if the weights alone need more than is free; quantised weights, whose size is not told by the config, are not checked."""
+def _check_config(folder, source: str, device: str, dtype: str, options: dict) -> None:
+    """Raise SourceError for an encoder-decoder, ConfigError if the weights alone need more than is free; quantised
+    weights, whose size is not told by the config, are not checked."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with _loading(source):
         config = AutoConfig.from_pretrained(folder, **options)
+    if config.is_encoder_decoder:  # transformers would load the decoder of some alone, with weights missing
+        raise SourceError(
+            f"Cannot load the model {source!r}: it is an encoder-decoder ({config.model_type}). "
+            "Use a decoder-only model."
+        )
+    try:
         with torch.device("meta"):
             numbers = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except Exception:  # whatever it is, loading says it
@@ -93,10 +108,32 @@ def token_id(tokenizer, text: str) -> int:
 
 
 @torch.no_grad()
+def _check_causal(model, source: str) -> None:
+    """Raise SourceError if what the model says of earlier tokens depends on later ones by more than rounding: 0
+    without experts, whose batches change with the tokens (3e-7 in float32); an encoder with random weights gives 2e-4
+    or more."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    middle = vocabulary // 2 + torch.arange(16, device=model.device)  # ordinary words of most tokenizers
+    ids = middle[None] % vocabulary
+    other = torch.cat([ids[:, :8], ids[:, 8:].flip(1)], dim=1)
+    before, after = (model(input_ids=each, use_cache=False).logits[:, :8].double() for each in (ids, other))
+    change = ((after - before).norm(dim=-1) / before.norm(dim=-1)).max().item()
+    quantised = getattr(model.config, "quantization_config", None) is not None  # its products may be coarse
+    rounding = max(3e-5, 16 * torch.finfo(torch.bfloat16 if quantised else model.dtype).eps)
+    if not change <= rounding:
+        raise SourceError(
+            f"{source!r} ({type(model).__name__}) sees later tokens: other tokens after the eighth change what it says "
+            f"before by {change:.2g} of its size, expected rounding, {rounding:.1g}. Use a causal language model; "
+            "an encoder has nothing to predict next."
+        )
+
+
+@torch.no_grad()
 def page_loss(model, tokenizer) -> float:
     """Mean next-token cross-entropy, in nats, on the page of English, after the BOS token if there is one."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([start + tokenizer(PAGE.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]])
+    ids = ids.to(model.device)
     return model(input_ids=ids, labels=ids).loss.item()
 
 
@@ -106,26 +143,57 @@ def check_reads_english(model, tokenizer, name: str) -> float:
     if not loss < LARGEST_PAGE_LOSS:
         raise SourceError(
             f"{name} gives {loss:.2f} nats per token on a page of English, expected below {LARGEST_PAGE_LOSS}: its weights were "
-            "read wrongly. Use the pinned versions of transformers and gguf (requirements.lock)."
+            "read wrongly, or it is no model of English. Use the pinned versions of transformers and gguf "
+            "(requirements.lock)."
         )
     return loss
 
 
-def _from_pretrained(folder, source: str, **options):
+@contextlib.contextmanager
+def _loading(source: str):
+    """Turn what transformers raises for a model that it cannot load into a SourceError."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
-        options.pop("dtype")
-        return model, AutoTokenizer.from_pretrained(folder, **options)
+        yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SourceError(
             f"Cannot load the model {source!r}: {reason} Check the name and the network, or give a local folder."
         ) from error
+
+
+def _from_pretrained(folder, source: str, **options):
+    """The model and its tokenizer. Raises SourceError if the weights are not all there or have other shapes;
+    transformers would draw them at random."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with _loading(source):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        options.pop("dtype")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if missing := sorted(info["missing_keys"]):  # tied weights are not among them
+        raise SourceError(
+            f"Cannot load the model {source!r}: it lacks {len(missing)} weights of {type(model).__name__}: "
+            f"{_some(missing)}. Get all of its files, and a config.json that belongs to them."
+        )
+    if mismatched := sorted(
+        f"{name} {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
+    ):
+        raise SourceError(
+            f"Cannot load the model {source!r}: {len(mismatched)} weights have another shape than its config.json "
+            f"says: {_some(mismatched)}. Get all of its files from one place."
+        )
+    return model, tokenizer
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """The first names of a list that may be long."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def terms(source: str) -> str | None:

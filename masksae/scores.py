@@ -19,7 +19,7 @@ from masksae.parallel import in_threads
 from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
 from masksae.stages import Run
-from masksae.tracing import activations, prefix_cache, spliced_losses
+from masksae.tracing import activations_after, spliced_losses
 
 
 def norms(run: Run, sequences: int = 32) -> list[dict]:
@@ -193,10 +193,10 @@ def _word_activations(run: Run, words: list[str], ids: Tensor, draw: int) -> Ten
     x = torch.empty(len(words), run.width)
     for i, prefix in enumerate(prefixes):
         tokens = start + run.language_model.tokenizer(prefix, add_special_tokens=False)["input_ids"]
-        cache = prefix_cache(model, torch.tensor([tokens]), block=block)
         mine = slice(i, None, len(prefixes))
         label = f"words after prefix {i + 1} of {len(prefixes)}"
-        x[mine] = activations(model, ids[mine, None], block=block, batch=128, label=label, cache=cache)[:, 0]
+        after = activations_after(model, torch.tensor([tokens]), ids[mine, None], block=block, batch=128, label=label)
+        x[mine] = after[:, 0]
     return x
 
 

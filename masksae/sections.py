@@ -146,17 +146,11 @@ class Training(Section):
     that an arm does not reach are left out."""
 
     def config(self, steps: int):
-        """The `TrainConfig` of a run of so many steps."""
+        """The `TrainConfig` of a run of so many steps; what is None follows them."""
         from masksae.recipe import TrainConfig
 
         shared = self.model_dump(exclude={"epochs", "batch_size", "pool_tokens", "snapshots"})
         shared["snapshots"] = tuple(n for n in self.snapshots if n < steps)
-        sized = {
-            "warmup": min(1000, steps // 10),
-            "threshold_start": min(1000, steps // 3),
-            "threshold_ema": max(0.0, min(0.999, 1 - 10 / steps)),
-        }
-        shared |= {key: value for key, value in sized.items() if shared[key] is None}
         seldom = {"checkpoint_every": max(200, steps // 100), "log_every": max(20, steps // 1000)}
         return TrainConfig(steps, **shared, **seldom)
 
@@ -199,8 +193,9 @@ class Grid(Section):
     n_latents: Positive
     prefixes: tuple[float, ...] = ()
     """Matryoshka group fractions, summing to 1; empty: one group."""
-    dead_after_tokens: Positive = 10_000_000
-    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (TopK kinds)."""
+    dead_after_tokens: Positive | None = None
+    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (TopK kinds). None: a sixteenth of the run's
+    tokens, 10,000,000 at most."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
 
     def config(self, d_model: int, seed: int, drop_masked: bool = False) -> SAEConfig:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from masksae import progress
 from masksae.cache import contents
+from masksae.corpus import tokenise
 from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads
@@ -36,7 +37,7 @@ def text_batches(run: Run, texts: list[str], limit: int, *, from_end: bool, labe
     tokenizer, model = run.language_model.tokenizer, run.language_model.model
     start = [] if run.bos_id is None else [run.bos_id]
     cut = slice(-limit, None) if from_end else slice(limit)
-    tokens = [ids[cut] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    tokens = [ids[cut] for ids in tokenise(tokenizer, texts)]
     if not all(tokens):
         raise DataError("A labelled text has no token. Leave empty texts out of the table.")
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
@@ -176,7 +177,7 @@ def _means(family: str, table: list[dict]) -> dict[str, float]:
 
 def _score_one(sae, threshold, data: dict[str, Tensor], ks: list[int], rankings: tuple[str, ...], seed: int) -> dict:
     """AUC by k and ranking, such as {"5": .8, "5_plain": .7}."""
-    f_train, f_test = (sae.encode(data[key].to(sae.device), threshold).cpu() for key in ("x_train", "x_test"))
+    f_train, f_test = (sae.latents(data[key], threshold) for key in ("x_train", "x_test"))
     found = {}
     for ranking in rankings:
         choice = dict(ks=tuple(ks), normalised=RANKINGS[ranking], penalty="l2", seed=seed)

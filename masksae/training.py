@@ -20,7 +20,7 @@ from masksae.logs import Log
 from masksae.member import EXPLODED, Member
 from masksae.memory import check_memory
 from masksae.recipe import TrainConfig
-from masksae.saes.config import SAEConfig
+from masksae.saes.config import AuxK, BatchTopK, SAEConfig
 from masksae.saes.sae import SAE, SAE_FILES, read_tensors, seal
 
 SCHEMAS = (1, 2)
@@ -59,9 +59,8 @@ def train(
     folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir)
     device = torch.device(device or "cpu")
     _check(sae_configs, stream, train_config, folder)
-    branch = train_config.snapshot_decay and bool(train_config.snapshots)
     sparse = device.type == "cpu" and train_config.precision == "float32"
-    check_memory(sae_configs, stream.batch_size, device, sparse=sparse, branch=branch)
+    check_memory(sae_configs, stream.batch_size, device, sparse=sparse, branch=bool(train_config.snapshots))
     group = Group(sae_configs, stream, train_config, device)
     if folder is not None and recover(folder / "checkpoint").exists():
         group.load(folder / "checkpoint")
@@ -74,7 +73,8 @@ def train(
 
 
 def load_snapshots(checkpoint_dir, *, device=None) -> dict[int, list[SAE]]:
-    """The SAEs that `train` saved along the way, by step, in the order of its configs. Raises CheckpointError for a damaged one.
+    """The SAEs that `train` saved along the way, by step, in the order of its configs. Raises CheckpointError for a damaged one, and if there
+    is no such folder.
 
     >>> import tempfile
     >>> from masksae import TopK
@@ -85,8 +85,11 @@ def load_snapshots(checkpoint_dir, *, device=None) -> dict[int, list[SAE]]:
     ...     sorted(load_snapshots(folder))
     [10]
     """
+    if not Path(checkpoint_dir).is_dir():
+        raise CheckpointError(f"There is no folder {checkpoint_dir}. Give the checkpoint_dir that `train` was given.")
     folders = sorted(Path(checkpoint_dir).glob("snapshots/step-*"))
-    return {int(f.name[5:]): [SAE.load(path, device=device) for path in sorted(f.glob("sae-*"))] for f in folders}
+    with readable(checkpoint_dir):
+        return {int(f.name[5:]): [SAE.load(path, device=device) for path in sorted(f.glob("sae-*"))] for f in folders}
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
@@ -121,6 +124,8 @@ class Group:
         """Scale and b_dec from the first batches."""
         position = self.stream.state_dict()
         self.scale = self.stream.scale()
+        if not self.scale > 0:
+            raise DataError("The first activations of the stream are all zero. Look at the model and the hook point.")
         first = next(self.stream.batches(self.views))
         self.stream.load_state_dict(position)
         medians = [geometric_median(x / self.scale) for x, *_ in first]
@@ -171,7 +176,7 @@ class Group:
                         f"{target} is damaged, or belongs to another configuration. Use another checkpoint_dir, or delete it."
                     )
                 continue
-            leave = int(n - config.decay * n) if config.snapshot_decay and n < config.steps else n
+            leave = config.leaves(n)
             if leave < self.step:
                 raise CheckpointError(
                     f"The snapshot of step {n} would have to leave at step {leave}, and training is at step {self.step} already. "
@@ -273,7 +278,22 @@ def _check(sae_configs: list[SAEConfig], stream: ActivationStream, config: Train
             raise ConfigError(
                 f"{sae.selection} comes from an SAE trained elsewhere and lacks a coefficient: give it to train."
             )
+        _check_tokens(sae, stream.batch_size, config.steps)
         if sae.d_model != stream.d_model:
             raise ConfigError(
                 f"The SAE reads width {sae.d_model}, the stream gives {stream.d_model}. Set d_model to the model's width."
             )
+
+
+def _check_tokens(sae: SAEConfig, batch: int, steps: int) -> None:
+    """Raise ConfigError for what cannot come about in a run of so many steps and tokens."""
+    tokens, silent = steps * batch, sae.aux and sae.aux.dead_after_tokens
+    if silent and silent >= tokens:
+        raise ConfigError(
+            f"AuxK.dead_after_tokens is {silent:,} and the run sees {tokens:,} tokens: no latent would ever be revived. Leave it out (a "
+            f"sixteenth of the run: {AuxK().dead_after(tokens):,}), lower it, or train without aux."
+        )
+    if isinstance(sae.selection, BatchTopK) and round(sae.selection.k * batch) == 0:
+        raise ConfigError(
+            f"BatchTopK.k = {sae.selection.k:g} keeps no latent in a batch of {batch}. Raise k or batch_size."
+        )

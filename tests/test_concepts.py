@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_stages import profile, project  # noqa: F401
 
-from masksae import Run, concepts, saebench, scores, tasks
+from masksae import Run, concepts, guest, saebench, scores, tasks
 from masksae.errors import DataError
 from masksae.files import read_json
 from masksae.tracing import activations
@@ -71,6 +71,15 @@ def test_one_against_rest_is_balanced_and_keeps_the_sides_apart():
     )
     test, _ = concepts.one_against_rest(values, 1, 3, slice(6, None))
     assert test.flatten().tolist() == [16, 17, 18, 19, 6, 7, 26, 27]
+
+
+def test_an_sae_in_half_precision(run, tmp_path):
+    sae = next(iter(run.saes.values()))
+    [row, *_] = concepts.concept_scores(run)
+    visitor = guest.Guest(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
+    [found, _] = guest.evaluate(visitor, ["perturbation"])["perturbation"]
+    assert found.keys() == row.keys()
+    assert found["pooled_accuracy_5"] == pytest.approx(row["pooled_accuracy_5"], abs=0.1)
 
 
 def test_rows(run):

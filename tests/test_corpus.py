@@ -141,3 +141,22 @@ def test_held_out_blocks_that_quote_training_text_are_dropped(tmp_path, monkeypa
 def test_text_that_only_repeats_itself(tmp_path):
     with pytest.raises(DataError, match="Every block of held_out repeats training text"):
         build(tmp_path, ["a" * (40 + i) for i in range(300)], "same")
+
+
+def test_special_tokens_in_a_text_are_words(tmp_path):
+    """A text about masks holds no mask, and one that quotes a BOS token no BOS; both stand only where they are put."""
+    from conftest import byte_tokenizer
+
+    documents = [f"a <mask> and a <bos> number {i:04d} in a text of its own" for i in range(400)]
+    options = dict(tokens={"train": 2000, "held_out": 400}, block_length=16, bos_id=0, held_out_share=0.2, seed=0)
+    blocks = corpus.build(documents, byte_tokenizer(), tmp_path / "blocks", progress=False, **options)
+    ids = corpus.Blocks(blocks["train"])[:]
+    assert (ids[:, 0] == 0).all() and (ids[:, 1:] > 1).all()
+    assert any("<mask>" in byte_tokenizer().decode(row[1:]) for row in ids)
+
+
+def test_tokens_of_a_text_without_special_ones_are_as_they_were():
+    from conftest import byte_tokenizer
+
+    tokenizer, texts = byte_tokenizer(), make_documents(20)
+    assert corpus.tokenise(tokenizer, texts) == tokenizer(texts, add_special_tokens=False)["input_ids"]

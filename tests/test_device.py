@@ -37,6 +37,23 @@ def test_no_step_waits_for_the_device(rule, prefixes):
             member.step(x, step)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_checkpoint_is_loaded_where_the_optimiser_wants_it(fused):
+    """Fused Adam (GPUs) takes `step` on the parameter's device, the plain one on the CPU; a checkpoint's tensors come from the CPU."""
+    recipe, x = TrainConfig(steps=9, warmup=1, threshold_start=1), random_batch(dtype=torch.float32)
+    saved = Member(random_sae(dtype=torch.float32), recipe)
+    saved.step(x, 0)
+    member = Member(random_sae(dtype=torch.float32), recipe, "meta")
+    member.adam.param_groups[0]["fused"] = fused
+    member.load(saved.tensors())
+    assert set(member.adam.state) == set(member.sae.parameters())
+    for parameter, state in member.adam.state.items():
+        devices = {key: value.device.type for key, value in state.items()}
+        assert devices == {"step": "meta" if fused else "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+        assert all(state[key].stride() == parameter.stride() for key in ("exp_avg", "exp_avg_sq"))
+    assert member.sae.device.type == member.coefficient.device.type == member.sae.threshold.device.type == "meta"
+
+
 def test_the_meta_device_does_refuse_to_be_read():
     """The test above can fail: these are what it forbids."""
     x = torch.ones(3, device="meta")

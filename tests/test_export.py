@@ -123,6 +123,28 @@ def test_what_cannot_be_held_is_refused_with_the_reason(tmp_path):
         load_dictionary_learning(folder)
 
 
+def test_a_fractional_k_is_not_cut(tmp_path):
+    with pytest.raises(ConfigError, match="keeps k as an integer, and this SAE has k = 2.5"):
+        make(BatchTopK(2.5)).to_dictionary_learning(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert load_dictionary_learning(make(BatchTopK(2.0)).to_dictionary_learning(tmp_path / "b")).config.selection.k == 2
+    assert load_saelens(make(BatchTopK(2.5)).to_saelens(tmp_path / "c")).config.selection.k == 2.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_types_by_either_of_saelens_names(dtype, tmp_path):
+    folder = make(TopK(4)).to(dtype).to_saelens(tmp_path / "sae")
+    record = json.loads((folder / "cfg.json").read_text())
+    assert f"torch.{record['dtype']}" == str(dtype)
+    for name in (record["dtype"], str(dtype)):
+        (folder / "cfg.json").write_text(json.dumps(record | {"dtype": name}))
+        assert load_saelens(folder).dtype == dtype
+    for name in ("float31", "int64", "nn", None):
+        (folder / "cfg.json").write_text(json.dumps(record | {"dtype": name}))
+        with pytest.raises(ConfigError, match="is no type of floats. Known: float32"):
+            load_saelens(folder)
+
+
 def test_damaged_missing_and_hostile_files(tmp_path):
     with pytest.raises(CheckpointError, match="cfg.json is missing"):
         load_saelens(tmp_path)

@@ -48,6 +48,15 @@ def test_a_guest_scores_what_the_run_scores(run, folder, tmp_path):
     assert guest.evaluate(other, ["reconstruction"])["reconstruction"][1]["l0"] == pytest.approx(5.0, rel=0.05)
 
 
+def test_a_guest_in_half_precision_scores_alike(run, folder, tmp_path):
+    own = guest.evaluate(guest.Guest(run.source, folder, out=tmp_path / "a"), ["reconstruction"])["reconstruction"]
+    half = run.load_saes()["unmasked-plain-s0"].bfloat16().to_saelens(tmp_path / "half")
+    found = guest.evaluate(guest.Guest(run.source, half, out=tmp_path / "b"), ["reconstruction"])["reconstruction"]
+    for ours, theirs in zip(own, found, strict=True):
+        for score in ("ev_centred", "l0", "ce_sae"):
+            assert theirs[score] == pytest.approx(ours[score], rel=0.02), score
+
+
 def test_an_sae_without_a_k_of_its_own_is_matched_at_the_l0_it_has(run, folder, tmp_path):
     record = json.loads((folder / "cfg.json").read_text())
     del record["metadata"]["masksae"]  # as SAELens would have written it

@@ -86,7 +86,7 @@ def test_both_steps_equal_the_definition(rule, prefixes, weighting):
     wanted = dict(zip(names, torch.autograd.grad(expected, [sae.get_parameter(n) for n in names])))
     xc = sae.encoder_input(x).detach()
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
-    outcomes = [dense_step(sae, x, xc, pre, weight, False, isinstance(rule, TopK))]
+    outcomes = [dense_step(sae, x, xc, pre, weight, None, isinstance(rule, TopK))]
     gradients = [{name: p.grad.clone() for name, p in sae.named_parameters()}]
     if torch.backends.mkl.is_available():
         index = rule_of(sae.config).support(sae, pre, math.inf)
@@ -114,7 +114,7 @@ def test_gradient_of_jump_thresholds_by_hand():
         sae.W_dec.fill_(1)
     x = torch.tensor([[1.05], [0.95], [3.0]]).double()
     xc = sae.encoder_input(x)
-    dense_step(sae, x, xc, (xc @ sae.W_enc).detach(), 1.0, False, False)
+    dense_step(sae, x, xc, (xc @ sae.W_enc).detach(), 1.0, None, False)
     # df_b = 2/3 (f - x): 0 for the active ones, -2/3 * 0.95 for the silent one; thresholds get -(1 / 0.2) of it inside the window
     value = -(1 / 0.2) * (-2 / 3 * 0.95)
     # penalty (2/3 / 0.5 - 1)^2: its derivative for each step is 2 (1/3) / 0.5 / 3; only f = 1.05 is in the window
@@ -130,7 +130,7 @@ def test_tiny_thresholds_see_every_silent_entry():
         sae.thresholds.fill_(0.05)
     xc = sae.encoder_input(x)
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
-    dense_step(sae, x, xc, pre, 1.0, False, False)
+    dense_step(sae, x, xc, pre, 1.0, None, False)
     wanted = sae.thresholds.grad.clone()
     sparse_step(sae, x, xc, pre, rule_of(sae.config).support(sae, pre, math.inf), 1.0, False)
     torch.testing.assert_close(sae.thresholds.grad, wanted, rtol=1e-9, atol=1e-12)
@@ -142,7 +142,7 @@ def test_sparse_equals_dense_in_single_precision(rule):
     sae, x = random_sae(rule, MATRYOSHKA, d=64, n=512, dtype=torch.float32), random_batch(256, 64, torch.float32)
     xc = sae.encoder_input(x).detach()
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
-    dense_step(sae, x, xc, pre, 0.1, False, False)
+    dense_step(sae, x, xc, pre, 0.1, None, False)
     wanted = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sparse_step(sae, x, xc, pre, rule_of(sae.config).support(sae, pre, math.inf), 0.1, False)
     for name, parameter in sae.named_parameters():
@@ -157,13 +157,52 @@ def test_a_group_without_any_active_latent(rule):
         sae.b_enc[:48] = -100
     xc = sae.encoder_input(x).detach()
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
-    dense_step(sae, x, xc, pre, 0.1, False, False)
+    dense_step(sae, x, xc, pre, 0.1, None, False)
     wanted = {name: p.grad.clone() for name, p in sae.named_parameters()}
     index = rule_of(sae.config).support(sae, pre, math.inf)
     assert (index % 96 >= 48).all()
     sparse_step(sae, x, xc, pre, index, 0.1, False)
     for name, parameter in sae.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-9, atol=1e-12)
+
+
+@needs_mkl
+@pytest.mark.parametrize("rule, bias", [(BatchTopK(4), -100), (TopK(4), -100), (BatchTopK(0.005), 0)], ids=str)
+def test_a_batch_in_which_nothing_is_kept(rule, bias):
+    """No pre-activation is positive, or k x batch rounds to none: x_hat = b_dec, for either step."""
+    sae, x = random_sae(rule, (0.25, 0.75)), random_batch()
+    with torch.no_grad():
+        sae.b_enc += bias
+    xc = sae.encoder_input(x).detach()
+    pre = (xc @ sae.W_enc + sae.b_enc).detach()
+    index = rule_of(sae.config).support(sae, pre, math.inf)
+    for step, given in ((dense_step, (0.0, None, True)), (sparse_step, (index, 0.0, True))):
+        outcome = step(sae, x, xc, pre, *given)
+        torch.testing.assert_close(outcome.residual, (x - sae.b_dec).detach())
+        torch.testing.assert_close(outcome.loss, (x - sae.b_dec).detach().square().sum(1).mean() / 2)
+        torch.testing.assert_close(sae.b_dec.grad, -(x - sae.b_dec).detach().mean(0))
+        assert outcome.l0 == 0 == outcome.smallest and not outcome.fired.any()
+        assert all(not p.grad.any() for name, p in sae.named_parameters() if name != "b_dec")
+
+
+@pytest.mark.parametrize("rule", ALL_RULES[:2], ids=lambda r: type(r).__name__)
+def test_the_dense_step_numbers_no_entries(rule):
+    """Nothing of the size of the pre-activations is int64: 8 bytes an entry beside the 4 of f."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            found.extend(t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
+            return result
+
+    sae, x, found = random_sae(rule), random_batch(), []
+    xc = sae.encoder_input(x).detach()
+    pre = (xc @ sae.W_enc + sae.b_enc).detach()
+    with Watch():
+        dense_step(sae, x, xc, pre, 0.0, None, True)
+    assert max(t.numel() for t in found) == pre.numel()
+    assert max(t.numel() for t in found if t.dtype == torch.int64) <= 4 * len(x)
 
 
 @every_rule
@@ -223,7 +262,7 @@ def test_a_step_with_dead_latents_follows_the_whole_loss():
     with torch.no_grad():
         sae.b_enc[10:19] -= 2  # 19 fires
     pre = sae.pre_activations(x)
-    loss, _, f = dense_loss(sae, x, pre, 0.0, revive=True)
+    loss, _, f = dense_loss(sae, x, pre, 0.0, dead_after=1000)
     assert (f[:, 19] > 0).any() and not (f[:, 10:15] > 0).any()
     wanted = torch.autograd.grad(loss, list(sae.parameters()))
     without = torch.autograd.grad(dense_loss(sae, x, sae.pre_activations(x))[0], list(sae.parameters()))

@@ -152,6 +152,16 @@ def test_a_planted_absorber_is_found_and_only_it():
     assert result.mean_full == pytest.approx(by_letter["b"].full / 6)
 
 
+def test_an_sae_in_half_precision_on_activations_in_double():
+    sae, x, words = world(absorbed_word="bbex")
+    seed = next(s for s in range(100) if probes.split_words(words, s)[words.index("bbex")])
+    exact = first_letter(sae, x, words, min_letters=6, seed=seed)
+    found = first_letter(sae.bfloat16(), x.double(), words, min_letters=6, seed=seed)
+    assert found.mean_full == exact.mean_full > 0 and found.mean_split_latents == exact.mean_split_latents
+    assert found.mean_fraction == pytest.approx(exact.mean_fraction, abs=0.01)
+    assert found.mean_fraction_legacy == pytest.approx(exact.mean_fraction_legacy, abs=0.02)
+
+
 def test_a_higher_threshold_silences_the_main_latents():
     sae, x, words = world()
     assert first_letter(sae, x, words, min_letters=6, threshold=10.0).mean_full == 0  # and nobody carries the letter

@@ -117,6 +117,16 @@ def test_planted_absorption_is_measured():
     assert found.mean_full == the.full > 0.01
 
 
+def test_an_sae_in_half_precision_on_activations_in_double():
+    x, labels, block, directions, _ = sample()
+    probes, sae = context_probes(x, labels, block, positives=2000), planted(directions, True)
+    in_double = context_probes(x.double(), labels, block, positives=2000)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(probes, in_double))
+    exact = context_absorption(sae, x, probes, min_parents=1)
+    found = context_absorption(sae.bfloat16(), x.double(), in_double, min_parents=1)
+    assert found.mean_full == pytest.approx(exact.mean_full, abs=0.005) and found.letters[0].main == (PARENT,)
+
+
 def test_too_few_parents_is_an_error_that_names_them():
     x, labels, block, directions, _ = sample()
     probes = context_probes(x, labels, block, positives=2000)

@@ -5,7 +5,7 @@ import torch
 from random_saes import ALL_RULES, random_sae
 
 from masksae.errors import DataError
-from masksae.metrics.perturbation import Probe, Texts, pooled, scr, scr_effects, strongest, tpp, tpp_effects
+from masksae.metrics.perturbation import Probe, Texts, fit_probe, pooled, scr, scr_effects, strongest, tpp, tpp_effects
 
 D, F = 24, 96
 
@@ -117,6 +117,24 @@ def test_scr_regains_everything_when_the_spurious_latent_is_removed():
 def test_scr_without_room_is_zero():
     oracles, texts, w_dec = two_attributes()
     assert scr(oracles[0], oracles, texts, texts, w_dec, ns=(1, 2)).direction_1 == {1: 0, 2: 0}
+
+
+def test_an_sae_in_half_precision_on_activations_in_double():
+    """Texts of latents, decoder and activations of different types score as in single precision."""
+    sae = random_sae(dtype=torch.float32).requires_grad_(False)
+    x, is_token, _ = sequences(200)
+    y = pooled(x, is_token)[:, 0] > 0
+    scores = []
+    for own in (torch.float32, torch.bfloat16):
+        sae, given = sae.to(own), x.to(torch.float32 if own == torch.float32 else torch.float64)
+        mean, f = pooled(given, is_token), pooled(sae.encode(given), is_token)
+        probe = fit_probe(mean, y)
+        texts = Texts(mean, f, y), Texts(mean, f, ~y)
+        probes = probe, Probe(-probe.weight, -probe.bias)
+        spread = tpp(probes, texts, texts, sae.W_dec, ns=(50,))
+        gained = scr(Probe(probe.weight.flip(0), 0.0), probes, texts, texts, sae.W_dec, ns=(50,))
+        scores.append([spread.intended[50], spread.total[50], gained.room, probe.accuracy(texts[0], [3], sae.W_dec)])
+    assert scores[1] == pytest.approx(scores[0], abs=0.03) and scores[0][2] > 0.1
 
 
 def test_bad_input():

@@ -141,11 +141,36 @@ def test_perfect_mean_and_zero_reconstruction():
         (tokens(d=5), "width 5, the SAE 6"),
         (tokens().fill_(torch.nan), "NaN"),
         (torch.ones(9, 6), "do not vary"),
+        (tokens()[None], "shape \\[tokens, d\\], found \\(1, 500, 6\\)"),
+        (tokens().long(), "found torch.int64"),
+        ((part for part in tokens().split(100)), "come from a generator, .* gone through once"),
+        (iter(tokens().split(100)), "gone through once"),
     ],
 )
 def test_tokens_that_cannot_be_scored(x, words):
     with pytest.raises(DataError, match=words):
         reconstruction(random_sae(), x)
+
+
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_any_type_of_weights_and_of_activations(own, given):
+    """An SAE in half precision scores what the same weights do in single, to the rounding of its own latents."""
+    sae, x = random_sae().to(own), tokens()
+    exact = reconstruction(random_sae(), x).to_dict()
+    for name, value in reconstruction(sae, x.to(given)).to_dict().items():
+        assert value == pytest.approx(exact[name], rel=0.03, abs=0.01), name
+    threshold = calibrated_threshold(sae, x.to(given), k=3)
+    assert (sae.encode(x.to(given), threshold) > 0).sum().item() / len(x) == pytest.approx(3, abs=0.1)
+    assert explained_variance(x.to(given), sae(x.to(given))) == pytest.approx(exact["ev_centred"], rel=0.01)
+
+
+@pytest.mark.parametrize("k", [0, -3, float("nan"), float("inf")])
+def test_no_threshold_gives_an_impossible_l0(k):
+    with pytest.raises(ConfigError, match="positive number"):
+        calibrated_threshold(random_sae(), tokens(), k=k)
+    with pytest.raises(DataError, match="Flatten"):
+        calibrated_threshold(random_sae(), tokens()[None], k=3)
 
 
 def test_dead_latents_are_counted():

@@ -32,6 +32,14 @@ def test_a_concept_told_by_one_latent_scores_one():
     assert result.to_dict()["2"]["auc"] == 1
 
 
+def test_latents_in_half_precision():
+    f, y = planted()
+    half = f.bfloat16()
+    found, exact = (sparse_probing(v[:300], y[:300], v[300:], y[300:], ks=(1, 5)) for v in (half, half.float()))
+    assert found == exact and found.latents[0] == 7
+    assert rank_latents(half, y).tolist() == rank_latents(half.float(), y).tolist()
+
+
 def test_noise_scores_chance():
     f, y = planted(n=2000)
     noise = f[:, 10:]

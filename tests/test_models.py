@@ -93,3 +93,65 @@ def test_terms_are_asked_for_before_the_download(monkeypatch, tmp_path):
     monkeypatch.setenv("MASKSAE_ACCEPT_TERMS", "other, gemma3-270m")
     models.require_terms("gemma3-270m")
     assert sum(package.size for package in packages.PACKAGES.values() if "gemma" in package.name) < 250e6
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"), "lacks 1 weights of Llama.*1.mlp.up_proj"),
+        (lambda weights: [weights.pop(name) for name in [*weights] if ".2." in name], r"lacks 9 weights .* and 6 more"),
+        (lambda weights: weights.update({"lm_head.weight": torch.zeros(5, 16)}), r"lm_head.weight \(5, 16\), expected"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_there_are_not_made_up(folder, change, words):
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=f"Cannot load the model .*{words}"):
+        models.load_model(str(folder))
+
+
+def gguf_file(path, model, tokenizer):
+    """A Llama as a GGUF file, weights in full precision; the library wants a merge, which stands at the last id."""
+    import gguf
+
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens += [f"<unused{i}>" for i in range(len(tokens), config.vocab_size - 1)] + ["ab"]
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_path_must_read_english_too(tmp_path, monkeypatch):
+    file = tmp_path / "tiny.gguf"
+    gguf_file(file, tiny_model("llama"), byte_tokenizer())
+    with pytest.raises(
+        SourceError, match=r"tiny.gguf gives 4.8\d nats per token on a page of English.*no model of English"
+    ):
+        models.load_model(str(file))
+    monkeypatch.setattr(models, "LARGEST_PAGE_LOSS", 5.0)
+    loaded, written = (model.lm_head.weight for model in (models.load_model(str(file)).model, tiny_model("llama")))
+    assert torch.equal(loaded, written)

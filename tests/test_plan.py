@@ -18,6 +18,7 @@ from masksae.member import Member
 from masksae.plan import GPUS, Plan, peers, step_flop
 from masksae.plan_report import text
 from masksae.saes.sae import SAE
+from masksae.sections import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -165,4 +166,6 @@ def test_a_fraction_is_measured_here(project):  # noqa: F811
     assert set(hours) == {"activations", "training"} and all(0 < value < 1 for value in hours.values())
     assert "here, measured" in text(plan, "cpu", measured=hours)
     assert sum(measure._kinds(plan).values()) == len(plan.saes) and len(measure._kinds(plan)) == 2
+    assert measure.step_seconds(plan, SAEConfig(16, 32, plan.saes[0].selection), "cpu") > 0
+    plan.profile = plan.profile.model_copy(update={"training": Training(batch_size=64)})  # every number left out
     assert measure.step_seconds(plan, SAEConfig(16, 32, plan.saes[0].selection), "cpu") > 0

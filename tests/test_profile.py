@@ -21,11 +21,35 @@ def written(folder, edit=lambda profile: None, name="mine"):
     return path
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in PROFILES.glob("*.yaml")))
+SHIPPED = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_profiles_are_good(name):
     profile = load_profile(name)
     assert profile.name == name and profile.arms[0].p == 0 and {grid.name for grid in profile.saes}
     assert load_profile(PROFILES / f"{name}.yaml") == profile
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_dead_latents_can_be_revived_in_every_shipped_profile(name):
+    """Of every grid and arm: a latent counts as dead long before the last step, and every snapshot's recipe can be made."""
+    profile = load_profile(name)
+    text, training = profile.text, profile.training
+    kept = text.train_tokens * (text.block_length - 1) // text.block_length
+    revived = 0
+    for arm in [*profile.arms, *profile.ablations]:
+        steps = training.epochs * int(arm.tokens * kept) // training.batch_size
+        recipe = training.config(steps)
+        for n in recipe.snapshot_steps:
+            assert recipe.branch(n).threshold_start < n
+        for grid, seed in profile.members(arm):
+            aux = grid.config(64, seed).aux
+            assert (aux is not None) == ("topk" in grid.selection.rule)
+            if aux is not None:
+                assert aux.dead_after(steps * training.batch_size) <= steps * training.batch_size / 10
+                revived += 1
+    assert revived
 
 
 def test_a_users_copy_is_read(tmp_path):

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import EVERY, F, configs, run, same, sparse_world, stream, train_config
+from small_training import EVERY, D, F, configs, run, same, sparse_world, stream, train_config
 
 from masksae import (
     ActivationStream,
     AuxK,
+    BatchTopK,
+    SAEConfig,
     TopK,
     load_snapshots,
 )  # fmt: skip
@@ -122,22 +124,48 @@ def test_full_disk_keeps_the_last_checkpoint(small_disk):
     assert same(run(sae_configs=EVERY, checkpoint_dir=small_disk / "run"), run(sae_configs=EVERY))
 
 
-@pytest.mark.parametrize("n", [16, 30, 47, 60])
-def test_a_snapshot_is_the_sae_of_a_shorter_run(tmp_path, n):
-    config = train_config(snapshots=(16, 30, 47, 60), warmup=5, sparsity_warmup=12)
-    run(config, EVERY, checkpoint_dir=tmp_path)
-    alone = run(train_config(steps=n, warmup=5, threshold_start=min(20, n - 1), sparsity_warmup=12), EVERY)
-    if n > 20:  # a run of 16 steps may not begin its threshold at step 20
-        assert same(load_snapshots(tmp_path)[n], alone)
-    assert list(load_snapshots(tmp_path)) == [16, 30, 47, 60]
-
-
-def test_snapshots_without_a_branch_are_the_trunk(tmp_path):
-    config = train_config(snapshots=(30, 60), snapshot_decay=False, decay=0.0)
-    saes = run(config, EVERY, checkpoint_dir=tmp_path)
+@pytest.mark.parametrize("decay", [0.2, 0.0], ids=["decay", "no decay"])
+def test_a_snapshot_is_the_sae_of_a_shorter_run(tmp_path, decay):
+    """Byte for byte that of `steps = n` with the other values left, and of `branch(n)` where n steps end before the threshold begins."""
+    config = train_config(snapshots=(16, 20, 30, 47, 60), sparsity_warmup=12, decay=decay)
+    whole = run(config, EVERY, checkpoint_dir=tmp_path)
     found = load_snapshots(tmp_path)
-    assert same(found[60], saes)
-    assert same(found[30], run(train_config(steps=30, decay=0.0), EVERY))
+    assert list(found) == [16, 20, 30, 47, 60] and same(found[60], whole)
+    for n in (16, 20, 30, 47):
+        alone = train_config(steps=n, sparsity_warmup=12, decay=decay) if n > 21 else config.branch(n)
+        assert same(found[n], run(alone, EVERY))
+
+
+def test_a_snapshot_before_the_threshold_starts_has_one_of_its_own(tmp_path):
+    """Of a run too short for the trunk's `threshold_start`: clean L0 near k, as a run of its own with its own defaults has it."""
+    sae_configs = [SAEConfig(D, F, BatchTopK(4)), SAEConfig(D, F, TopK(4))]
+    config = train_config(400, threshold_start=200, threshold_ema=0.98, snapshots=(40, 100, 200, 201))
+    run(config, sae_configs, checkpoint_dir=tmp_path)
+    for saes in load_snapshots(tmp_path).values():
+        assert all(sae.threshold > 0 for sae in saes)
+        assert 3 < (saes[0].encode(sparse_world()[0]) > 0).sum(1).double().mean() < 5.5
+
+
+def test_a_finished_sae_has_a_threshold_however_late_it_begins():
+    for sae in run(train_config(30, threshold_start=29), EVERY[:2]):
+        assert sae.threshold > 0
+
+
+def test_revival_on_a_branch_is_that_of_the_whole_run(tmp_path):
+    """What `AuxK` takes from the run's length is fixed for its snapshots too, since they share its trunk."""
+    free, fixed = ([SAEConfig(D, F, BatchTopK(2), aux=AuxK(dead_after_tokens=n))] for n in (None, 60 * 200 // 16))
+    a, b = (
+        run(train_config(snapshots=(40,)), c, checkpoint_dir=tmp_path / str(i)) for i, c in enumerate((free, fixed))
+    )
+    assert same(a, b) and same(*(load_snapshots(tmp_path / str(i))[40] for i in (0, 1)))
+
+
+def test_snapshots_of_a_mistyped_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="There is no folder typo"):
+        load_snapshots("typo")
+    (tmp_path / "snapshots/step-many").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="damaged, or not what it says"):
+        load_snapshots(tmp_path)
 
 
 @pytest.mark.parametrize("config", EVERY, ids=lambda c: type(c.selection).__name__)
@@ -190,7 +218,7 @@ def test_checkpoint_of_another_configuration(tmp_path):
     with pytest.raises(CheckpointError, match="train differ"):
         run(train_config(lr=1e-3), checkpoint_dir=tmp_path)
     with pytest.raises(CheckpointError, match="saes differ"):
-        run(sae_configs=configs(aux=AuxK()), checkpoint_dir=tmp_path)
+        run(sae_configs=configs(aux=AuxK(k=3)), checkpoint_dir=tmp_path)
     assert same(run(checkpoint_dir=tmp_path), run())
 
 

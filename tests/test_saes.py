@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from random_saes import ALL_RULES, random_batch, random_sae
@@ -92,6 +93,44 @@ def test_save_and_load_bit_for_bit(tmp_path, rule):
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in sae.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", ALL_RULES, ids=lambda r: type(r).__name__)
+def test_save_and_load_keep_the_type(tmp_path, rule, dtype):
+    sae = random_sae(rule, dtype=torch.float64).to(dtype)
+    again = SAE.load(sae.save(tmp_path / "sae"))
+    for name, value in sae.state_dict().items():
+        found = again.state_dict()[name]
+        assert found.dtype == value.dtype and torch.equal(found, value) and found.stride() == value.stride(), name
+
+
+@pytest.mark.parametrize("rule", ALL_RULES, ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("own", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_any_float_is_taken_and_computed_with_as_the_weights_are(rule, own, given):
+    sae = random_sae(rule).requires_grad_(False).to(own)
+    x = random_batch().to(given)
+    f = sae.encode(x)
+    assert f.dtype == sae(x).dtype == sae.decode(f.to(given)).dtype == own
+    assert torch.equal(f, sae.encode(x.to(own))) and torch.equal(sae(x), sae.decode(f))
+
+
+@pytest.mark.parametrize(
+    "act, words",
+    [
+        (lambda sae: sae.encode(torch.ones(3, 24, dtype=torch.int64)), "activations as a tensor of floats, found torch.int64"),
+        (lambda sae: sae(torch.ones(3, 24).bool()), "found torch.bool"),
+        (lambda sae: sae.encode(torch.ones(3, 24).numpy()), "found ndarray"),
+        (lambda sae: sae.encode(torch.ones(24, 3)), "activations of width 24, found 3"),
+        (lambda sae: sae.encode(torch.tensor(1.0)), "width 24, found none"),
+        (lambda sae: sae.decode(torch.ones(3, 24)), "latents of width 96, found 24"),
+        (lambda sae: sae.decode(torch.ones(3, 96).int()), "latents as a tensor of floats, found torch.int32"),
+    ],
+)  # fmt: skip
+def test_what_is_no_activation_is_refused(act, words):
+    with pytest.raises(DataError, match=words):
+        act(random_sae(dtype=torch.float32))
+
+
 def test_reads_what_the_first_schema_wrote():
     sae = SAE.load(Path(__file__).parent / "data/sae-schema-1")
     assert sae.config == SAEConfig(16, 32, BatchTopK(3), (0.25, 0.75), seed=1)
@@ -147,6 +186,10 @@ def test_damaged_files_are_named(tmp_path):
         (lambda: SAEConfig(8, 16, JumpReLU(20.0)), "k = 20.0"),
         (lambda: SAEConfig(8, 16, AuxK()), "selection must be"),
         (lambda: AuxK(coefficient=-1), "coefficient"),
+        (lambda: AuxK(dead_after_tokens=0), "AuxK.dead_after_tokens"),
+        (lambda: SAEConfig(8, 16, BatchTopK(1), seed=-1), "SAEConfig.seed must be an integer of at least 0"),
+        (lambda: SAEConfig(8, 16, BatchTopK(1), seed=2**64), "18446744073709551615 at most"),
+        (lambda: SAEConfig(8, 16, BatchTopK(1), seed=0.5), "SAEConfig.seed"),
         (
             lambda: SAEConfig.from_dict(
                 {"d_model": 8, "n_latents": 16, "selection": {"rule": "TopKK", "k": 1}, "aux": None}
@@ -166,3 +209,17 @@ def test_config_round_trip():
         config = SAEConfig(768, 4096, rule, MATRYOSHKA, "mean", AuxK(k=3), seed=4, drop_masked=True, own_order=True)
         assert SAEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert SAEConfig.from_dict(SAEConfig(8, 16, BatchTopK(1)).to_dict()).aux is None
+
+
+def test_seeds_and_sizes_of_numpy_are_kept_as_integers():
+    config = SAEConfig(np.int64(8), np.int32(16), TopK(np.int64(2)), seed=np.uint64(2**64 - 1))
+    assert json.loads(json.dumps(config.to_dict()))["seed"] == 2**64 - 1 and type(config.selection.k) is int
+    SAE(config)
+
+
+def test_when_a_latent_is_dead_in_old_and_new_files():
+    """0.1 wrote a number for it, and that number stands; None is kept as None and follows the run that trains with it."""
+    values = SAEConfig(8, 16, BatchTopK(1), aux=AuxK()).to_dict()
+    assert values["aux"]["dead_after_tokens"] is None and SAEConfig.from_dict(values).aux == AuxK()
+    old = SAEConfig.from_dict(values | {"aux": {"k": None, "coefficient": 1 / 32, "dead_after_tokens": 10_000_000}})
+    assert old.aux.dead_after(1000) == 10_000_000 == AuxK().dead_after(10**9) and AuxK().dead_after(8) == 1

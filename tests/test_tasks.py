@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_stages import profile, project  # noqa: F401
 
-from masksae import Run, tasks
+from masksae import Run, guest, tasks
 from masksae.errors import ConfigError, DataError
 from masksae.shifts import Shift, typos
 from masksae.tracing import activations
@@ -56,6 +56,14 @@ def test_rows_of_both_kinds(run):
                 assert row[f"{kind}_auc_{k}"] == row["tasks"][0]["auc"][k]
                 assert row[f"{kind}_gap_{k}"] == pytest.approx(row[f"{kind}_raw_auc"] - row[f"{kind}_auc_{k}"])
             assert row["excluded"] == {}
+
+
+def test_an_sae_in_half_precision(run, tmp_path):
+    sae = next(iter(run.saes.values()))
+    row = next(row for row in tasks.probing_scores(run) if row["mode"] == "as_trained")
+    visitor = guest.Guest(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
+    for kind, rows in guest.evaluate(visitor, ["probing", "ood"]).items():
+        assert rows[0][f"{kind}_auc_5"] == pytest.approx(row["probing_auc_5"], abs=0.1)
 
 
 def test_a_shifted_set_that_raw_activations_cannot_tell_is_left_out(run, project):  # noqa: F811

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from masksae.errors import ConfigError, DataError
-from masksae.tracing import activations, hook_point, hook_width, prefix_cache, spliced_losses
+from masksae.tracing import activations, activations_after, hook_point, hook_width, spliced_losses
 
 
 def hooked(model, ids, block):
@@ -35,14 +35,16 @@ def test_later_blocks_do_not_run(model, ids):
     assert ran
 
 
-def test_prefix_cache_equals_the_whole_prompt(model, ids):
-    prefix, words = ids[:1, :7], ids[:, 7:8]
-    cache = prefix_cache(model, prefix, block=1)
-    for _ in range(2):  # the cache must not grow
-        fast = activations(model, words, block=1, batch=5, cache=cache)[:, 0]
-        assert torch.allclose(
-            fast, hooked(model, torch.cat([prefix.expand(len(ids), -1), words], 1), 1)[:, -1], atol=1e-5
-        )
+def test_activations_after_a_prefix_equal_the_whole_prompts(model, ids):
+    """Over several batches, so that a cache that grows would be seen; the prefix itself runs once."""
+    prefix, words = ids[:1, :6], ids[:, 6:8]
+    lengths, block = [], model.get_submodule(hook_point(model, 0))
+    handle = block.register_forward_pre_hook(lambda m, inputs: lengths.append(inputs[0].shape[1]))
+    after = activations_after(model, prefix, words, block=1, batch=5)
+    handle.remove()
+    assert lengths == [8, 6, 2, 2, 2, 2]  # the comparison, the prefix, the comparison, three batches
+    whole = hooked(model, torch.cat([prefix.expand(len(ids), -1), words], 1), 1)
+    assert torch.allclose(after, whole[:, 6:], atol=1e-5)
 
 
 def with_hook(model, ids, block, change):
@@ -80,13 +82,14 @@ def test_spliced_losses_equal_the_models_own_and_those_of_a_hook(model, ids):
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_a_spliced_run_starts_after_the_hook_point(model, ids, block):
-    """Every block up to the hook point runs once, for the original; the later ones run once more for each replacement."""
+    """Every block up to the hook point runs once, for the original; the later ones run once more for each
+    replacement, and once to see whether that may be."""
     ran = [0] * 3
     for i in range(3):
         count = lambda *_, i=i: ran.__setitem__(i, ran[i] + 1)
         model.get_submodule(hook_point(model, i)).mlp.register_forward_pre_hook(count)
     spliced_losses(model, ids, {"same": lambda x: x}, block=block, batch=12)
-    assert ran == [1 if i <= block else 3 for i in range(3)]
+    assert ran == [1 if i <= block else 4 for i in range(3)]
 
 
 def test_splicing_does_not_depend_on_the_batch(model, ids):
@@ -111,7 +114,12 @@ def test_hook_point_outside_the_model(model, ids, block):
 
 @pytest.mark.parametrize(
     "bad, words",
-    [(torch.tensor([[500]]), "500"), (torch.tensor([[1.0]]), "float32"), (torch.tensor([1]), "sequences, tokens")],
+    [
+        (torch.tensor([[500]]), "500"),
+        (torch.tensor([[1.0]]), "float32"),
+        (torch.tensor([1]), "sequences, tokens"),
+        (torch.zeros(0, 9, dtype=torch.int64), r"not empty, found torch.int64 \(0, 9\)"),
+    ],
 )
 def test_bad_ids(model, bad, words):
     with pytest.raises(DataError, match=words):
@@ -126,9 +134,8 @@ def mlp(model):
 def test_a_module_path_is_a_hook_point_too(model, ids, mlp):
     assert torch.equal(activations(model, ids, block=mlp, batch=12), hooked(model, ids, mlp))
     assert torch.equal(activations(model, ids, block=hook_point(model, 1)), activations(model, ids, block=1))
-    cache = prefix_cache(model, ids[:1, :7], block=mlp)
     whole = hooked(model, torch.cat([ids[:1, :7].expand(12, -1), ids[:, 7:8]], 1), mlp)[:, -1]
-    assert torch.allclose(activations(model, ids[:, 7:8], block=mlp, cache=cache)[:, 0], whole, atol=1e-5)
+    assert torch.allclose(activations_after(model, ids[:1, :7], ids[:, 7:8], block=mlp)[:, 0], whole, atol=1e-5)
     wide = next(
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.out_features == 32
     )
@@ -153,5 +160,35 @@ def test_a_path_that_is_no_module_or_gives_no_tokens(model, mlp):
     with pytest.raises(ConfigError, match="has no module .* that runs"):
         hook_width(model, hook_point(model, 0).removesuffix(".0"))  # the list of blocks
     model.get_submodule(hook_point(model, 1)).mlp = Flat()
-    with pytest.raises(ConfigError, match=r"gives \(2, 16\) for two tokens, expected \(1, 2, width\)"):
+    with pytest.raises(ConfigError, match=r"gives \(2, 16\) for ids \(1, 2\), expected \(1, 2, width\)"):
         hook_width(model, mlp)
+
+
+def test_a_model_in_training_mode_gives_what_it_gives_in_eval_mode(ids):
+    """Dropout would be noise in the activations; every module gets its own mode back, also after an error."""
+    import transformers as tr
+
+    torch.manual_seed(0)
+    config = tr.GPT2Config(
+        vocab_size=128, n_embd=16, n_layer=3, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    model = tr.AutoModelForCausalLM.from_config(config).eval()
+    x, after = activations(model, ids, block=1), activations_after(model, ids[:1], ids, block=1)
+    losses = spliced_losses(model, ids, {"half": lambda x: x / 2}, block=1)
+    model.train()
+    model.transformer.h[0].eval()  # frozen by its trainer
+    state = torch.get_rng_state()
+    assert torch.equal(activations(model, ids, block=1), x)
+    assert torch.equal(activations_after(model, ids[:1], ids, block=1), after)
+    assert spliced_losses(model, ids, {"half": lambda x: x / 2}, block=1) == losses and hook_width(model, 1) == 16
+    with pytest.raises(ZeroDivisionError):
+        spliced_losses(model, ids, {"broken": lambda x: x / (1 // 0)}, block=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    frozen = set(model.transformer.h[0].modules())
+    assert all(module.training == (module not in frozen) for module in model.modules())
+
+
+@pytest.mark.parametrize("shape, keep_first, words", [((3, 1), False, "of 2 tokens"), ((3, 2), True, "of 3 tokens")])
+def test_ids_without_a_token_to_predict(model, shape, keep_first, words):
+    with pytest.raises(DataError, match=f"no token to predict.*{words}"):
+        spliced_losses(model, torch.full(shape, 5), {}, block=1, keep_first=keep_first)

@@ -1,6 +1,7 @@
 """Training: learns a known dictionary, logs without touching anything, refuses what cannot work."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,14 @@ from masksae import (
     BatchTopK,
     Gated,
     SAEConfig,
+    TopK,
     TrainConfig,
+    logs,
 )  # fmt: skip
 from masksae.errors import ConfigError, DataError
+from masksae.member import Member
+from masksae.saes.sae import SAE
+from masksae.sections import Training
 from masksae.training import geometric_median
 
 
@@ -50,8 +56,6 @@ def test_logging_and_checkpoints_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("config", EVERY[:4], ids=lambda c: type(c.selection).__name__)
 def test_each_architecture_meets_its_target(config):
-    from dataclasses import replace
-
     steps = 1500
     config = replace(config, own_order=False, drop_masked=False)
     recipe = TrainConfig(steps=steps, lr=3e-3, warmup=50, threshold_start=200, threshold_ema=0.99, sparsity_warmup=100)
@@ -95,6 +99,53 @@ def test_geometric_median_against_a_minimiser():
     )
 
 
+def test_a_recipe_left_alone_follows_its_steps():
+    """As a profile's does; what is given stands, and long runs are as they were."""
+    short, long = TrainConfig(60), TrainConfig(10_000)
+    assert (short.warmup, short.threshold_start, short.threshold_ema) == (6, 20, pytest.approx(1 - 1 / 6))
+    assert (long.warmup, long.threshold_start, long.threshold_ema) == (1000, 1000, 0.999)
+    assert (TrainConfig(60, warmup=0).warmup, TrainConfig(60, threshold_start=7).threshold_start) == (0, 7)
+    assert TrainConfig(1).threshold_start == 0
+    assert Training().config(60) == replace(short, checkpoint_every=200)
+    sae = run(TrainConfig(60, lr=3e-3), configs()[:1])[0]
+    assert sae.threshold > 0 and sae.history[-1]["explained_variance"] > sae.history[0]["explained_variance"]
+
+
+def test_latents_are_revived_in_a_run_of_any_length():
+    """By default a latent counts as dead after a sixteenth of the run, 750 of 12,000 tokens here; a fixed number would never be reached."""
+    without, revived, named = (
+        run(sae_configs=[SAEConfig(D, F, BatchTopK(2), aux=aux)])[0]
+        for aux in (None, AuxK(), AuxK(dead_after_tokens=750))
+    )
+    assert same([revived], [named]) and revived.config.aux.dead_after_tokens is None
+    assert (revived.W_dec - without.W_dec).norm(dim=1).max() > 0.05
+
+
+@pytest.mark.parametrize("batch_size, x", [(1, sparse_world(60)[0]), (20, torch.ones(1200, D))], ids=["one", "equal"])
+def test_the_variance_of_equal_tokens_is_not_explained(tmp_path, batch_size, x):
+    """A history is valid JSON: what has no number, the share of a variance of 0, is null."""
+    source = ActivationStream.from_array(x, batch_size=batch_size, seed=0)
+    log = logs.JsonLines(tmp_path / "log.jsonl", ["a"])
+    sae = run(sae_configs=configs()[:1], source=source, checkpoint_dir=tmp_path / "kept", log=log)[0]
+    assert all(record["explained_variance"] is None for record in sae.history)
+    refuse = lambda name: pytest.fail(f"{name} is no JSON")
+    for file in (tmp_path / "kept/checkpoint/state.json", sae.save(tmp_path / "sae") / "config.json"):
+        json.loads(file.read_text(), parse_constant=refuse)
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_a_batch_in_which_nothing_fires_leaves_the_threshold():
+    for rule in (BatchTopK(2), TopK(2)):
+        sae = SAE(SAEConfig(D, F, rule))
+        with torch.no_grad():
+            sae.b_enc.fill_(-100)
+            sae.threshold.fill_(0.5)
+        member = Member(sae, train_config())
+        member.step(sparse_world(200)[0], 50, record=True)
+        assert sae.threshold == 0.5 and sae.history[0]["l0"] == 0 and (sae.tokens_since_fired == 200).all()
+
+
 def test_learning_rate_by_hand():
     config = TrainConfig(steps=100, lr=1.0, warmup=10, decay=0.2, threshold_start=0)
     assert [config.lr_at(s) for s in (0, 9, 10, 79, 90, 99)] == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
@@ -112,6 +163,27 @@ def test_learning_rate_by_hand():
         (lambda: train_config(steps=0), ConfigError, "steps"),
         (lambda: train_config(steps=4), ConfigError, "warmup"),
         (lambda: train_config(lr=-1.0), ConfigError, "lr"),
+        (lambda: train_config(steps=60.5), ConfigError, "TrainConfig.steps must be a positive integer, found 60.5"),
+        (lambda: train_config(log_every=0), ConfigError, "log_every must be a positive integer, found 0"),
+        (lambda: train_config(checkpoint_every=0), ConfigError, "checkpoint_every must be a positive integer, found 0"),
+        (lambda: train_config(snapshots=10), ConfigError, r"snapshots must be steps, such as \(10, 20\)"),
+        (lambda: train_config(snapshots="lag"), ConfigError, "snapshots must be steps"),
+        (lambda: train_config(snapshots=(10, 61)), ConfigError, "snapshots must be a positive integer, 60 at most"),
+        (
+            lambda: run(sae_configs=configs(aux=AuxK(dead_after_tokens=12_000))),
+            ConfigError,
+            "dead_after_tokens is 12,000 and the run sees 12,000 tokens: .*sixteenth of the run: 750",
+        ),
+        (
+            lambda: run(sae_configs=[SAEConfig(D, F, BatchTopK(0.001))]),
+            ConfigError,
+            "k = 0.001 keeps no latent in a batch of 200",
+        ),
+        (
+            lambda: run(source=ActivationStream.from_array(torch.zeros(400, D), batch_size=200, seed=0)),
+            DataError,
+            "all zero. Look at the model",
+        ),
         (
             lambda: run(source=ActivationStream.from_array(sparse_world()[0] * torch.nan, batch_size=200, seed=0)),
             DataError,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from masksae.errors import DataError
 from masksae.metrics.probes import LETTERS, LetterProbe, f1, first_letters, fit_linear, letter_probe
-from masksae.saes.sae import SAE
+from masksae.saes.sae import SAE, alike
 
 PROBE_GATE = 0.6
 MAX_MAIN, F1_JUMP = 10, 0.03
@@ -85,6 +85,7 @@ def absorbed(x: Tensor, f: Tensor, w_dec: Tensor, direction: Tensor, main) -> tu
     >>> full.tolist(), fraction.tolist()
     ([False, True], [0.0, 1.0])
     """
+    x, f, w_dec, direction = alike(x, f, w_dec, direction)
     direction = direction / direction.norm()
     along = w_dec @ direction
     cosine = along / w_dec.norm(dim=1).clamp(min=1e-12)
@@ -116,6 +117,7 @@ def legacy_fraction(f: Tensor, w_dec: Tensor, direction: Tensor, main) -> Tensor
     >>> legacy_fraction(torch.tensor([[1.0, 2.0]]), w_dec, torch.tensor([1.0, 0.0]), [0])
     tensor([0.5000])
     """
+    f, w_dec, direction = alike(f, w_dec, direction)
     carried = f * (w_dec @ (direction / direction.norm()))
     total = carried.sum(1)
     return torch.where(total == 0, 0.0, 1 - carried[:, torch.as_tensor(main, dtype=torch.int64)].sum(1) / total)
@@ -161,7 +163,7 @@ def first_letter(
     passed = [letter for letter in gated_letters(probe, min_letters) if seen[letter]]
     if not passed:
         raise DataError("The probe recognises no test word. Give more words, or activations of a later block.")
-    f, w_dec = sae.encode(word_acts.to(sae.device), threshold).cpu(), sae.W_dec.cpu()
+    f, w_dec = sae.latents(word_acts, threshold), sae.W_dec.cpu()
     y = torch.nn.functional.one_hot(letters[~probe.is_test], LETTERS).float()
     ranked = rank_latents(f[~probe.is_test], y, seed=seed)
     found = []
@@ -179,6 +181,7 @@ def parent_result(
 ) -> tuple[LetterResult, Tensor]:  # fmt: skip
     """Absorption of one parent on its recognised test words x [n, d], f [n, F], and the latents that absorbed it, one per fully absorbed
     word."""
+    x, f, w_dec, direction = alike(x, f, w_dec, direction)
     full, fraction = absorbed(x, f, w_dec, direction, main)
     legacy = legacy_fraction(f, w_dec, direction, main)
     absorbers = (f[full] * (w_dec @ direction)).argmax(1)

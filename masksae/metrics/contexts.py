@@ -130,7 +130,7 @@ def context_probes(x: Tensor, labels: Tensor, block: Tensor, *, positives: int, 
     block      int64 [m]: which block of text each is in; test blocks are never trained on
     positives  occurrences of a parent at most, and as many others; chosen by `seed`
     """
-    generator = torch.Generator().manual_seed(seed)
+    x, generator = x.float(), torch.Generator().manual_seed(seed)
     blocks = int(block.max()) + 1
     test_blocks = torch.randperm(blocks, generator=generator)[: round(TEST_SHARE * blocks)]
     held_out, found = torch.isin(block, test_blocks), []
@@ -174,9 +174,9 @@ def context_absorption(
     w_dec, fired, samples = sae.W_dec.cpu(), torch.zeros(sae.config.n_latents, dtype=torch.float64), []
     for probe in passed:
         mine = x[probe.rows]
-        f = sae.encode(mine.to(sae.device), threshold).cpu()
+        f = sae.latents(mine, threshold)
         fired += (f > 0).double().mean(0) / len(passed)
-        tested = probe.is_test & probe.positive & (mine @ probe.weight + probe.bias > 0)
+        tested = probe.is_test & probe.positive & (mine.float() @ probe.weight + probe.bias > 0)
         kept = screened(f[~probe.is_test], probe.positive[~probe.is_test])
         scaled = f[:, kept] / f[:, kept].std(0).clamp(min=1e-12)
         samples.append((kept, scaled, mine[tested], f[tested]))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from masksae.errors import DataError
+from masksae.saes.sae import alike, at_least_single
 
 NS = (2, 5, 10, 20, 50, 100, 500)
 """Numbers of ablated latents in SAEBench."""
@@ -36,6 +37,8 @@ class Texts:
     """bool [n]: the concept is there."""
 
     def __post_init__(self):
+        for name in ("x", "f"):
+            object.__setattr__(self, name, at_least_single(getattr(self, name)))
         if not len(self.x) == len(self.f) == len(self.y):
             raise DataError(
                 f"Rows do not match: {len(self.x)} activations, {len(self.f)} latents, {len(self.y)} labels."
@@ -54,9 +57,11 @@ class Probe:
 
     def accuracy(self, texts: Texts, ablated: Sequence[int] | Tensor = (), w_dec: Tensor | None = None) -> float:
         """Share of right answers after ablating latents of the decoder w_dec [F, d]."""
-        logits = texts.x @ self.weight + self.bias
+        x, weight = alike(texts.x, self.weight)
+        logits = x @ weight + self.bias
         if len(ablated):
-            logits = logits - texts.f[:, ablated] @ (w_dec[ablated] @ self.weight)
+            f, rows, weight = alike(texts.f[:, ablated], w_dec[ablated], weight)
+            logits = logits - f @ (rows @ weight)
         return ((logits > 0) == texts.y).double().mean().item()
 
 
@@ -84,7 +89,7 @@ def pooled(values: Tensor, is_token: Tensor) -> Tensor:
     >>> pooled(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]]))
     tensor([[2.]])
     """
-    count = is_token.sum(1)
+    values, count = at_least_single(values), is_token.sum(1)
     if (count == 0).any():
         raise DataError(f"{int((count == 0).sum())} texts have no token that counts. Leave them out.")
     return torch.where(is_token[..., None], values, 0).sum(1) / count[:, None]
@@ -92,7 +97,8 @@ def pooled(values: Tensor, is_token: Tensor) -> Tensor:
 
 def separation(probe: Probe, texts: Texts, w_dec: Tensor) -> tuple[Tensor, Tensor]:
     """(mean over positives - mean over negatives of f_j, w . d_j), each [F]: their product is a latent's part in the probe's separation."""
-    return texts.f[texts.y].mean(0) - texts.f[~texts.y].mean(0), w_dec @ probe.weight
+    w_dec, weight = alike(w_dec, probe.weight)
+    return texts.f[texts.y].mean(0) - texts.f[~texts.y].mean(0), w_dec @ weight
 
 
 def tpp_effects(probe: Probe, texts: Texts, w_dec: Tensor) -> Tensor:

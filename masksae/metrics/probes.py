@@ -26,7 +26,7 @@ class LetterProbe:
 
     def logits(self, x: Tensor) -> Tensor:
         """[n, 26] for activations x [n, d]; positive: the word starts with this letter."""
-        return x @ self.weight.t() + self.bias
+        return x.float() @ self.weight.t() + self.bias
 
 
 def first_letters(words: list[str]) -> Tensor:
@@ -59,7 +59,7 @@ def letter_probe(x: Tensor, words: list[str], *, seed: int = 0) -> LetterProbe:
     """Train the probes on activations x [n, d] at `words`. Raises DataError for unequal lengths."""
     if len(x) != len(words):
         raise DataError(f"There are {len(x)} activations for {len(words)} words; one per word is needed.")
-    is_test = split_words(words, seed)
+    x, is_test = x.float(), split_words(words, seed)
     y = torch.nn.functional.one_hot(first_letters(words), LETTERS).float()
     weight, bias = fit_linear(x[~is_test], y[~is_test], batch=64, weight_decay=1e-4, seed=seed)
     scores = f1(x[is_test] @ weight.t() + bias > 0, y[is_test] > 0)
@@ -86,7 +86,8 @@ def fit_linear(
     Binary cross-entropy in which a positive weighs (negatives / positives), Adam with a learning rate that falls exponentially
     from lr[0] to lr[1], and `l1` times the mean over columns of sum |w|.
     """
-    x, positives = x.detach(), y.sum(0).clamp(min=1)
+    x, y = x.detach().float(), y.float()
+    positives = y.sum(0).clamp(min=1)
     loss = torch.nn.BCEWithLogitsLoss(pos_weight=(len(y) - positives) / positives)
     weight, bias = torch.zeros(y.shape[1], x.shape[1], requires_grad=True), torch.zeros(y.shape[1], requires_grad=True)
     adam = torch.optim.Adam([weight, bias], lr=lr[0], weight_decay=weight_decay, fused=True)

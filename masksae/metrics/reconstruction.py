@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from masksae.errors import ConfigError, DataError, nearest
-from masksae.saes.sae import SAE
+from masksae.saes.sae import SAE, at_least_single
 
 KINDS = ("centred", "per_token", "uncentred", "saebench")
 CHUNK = 4096
@@ -132,13 +132,18 @@ def reconstruction(sae: SAE, x: Tensor | Iterable[Tensor], *, threshold: float |
     >>> reconstruction(sae, torch.randn(100, 4)).l0 <= 2
     True
     """
-    sums, norms = _Sums(_mean(x, sae.config.d_model)), sae.W_dec.norm(dim=1)
+    if isinstance(x, Iterator):
+        raise DataError(
+            f"The batches come from a {type(x).__name__}, which can be gone through once; twice are needed. Give a list, or a tensor."
+        )
+    w_dec, w_enc = at_least_single(sae.W_dec), at_least_single(sae.W_enc)
+    sums, norms = _Sums(_mean(x, sae.config.d_model)), w_dec.norm(dim=1)
     active, l1 = torch.zeros(sae.config.n_latents, dtype=torch.int64), 0.0
     for piece in _pieces(x):
         f = sae.encode(piece.to(sae.device), threshold)
-        sums.add(piece, sae.decode(f).to(piece))
+        sums.add(piece, sae.decode(f).to(piece.device))
         active += (f > 0).sum(0).cpu()
-        l1 += (f @ norms).double().sum().item()
+        l1 += (at_least_single(f) @ norms).double().sum().item()
     centred = sums.explained("centred")
     return Reconstruction(
         **{f"ev_{kind}": sums.explained(kind) for kind in KINDS},
@@ -151,8 +156,8 @@ def reconstruction(sae: SAE, x: Tensor | Iterable[Tensor], *, threshold: float |
         l1=l1 / sums.tokens,
         dead_latents=int((active == 0).sum()),
         dense_latents=int((active > DENSE * sums.tokens).sum()),
-        encoder_cosine=largest_cosines(sae.W_enc.t()).mean().item(),
-        decoder_cosine=largest_cosines(sae.W_dec).mean().item(),
+        encoder_cosine=largest_cosines(w_enc.t()).mean().item(),
+        decoder_cosine=largest_cosines(w_dec).mean().item(),
         tokens=sums.tokens,
     )
 
@@ -161,6 +166,8 @@ def _pieces(x: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
     """The rows of x in pieces of CHUNK rows, the last one shorter."""
     rest = []
     for batch in [x] if isinstance(x, Tensor) else x:
+        if batch.ndim != 2:
+            raise DataError(f"Activations must have shape [tokens, d], found {tuple(batch.shape)}. Flatten them.")
         rest.append(batch)
         if sum(map(len, rest)) >= CHUNK:
             *whole, last = torch.cat(rest).split(CHUNK)
@@ -208,7 +215,7 @@ def calibrated_threshold(sae: SAE, x: Tensor, k: float) -> float:
     """The threshold at which L0 on x [n, d] is k: round(k n) margins (`SAE.margins`) lie above it, exactly (ties apart).
 
     It is the next largest margin of a latent that can be active, or the lowest threshold that means anything if there is no such;
-    then L0 is as high as this SAE can reach. Needs memory for 2 k n numbers, not for F n.
+    then L0 is as high as this SAE can reach. Needs memory for 2 k n numbers, not for F n. Raises ConfigError for a k that is not positive.
 
     >>> from masksae import BatchTopK, SAEConfig
     >>> sae, x = SAE(SAEConfig(8, 64, BatchTopK(4))), torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
@@ -216,6 +223,10 @@ def calibrated_threshold(sae: SAE, x: Tensor, k: float) -> float:
     >>> (sae.encode(x, threshold) > 0).sum().item() / len(x)
     3.0
     """
+    if not 0 < k < torch.inf:
+        raise ConfigError(f"L0 can only be made a positive number, found k = {k!r}.")
+    if x.ndim != 2:
+        raise DataError(f"Activations must have shape [tokens, d], found {tuple(x.shape)}. Flatten them.")
     wanted = round(k * len(x)) + 1
     best, bound = torch.empty(0), -torch.inf
     for part in x.split(CHUNK):

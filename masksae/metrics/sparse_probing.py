@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from masksae.errors import DataError
+from masksae.saes.sae import at_least_single
 
 KS = (1, 2, 5, 16, 128)
 STRENGTHS = tuple(np.logspace(5, -5, 10).tolist())
@@ -74,7 +75,7 @@ def rank_latents(f: Tensor, y: Tensor, *, normalised: bool = True) -> Tensor:
     >>> rank_latents(f, torch.tensor([True, True, False, False]))
     tensor([0, 1])
     """
-    y = _labels(y, len(f))
+    f, y = at_least_single(f), _labels(y, len(f))
     difference = f[y].mean(0) - f[~y].mean(0)
     if normalised:
         difference = difference / mean_active(f).clamp(min=1e-6)

@@ -6,12 +6,19 @@ Impossible combinations raise ConfigError here, so nothing that follows needs to
 """
 
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import ClassVar
 
 from masksae.errors import ConfigError, nearest
 
 MOST_GROUPS = 255
 """Prefix groups; a step keeps their numbers in a byte each."""
+
+MOST_SILENT = 10_000_000
+"""Tokens without firing after which a latent is dead in a long run; dictionary_learning's number."""
+
+MOST_SEED = 2**64 - 1
+"""Of what PyTorch's and NumPy's generators take."""
 
 MATRYOSHKA = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)
 """Group fractions of SAEBench's own Matryoshka suite."""
@@ -57,7 +64,7 @@ class TopK(Selection):
     median_start = True
 
     def __post_init__(self):
-        _positive_int(f"{type(self).__name__}.k", self.k)
+        keep_whole(self, "k")
 
     @property
     def goal(self) -> float:
@@ -158,15 +165,24 @@ class AuxK:
     """Dead latents used per token; None: half of d_model."""
     coefficient: float = 1 / 32
     """Weight of this loss; the loss itself is normalised by the variance of the residual."""
-    dead_after_tokens: int = 10_000_000
-    """A latent is dead when it has not fired for so many tokens."""
+    dead_after_tokens: int | None = None
+    """A latent is dead when it has not fired for so many tokens; None: a sixteenth of the run's, 10,000,000 at most (`dead_after`)."""
 
     def __post_init__(self):
-        if self.k is not None:
-            _positive_int("AuxK.k", self.k)
-        _positive_int("AuxK.dead_after_tokens", self.dead_after_tokens)
+        for name in ("k", "dead_after_tokens"):
+            if getattr(self, name) is not None:
+                keep_whole(self, name)
         if not self.coefficient >= 0:
             raise ConfigError(f"AuxK.coefficient must be at least 0, found {self.coefficient!r}.")
+
+    def dead_after(self, tokens: int) -> int:
+        """Tokens without firing after which a latent is dead, in a run of so many tokens. dictionary_learning has 10,000,000 whatever the run's
+        length; in a run that is shorter no latent would ever be revived.
+
+        >>> [AuxK().dead_after(n) for n in (1_000_000, 500_000_000)], AuxK(dead_after_tokens=5000).dead_after(1_000_000)
+        ([62500, 10000000], 5000)
+        """
+        return self.dead_after_tokens or max(1, min(MOST_SILENT, tokens // 16))
 
 
 @dataclass(frozen=True)
@@ -192,15 +208,16 @@ class SAEConfig:
     aux: AuxK | None = None
     """Auxiliary loss; None is off."""
     seed: int = 0
-    """Of the initial decoder directions."""
+    """Of the initial decoder directions: 0 to 2**64 - 1."""
     drop_masked: bool = False
     """Train on ordinary positions only: the place of a masked one is taken by another ordinary one of the same pool."""
     own_order: bool = False
     """Draw the order of the tokens from this SAE's seed; otherwise all SAEs of a group see the same batches."""
 
     def __post_init__(self):
-        _positive_int("d_model", self.d_model)
-        _positive_int("n_latents", self.n_latents)
+        keep_whole(self, "d_model")
+        keep_whole(self, "n_latents")
+        keep_whole(self, "seed", least=0, most=MOST_SEED)
         object.__setattr__(self, "prefixes", tuple(self.prefixes))
         if not isinstance(self.selection, tuple(SELECTIONS.values())):
             raise ConfigError(
@@ -268,9 +285,19 @@ class SAEConfig:
             raise ConfigError(f"This is no configuration of an SAE ({type(error).__name__}: {error}).") from error
 
 
-def _positive_int(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a positive integer, found {value!r}.")
+def whole(name: str, value, least: int = 1, most: int | None = None) -> int:
+    """A whole number, NumPy's too, as an int. Raises ConfigError for anything else, and outside of least .. most."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least or (most and value > most):
+        kind = {1: "a positive integer"}.get(least, f"an integer of at least {least}")
+        limit = "" if most is None else f", {most} at most"
+        raise ConfigError(f"{name} must be {kind}{limit}, found {value!r}.")
+    return int(value)
+
+
+def keep_whole(config, name: str, least: int = 1, most: int | None = None) -> None:
+    """Check a field of a frozen config and keep it as an int. Raises ConfigError."""
+    value = whole(f"{type(config).__name__}.{name}", getattr(config, name), least, most)
+    object.__setattr__(config, name, value)
 
 
 def _positive(name: str, value) -> None:

@@ -32,7 +32,7 @@ class Outcome:
     l0: Tensor
     """Scalar: mean number of active latents per token."""
     smallest: Tensor | None
-    """Scalar that the inference threshold follows (TopK kinds)."""
+    """Scalar that the inference threshold follows (TopK kinds); 0 if no latent was active."""
 
 
 def reconstruction_loss(sae: SAE, x: Tensor, f: Tensor, w_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,16 +61,18 @@ def aux_loss(sae: SAE, x: Tensor, residual: Tensor, dead: Tensor, pre: Tensor | 
     return torch.where(dead.any() & (variance > 0), loss, 0.0)
 
 
-def dead_latents(sae: SAE, fired: Tensor, batch: int) -> Tensor:
-    """bool [F]: not fired in this batch, nor in the last `AuxK.dead_after_tokens` tokens, this batch included."""
-    return (sae.tokens_since_fired + batch >= sae.config.aux.dead_after_tokens) & ~fired
+def dead_latents(sae: SAE, fired: Tensor, batch: int, dead_after: int) -> Tensor:
+    """bool [F]: not fired in this batch, nor in the last `dead_after` tokens, this batch included."""
+    return (sae.tokens_since_fired + batch >= dead_after) & ~fired
 
 
-def dense_loss(sae: SAE, x: Tensor, pre: Tensor, weight=0.0, revive: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def dense_loss(
+    sae: SAE, x: Tensor, pre: Tensor, weight=0.0, dead_after: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: (loss, residual [B, d], f [B, F]) with autograd from `pre`, the pre-activations of x, and the parameters.
 
-    weight  sparsity coefficient (L1 kinds and JumpReLU)
-    revive  add AuxK, which is 0 without dead latents but costs a top-k over all of them
+    weight      sparsity coefficient (L1 kinds and JumpReLU)
+    dead_after  add AuxK for latents that have not fired for so many tokens: 0 without any, but a top-k over all latents; None: do not
     """
     f, gate, penalty = rule_of(sae.config).dense(sae, pre, weight)
     loss, error = reconstruction_loss(sae, x, f, sae.W_dec, sae.b_dec)
@@ -78,23 +80,21 @@ def dense_loss(sae: SAE, x: Tensor, pre: Tensor, weight=0.0, revive: bool = Fals
     if gate is not None:
         loss = loss + reconstruction_loss(sae, x, gate, sae.W_dec.detach(), sae.b_dec.detach())[0]
     residual = -error.detach()
-    if revive:
-        loss = loss + aux_loss(sae, x, residual, dead_latents(sae, (f > 0).any(0), len(x)), pre)
+    if dead_after is not None:
+        loss = loss + aux_loss(sae, x, residual, dead_latents(sae, (f > 0).any(0), len(x), dead_after), pre)
     return loss, residual, f.detach()
 
 
-def dense_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, weight, revive: bool, estimate: bool) -> Outcome:
-    """Fill every `.grad`. `xc` is the encoder's input, `pre` [B, F] its pre-activations; `estimate`: fill `Outcome.smallest`."""
+def dense_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, weight, dead_after: int | None, estimate: bool) -> Outcome:
+    """Fill every `.grad`. `xc` is the encoder's input, `pre` [B, F] its pre-activations, `dead_after` as in `dense_loss`; `estimate`: fill
+    `Outcome.smallest`."""
     sae.zero_grad()
     pre = pre.detach().requires_grad_()
     with torch.enable_grad():
-        loss, residual, f = dense_loss(sae, x, pre, weight, revive)
+        loss, residual, f = dense_loss(sae, x, pre, weight, dead_after)
         loss.backward()
     encoder_gradients(sae, (pre.grad.t() @ xc).to(sae.dtype), pre.grad.sum(0, dtype=sae.dtype))
-    smallest = None
-    if estimate:
-        row = torch.arange(len(f), device=f.device)[:, None].expand_as(f).reshape(-1)
-        smallest = rule_of(sae.config).smallest(f.reshape(-1), row, len(f))
+    smallest = rule_of(sae.config).smallest(f, None, len(f)) if estimate else None
     active = f > 0
     return Outcome(loss.detach(), residual, active.any(0), active.sum() / len(f), smallest)
 

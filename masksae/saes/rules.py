@@ -5,7 +5,8 @@
     sparse(sae, e)          -> (f, gate or None) at the entries `e`
     backward(sae, e, f, grad_f, grad_gate, weight) -> (gradient of pre at the entries, penalty); sets the gradients of a rule's own
                                parameters and adds to those of the decoder
-    smallest(f, row, B)     -> what the inference threshold follows (TopK kinds)
+    smallest(f, row, B)     -> what the inference threshold follows (TopK kinds), 0 if nothing is active; f of the entries, whose tokens `row`
+                               names, or of all latents [B, F] without it
 
 `weight` is the sparsity coefficient of the step (warm-up and controller included). A gate is a second set of latents whose
 reconstruction is also trained, through a frozen decoder. The formulas are those of dictionary_learning 0.1.0.
@@ -115,9 +116,13 @@ class TopKRule:
     def backward(self, sae, e, f: Tensor, grad_f: Tensor, grad_gate, weight):
         return grad_f, 0.0
 
-    def smallest(self, f: Tensor, row: Tensor, batch: int) -> Tensor:
-        """Mean over tokens of the smallest positive value kept."""
-        least = f.new_full((batch,), torch.inf).scatter_reduce_(0, row, torch.where(f > 0, f, torch.inf), "amin")
+    def smallest(self, f: Tensor, row: Tensor | None, batch: int) -> Tensor:
+        """Mean over tokens of the smallest positive value kept, 0 if there is none."""
+        active = torch.where(f > 0, f, torch.inf)
+        if row is None:
+            least = active.amin(1)
+        else:
+            least = f.new_full((batch,), torch.inf).scatter_reduce_(0, row, active, "amin")
         some = least < torch.inf
         return torch.where(some, least, 0).sum() / some.sum().clamp(min=1)
 
@@ -135,8 +140,10 @@ class BatchTopKRule(TopKRule):
         count = round(sae.config.selection.k * len(pre))
         return largest(pre, count) if count <= most else None
 
-    def smallest(self, f: Tensor, row: Tensor, batch: int) -> Tensor:
+    def smallest(self, f: Tensor, row: Tensor | None, batch: int) -> Tensor:
         """The smallest positive value kept, 0 if there is none."""
+        if f.numel() == 0:
+            return f.new_zeros(())
         return torch.where(f > 0, f, torch.inf).min().nan_to_num(posinf=0.0)
 
 
@@ -179,6 +186,8 @@ def _indices(mask: Tensor, most: float) -> Tensor | None:
 def largest(h: Tensor, count: int) -> Tensor:
     """Flat indices, ascending, of the `count` largest positive entries of h [B, F]; of equal ones, the first in row-major order."""
     flat = h.view(-1)
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=h.device)
     index = _above_lower_bound(flat, count)
     if len(index) <= count:
         return index

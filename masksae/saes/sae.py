@@ -29,11 +29,14 @@ SCHEMA = 1
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder. Inputs may be [n, d] or [batch, sequence, d]; latents are dense [..., F].
+    """A sparse autoencoder. Inputs may be [n, d] or [batch, sequence, d], of any float type: they are computed with in the type of the weights,
+    which is also that of what comes out. Latents are dense [..., F]. Whatever takes an input raises DataError for another width and for
+    what are no floats.
 
     Parameters: `W_enc` [d, F], `b_enc` [F], `W_dec` [F, d], `b_dec` [d]; JumpReLU also `thresholds` [F], Gated `r_mag` and `b_mag` [F].
     Buffers: `threshold` (in units of the input; -1 before it was estimated, 0 where the rule needs none), `tokens_since_fired` int64 [F].
-    `history` holds the records of training (empty for an SAE that was not trained here).
+    `history` holds the records of training (empty for an SAE that was not trained here); "explained_variance" is None where a batch does not
+    vary, one of a single token for example.
 
     >>> from masksae import BatchTopK
     >>> sae = SAE(SAEConfig(d_model=4, n_latents=16, selection=BatchTopK(2)))
@@ -74,15 +77,12 @@ class SAE(nn.Module):
         return self.W_dec.dtype
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """What the encoder's product reads [..., d]: x - b_dec, or x. Raises DataError for another width."""
-        if x.shape[-1] != self.config.d_model:
-            raise DataError(
-                f"This SAE reads activations of width {self.config.d_model}, found {x.shape[-1]}. Check model and block."
-            )
+        """What the encoder's product reads [..., d]: x - b_dec, or x."""
         return x - self.b_dec if self.config.selection.centred else x
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """pre [..., F]; of a Gated SAE, those of the gate."""
+        x = floats(x, self.config.d_model, "activations", "Check model and block.").to(self.dtype)
         return self.encoder_input(x) @ self.W_enc + self.b_enc
 
     def magnitudes(self, pre: Tensor) -> Tensor:
@@ -104,8 +104,13 @@ class SAE(nn.Module):
         cut = self.threshold if threshold is None else threshold
         return self.magnitudes(pre) * (self.margins(pre) > cut)
 
+    def latents(self, x: Tensor, threshold: float | None = None) -> Tensor:
+        """`encode` as scores take it: on the CPU and in single precision at least, whatever the device and the type of the SAE."""
+        return at_least_single(self.encode(x.to(self.device), threshold).cpu())
+
     def decode(self, f: Tensor) -> Tensor:
         """Reconstruction x_hat [..., d]."""
+        f = floats(f, self.config.n_latents, "latents", "Check whose they are.").to(self.dtype)
         return f @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +148,7 @@ class SAE(nn.Module):
         return to_dictionary_learning(self, folder, **metadata)
 
     def save(self, folder) -> Path:
-        """Write `sae.safetensors` and `config.json` into `folder`, atomically. `SAE.load` reads them back bit for bit."""
+        """Write `sae.safetensors` and `config.json` into `folder`, atomically. `SAE.load` reads them back bit for bit, in their type."""
         with atomic_dir(folder, SAE_FILES) as tmp:
             save_tensors(self.state_dict(), tmp / "sae.safetensors")
             record = {"schema": SCHEMA, "config": self.config.to_dict(), "history": self.history}
@@ -157,9 +162,41 @@ class SAE(nn.Module):
         record, tensors = read_tensors(folder, "sae.safetensors", "config.json", (SCHEMA,))
         with readable(folder):
             sae = cls(SAEConfig.from_dict(record["config"]))
+            if "W_dec" in tensors:
+                sae.to(tensors["W_dec"].dtype)
             load_state(sae, tensors, folder)
             sae.history = record["history"]
         return sae.to(device) if device is not None else sae
+
+
+def floats(x: Tensor, width: int, what: str, remedy: str) -> Tensor:
+    """x [..., width] itself. Raises DataError for what are no floats, and for another width."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        raise DataError(f"The SAE takes {what} as a tensor of floats, found {found}. Convert them, or give others.")
+    if x.ndim == 0 or x.shape[-1] != width:
+        found = x.shape[-1] if x.ndim else "none"
+        raise DataError(f"This SAE takes {what} of width {width}, found {found}. {remedy}")
+    return x
+
+
+def at_least_single(x: Tensor) -> Tensor:
+    """x, in single precision if it was in half: sums and products of scores do not hang on how an SAE or its activations were stored."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def alike(*tensors: Tensor) -> list[Tensor]:
+    """Tensors in the widest of their float types, single precision at least. Raises DataError for integers.
+
+    >>> [t.dtype for t in alike(torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64))]
+    [torch.float64, torch.float64]
+    """
+    widest = torch.float32
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise DataError(f"Activations, latents and weights must be floats, found {tensor.dtype}. Convert them.")
+        widest = torch.promote_types(widest, tensor.dtype)
+    return [tensor.to(widest) for tensor in tensors]
 
 
 def seal(record: dict, tensor_file: Path) -> str:
