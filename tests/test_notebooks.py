@@ -4,8 +4,8 @@ import ast
 import contextlib
 import json
 import os
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 import time
