@@ -37,8 +37,8 @@ class Failed(Exception):
 
 def main(name: str) -> int:
     """Exit status: 0 ready (or as it was, with a warning), 1 there is none."""
-    if sys.version_info < (3, 11):
-        sys.exit("Python 3.11 or later is needed, this is %d.%d. Set PYTHON=." % sys.version_info[:2])
+    if sys.version_info < (3, 11):  # noqa: UP036 (whatever `python3` is)
+        sys.exit("Python 3.11 or later is needed, this is {}.{}. Set PYTHON=.".format(*sys.version_info))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     link, place = ROOT / name, HOME / name.lstrip(".") / packages_hash(name)
     if is_ready(link, place):
