@@ -5,9 +5,14 @@ stdout, as text or with --json as one JSON value; progress and messages go to st
 """
 
 import argparse
+import contextlib
+import io
 import json
+import math
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from masksae.errors import MasksaeError, require
@@ -35,23 +40,62 @@ EXAMPLES = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; errors that masksae raises on purpose are one line on stderr unless --debug asks for the traceback."""
-    debug = False
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    return exit_status(lambda: _run(parser().parse_args(arguments)), debug)
+
+
+def _run(options) -> None:
+    options.run(options)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks to end: the same way out as Ctrl-C, with a status of its own."""
+
+    def __init__(self, number: int):
+        self.status = 128 + number
+
+
+def exit_status(work, debug: bool = False) -> int:
+    """Do `work()` as a command does it, and give its exit status: what goes wrong on purpose is one line on stderr."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale without our dashes and arrows
     try:
-        options = parser().parse_args(arguments)
-        debug = options.debug
-        options.run(options)
-        sys.stdout.flush()
+        with stopped_by_signals():
+            status = work() or 0
+            if sys.stdout:  # None where it was closed
+                sys.stdout.flush()
+            return status
     except MasksaeError as error:
         if debug:
             raise
         print(f"masksae: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("masksae: interrupted; what was finished is kept, and the same command goes on.", file=sys.stderr)
-        return 130
+        return getattr(stop, "status", 130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+
+
+@contextlib.contextmanager
+def stopped_by_signals():
+    """SIGTERM and SIGHUP raise Stopped inside, so that the way out ends children; one that is ignored (nohup) stays ignored."""
+
+    def stop(number, _):
+        raise Stopped(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,7 +156,18 @@ def _add_evaluate(add) -> None:
         "--metrics", default="reconstruction,absorption,contexts",
         help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation (default: the first three)",
     )  # fmt: skip
-    evaluate.add_argument("--l0", type=float, help="clean L0 of the matched scores (default: the SAE's own k or L0)")
+    evaluate.add_argument("--l0", type=_l0, help="clean L0 of the matched scores (default: the SAE's own k or L0)")
+
+
+def _l0(text: str) -> float:
+    """A number of latents that an SAE can have active on a token, on average."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no mean number of active latents; give one above 0, such as 20")
+    return value
+
+
+_l0.__name__ = "number"  # argparse says "invalid number value: 'x'"
 
 
 def _guest(command) -> None:
