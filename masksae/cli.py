@@ -6,16 +6,18 @@ stdout, as text or with --json as one JSON value; progress and messages go to st
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
 from pathlib import Path
 
-from masksae.errors import MasksaeError, require
+from masksae.errors import MasksaeError, nearest, require
 
 DEFAULT = "laptop"
 
@@ -75,8 +77,19 @@ def exit_status(work, debug: bool = False) -> int:
         print("masksae: interrupted; what was finished is kept, and the same command goes on.", file=sys.stderr)
         return getattr(stop, "status", 130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        if debug or error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        print("masksae: the disk is full. Free some space; what was finished is kept.", file=sys.stderr)
+        return 2
+
+
+def _drop_output() -> None:
+    """Python would try once more on its way out, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -136,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _guest(explore)
     parent = explore.add_mutually_exclusive_group(required=True)
-    parent.add_argument("--letter", help='the parent "starts with LETTER"')
+    parent.add_argument("--letter", type=_letter, help='the parent "starts with LETTER"')
     parent.add_argument("--context", help='the parent "follows CONTEXT", such as the')
     export = add("export", "Write an SAE in another form.", export_sae)
     export.add_argument("sae", help="folder of one SAE (SAELens, dictionary_learning or masksae)")
@@ -153,21 +166,36 @@ def _add_evaluate(add) -> None:
     )
     _guest(evaluate)
     evaluate.add_argument(
-        "--metrics", default="reconstruction,absorption,contexts",
+        "--metrics", type=_metrics, default="reconstruction,absorption,contexts",
         help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation (default: the first three)",
     )  # fmt: skip
     evaluate.add_argument("--l0", type=_l0, help="clean L0 of the matched scores (default: the SAE's own k or L0)")
 
 
 def _l0(text: str) -> float:
-    """A number of latents that an SAE can have active on a token, on average."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no mean number of active latents; give one above 0, such as 20")
-    return value
+    """Argument type: how many latents are active on a token, on average."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no mean number of active latents; give one above 0, such as 20")
 
 
-_l0.__name__ = "number"  # argparse says "invalid number value: 'x'"
+def _letter(text: str) -> str:
+    """Argument type: one letter from a to z."""
+    if len(text) == 1 and text.isascii() and text.isalpha():
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no letter from a to z")
+
+
+def _metrics(text: str) -> list[str]:
+    """Argument type: names of metrics, each once."""
+    from masksae.guest import METRICS
+
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in METRICS:
+            raise argparse.ArgumentTypeError(f"there is no metric {name!r}.{nearest(name, METRICS)}")
+    return names
 
 
 def _guest(command) -> None:
@@ -218,16 +246,21 @@ def train(options) -> None:
         last = {key: sae.history[-1][key] for key in ("explained_variance", "l0")}
         found.append({"sae": name, "folder": str(folder), **last})
         lines.append(f"{name:28}{last['explained_variance']:7.3f}{last['l0']:8.1f}")
-    _show(options, found, "\n".join([*lines, f"\n{run.build / 'saes'}"]))
+    lines += [
+        f"\n{run.build / 'saes'}",
+        f"\nNext: {shlex.join(['masksae', 'evaluate', found[-1]['folder'], '--profile', options.profile])}",
+    ]
+    _show(options, found, "\n".join(lines))
 
 
 def evaluate_sae(options) -> None:
     """Scores of an SAE as a table or JSON, SAEBench files, and a page."""
     require("evaluate", "matplotlib", "seaborn", "zstandard")
-    from masksae import guest, guest_report
+    from masksae import guest, guest_report, progress
 
     visitor = guest.Guest(options.profile, options.sae, out=options.out, l0=options.l0)
-    found = guest.evaluate(visitor, [name.strip() for name in options.metrics.split(",")])
+    progress.say(f"scoring {options.sae} on {options.profile}: {', '.join(options.metrics)}")
+    found = guest.evaluate(visitor, options.metrics)
     guest.saebench(visitor, found)
     report, rows = guest_report.write(visitor, found), guest_report.rows(found)
     lines = [f"{'':44}{'as trained':>12}{'matched':>12}"]
@@ -241,16 +274,15 @@ def explore_sae(options) -> None:
     """One parent of an SAE as a page."""
     from dataclasses import asdict
 
-    from masksae import explore, guest
+    from masksae import explore, guest, progress
     from masksae.files import write_text
-    from masksae.site import page
 
     visitor = guest.Guest(options.profile, options.sae, out=options.out)
+    progress.say(f"looking at {options.sae} on {options.profile}")
     look, sae = explore.Explorer(visitor), visitor.sae
     story = look.letter(sae, options.letter) if options.letter else look.context(sae, options.context)
-    body = f"<h1>{visitor.name}</h1>{explore.story_html(story)}<h2>Where its first main latent fires most</h2>{look.top_contexts(sae, story.main[0])}"
-    html = page(f"{story.parent}, {visitor.name}", body)
-    file = write_text(Path(options.out) / f"{story.parent.replace(' ', '-')}.html", html)
+    file = Path(options.out) / f"{explore.file_name(visitor.name, story.parent)}.html"
+    write_text(file, explore.story_page(visitor.name, story, look.top_contexts(sae, story.main[0])))
     _show(options, asdict(story) | {"page": str(file)}, str(file))
 
 

@@ -4,6 +4,7 @@ Works for any SAE of the profile's model and block, the reader's own too: `Explo
 """
 
 import html
+import re
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +61,7 @@ class Explorer:
         x, probes, texts = self._contexts
         found = next((probe for probe in probes if probe.name == parent), None)
         if found is None:
-            names = [probe.name for probe in probes]
-            raise ConfigError(f"There is no parent {parent!r} here.{nearest(parent, names)} Known: {', '.join(names)}.")
+            raise ConfigError(f"There is no parent {parent!r} here.{nearest(parent, [probe.name for probe in probes])}")
         metric = context_absorption(sae, x, [found], min_parents=1, threshold=threshold)
         names = [texts[i] for i in found.rows.tolist()]
         sample = (x[found.rows], names, found.positive, found.is_test, found.weight)
@@ -162,6 +162,23 @@ def story_html(story: Story, rows: int = 8) -> str:
         return head
     table = pd.DataFrame(story.missed).sort_values("share", ascending=False).head(rows)
     return head + table.to_html(index=False, border=0, float_format="{:.2f}".format)
+
+
+def story_page(sae: str, story: Story, contexts: str) -> str:
+    """HTML page about one parent of the SAE named `sae`; `contexts` is the HTML of `Explorer.top_contexts`."""
+    from masksae.site import page
+
+    heading = f"<h1>{html.escape(sae)}</h1>{story_html(story)}<h2>Where its first main latent fires most</h2>"
+    return page(f"{story.parent}, {sae}", heading + contexts)
+
+
+def file_name(*parts: str) -> str:
+    """A file's name out of free text.
+
+    >>> file_name("my sae", "follows ../b")
+    'my-sae-follows-..-b'
+    """
+    return "-".join(re.sub(r"[^\w.]+", "-", part)[:80] for part in parts)
 
 
 def draw_absorbers(stories: dict[str, dict[str, Story]]):

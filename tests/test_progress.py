@@ -67,7 +67,9 @@ def test_bars_inside_bars_do_not_pile_up_in_a_notebook():
     import nbformat
     from nbclient import NotebookClient
 
-    code = WORK.replace("time.sleep(0.012)", "[time.sleep(0.01) for _ in progress.bar(range(3), label='activations', unit='b')]")
+    code = WORK.replace(
+        "time.sleep(0.012)", "[time.sleep(0.01) for _ in progress.bar(range(3), label='activations', unit='b')]"
+    )
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code.replace("range(50)", "range(3)"))])
     environment = {key: value for key, value in os.environ.items() if key != "MASKSAE_PROGRESS"}
     NotebookClient(book, kernel_name="python3").execute(env=environment)
