@@ -7,10 +7,12 @@ stdout, as text or with --json as one JSON value; progress and messages go to st
 import argparse
 import contextlib
 import errno
+import html
 import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -281,9 +283,27 @@ def explore_sae(options) -> None:
     progress.say(f"looking at {options.sae} on {options.profile}")
     look, sae = explore.Explorer(visitor), visitor.sae
     story = look.letter(sae, options.letter) if options.letter else look.context(sae, options.context)
-    file = Path(options.out) / f"{explore.file_name(visitor.name, story.parent)}.html"
-    write_text(file, explore.story_page(visitor.name, story, look.top_contexts(sae, story.main[0])))
+    file = Path(options.out) / f"{_file_name(visitor.name, story.parent)}.html"
+    write_text(file, _story_page(visitor.name, story, look.top_contexts(sae, story.main[0])))
     _show(options, asdict(story) | {"page": str(file)}, str(file))
+
+
+def _story_page(sae: str, story, contexts: str) -> str:
+    """HTML page about one parent of the SAE named `sae`, which is the reader's own text; `contexts` is HTML already."""
+    from masksae.explore import story_html
+    from masksae.site import page
+
+    heading = f"<h1>{html.escape(sae)}</h1>{story_html(story)}<h2>Where its first main latent fires most</h2>"
+    return page(f"{story.parent}, {sae}", heading + contexts)
+
+
+def _file_name(*parts: str) -> str:
+    """A file's name out of free text.
+
+    >>> _file_name("my sae", "follows ../b")
+    'my-sae-follows-..-b'
+    """
+    return "-".join(re.sub(r"[^\w.]+", "-", part)[:80] for part in parts)
 
 
 def export_sae(options) -> None:

@@ -4,7 +4,6 @@ Works for any SAE of the profile's model and block, the reader's own too: `Explo
 """
 
 import html
-import re
 from dataclasses import dataclass
 
 import torch
@@ -162,23 +161,6 @@ def story_html(story: Story, rows: int = 8) -> str:
         return head
     table = pd.DataFrame(story.missed).sort_values("share", ascending=False).head(rows)
     return head + table.to_html(index=False, border=0, float_format="{:.2f}".format)
-
-
-def story_page(sae: str, story: Story, contexts: str) -> str:
-    """HTML page about one parent of the SAE named `sae`; `contexts` is the HTML of `Explorer.top_contexts`."""
-    from masksae.site import page
-
-    heading = f"<h1>{html.escape(sae)}</h1>{story_html(story)}<h2>Where its first main latent fires most</h2>"
-    return page(f"{story.parent}, {sae}", heading + contexts)
-
-
-def file_name(*parts: str) -> str:
-    """A file's name out of free text.
-
-    >>> file_name("my sae", "follows ../b")
-    'my-sae-follows-..-b'
-    """
-    return "-".join(re.sub(r"[^\w.]+", "-", part)[:80] for part in parts)
 
 
 def draw_absorbers(stories: dict[str, dict[str, Story]]):

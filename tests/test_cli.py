@@ -58,7 +58,7 @@ def test_pages_of_two_saes_lie_beside_each_other(run, folder, tmp_path, monkeypa
     story = explore.Story("starts with S", (0,), 0.5, 4, [], 0.9)
     monkeypatch.setattr(explore.Explorer, "letter", lambda *_: story)  # random weights pass no gate
     pages = set()
-    for name in ("first", "second <b>"):
+    for name in ("first", "second <b>"):  # a name is text, and no HTML
         shutil.copytree(folder, tmp_path / name)
         command = ["explore", tmp_path / name, "--letter", "s", "--profile", run.source, "--out", tmp_path / "out"]
         pages.add(told(capsys, *command).strip())
