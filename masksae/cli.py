@@ -91,7 +91,8 @@ def exit_status(work, debug: bool = False) -> int:
 
 def _drop_output() -> None:
     """Python would try once more on its way out, and complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
