@@ -5,12 +5,21 @@ stdout, as text or with --json as one JSON value; progress and messages go to st
 """
 
 import argparse
+import contextlib
+import errno
+import html
+import io
 import json
+import math
 import os
+import re
+import shlex
+import signal
 import sys
+import threading
 from pathlib import Path
 
-from masksae.errors import MasksaeError, require
+from masksae.errors import MasksaeError, nearest, require
 
 DEFAULT = "laptop"
 
@@ -35,23 +44,74 @@ EXAMPLES = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; errors that masksae raises on purpose are one line on stderr unless --debug asks for the traceback."""
-    debug = False
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    return exit_status(lambda: _run(parser().parse_args(arguments)), debug)
+
+
+def _run(options) -> None:
+    options.run(options)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks to end: the same way out as Ctrl-C, with a status of its own."""
+
+    def __init__(self, number: int):
+        self.status = 128 + number
+
+
+def exit_status(work, debug: bool = False) -> int:
+    """Do `work()` as a command does it, and give its exit status: what goes wrong on purpose is one line on stderr."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale without our dashes and arrows
     try:
-        options = parser().parse_args(arguments)
-        debug = options.debug
-        options.run(options)
-        sys.stdout.flush()
+        with stopped_by_signals():
+            status = work() or 0
+            if sys.stdout:  # None where it was closed
+                sys.stdout.flush()
+            return status
     except MasksaeError as error:
         if debug:
             raise
         print(f"masksae: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("masksae: interrupted; what was finished is kept, and the same command goes on.", file=sys.stderr)
-        return 130
+        return getattr(stop, "status", 130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        _drop_output()
+        return 0
+    except OSError as error:
+        if debug or error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        print("masksae: the disk is full. Free some space; what was finished is kept.", file=sys.stderr)
+        return 2
+
+
+def _drop_output() -> None:
+    """Python would try once more on its way out, and complain."""
+    if sys.stdout:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+
+
+@contextlib.contextmanager
+def stopped_by_signals():
+    """SIGTERM and SIGHUP raise Stopped inside, so that the way out ends children; one that is ignored (nohup) stays ignored."""
+
+    def stop(number, _):
+        raise Stopped(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _guest(explore)
     parent = explore.add_mutually_exclusive_group(required=True)
-    parent.add_argument("--letter", help='the parent "starts with LETTER"')
+    parent.add_argument("--letter", type=_letter, help='the parent "starts with LETTER"')
     parent.add_argument("--context", help='the parent "follows CONTEXT", such as the')
     export = add("export", "Write an SAE in another form.", export_sae)
     export.add_argument("sae", help="folder of one SAE (SAELens, dictionary_learning or masksae)")
@@ -109,10 +169,36 @@ def _add_evaluate(add) -> None:
     )
     _guest(evaluate)
     evaluate.add_argument(
-        "--metrics", default="reconstruction,absorption,contexts",
+        "--metrics", type=_metrics, default="reconstruction,absorption,contexts",
         help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation (default: the first three)",
     )  # fmt: skip
-    evaluate.add_argument("--l0", type=float, help="clean L0 of the matched scores (default: the SAE's own k or L0)")
+    evaluate.add_argument("--l0", type=_l0, help="clean L0 of the matched scores (default: the SAE's own k or L0)")
+
+
+def _l0(text: str) -> float:
+    """Argument type: how many latents are active on a token, on average."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no mean number of active latents; give one above 0, such as 20")
+
+
+def _letter(text: str) -> str:
+    """Argument type: one letter from a to z."""
+    if len(text) == 1 and text.isascii() and text.isalpha():
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is no letter from a to z")
+
+
+def _metrics(text: str) -> list[str]:
+    """Argument type: names of metrics, each once."""
+    from masksae.guest import METRICS
+
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in METRICS:
+            raise argparse.ArgumentTypeError(f"there is no metric {name!r}.{nearest(name, METRICS)}")
+    return names
 
 
 def _guest(command) -> None:
@@ -164,16 +250,21 @@ def train(options) -> None:
         found.append({"sae": name, "folder": str(folder), **last})
         explained = last["explained_variance"]  # None for batches of one token
         lines.append(f"{name:28}{'-' if explained is None else f'{explained:.3f}':>7}{last['l0']:8.1f}")
-    _show(options, found, "\n".join([*lines, f"\n{run.build / 'saes'}"]))
+    lines += [
+        f"\n{run.build / 'saes'}",
+        f"\nNext: {shlex.join(['masksae', 'evaluate', found[-1]['folder'], '--profile', options.profile])}",
+    ]
+    _show(options, found, "\n".join(lines))
 
 
 def evaluate_sae(options) -> None:
     """Scores of an SAE as a table or JSON, SAEBench files, and a page."""
     require("evaluate", "matplotlib", "seaborn", "zstandard")
-    from masksae import guest, guest_report
+    from masksae import guest, guest_report, progress
 
     visitor = guest.Guest(options.profile, options.sae, out=options.out, l0=options.l0)
-    found = guest.evaluate(visitor, [name.strip() for name in options.metrics.split(",")])
+    progress.say(f"scoring {options.sae} on {options.profile}: {', '.join(options.metrics)}")
+    found = guest.evaluate(visitor, options.metrics)
     guest.saebench(visitor, found)
     report, rows = guest_report.write(visitor, found), guest_report.rows(found)
     lines = [f"{'':44}{'as trained':>12}{'matched':>12}"]
@@ -187,17 +278,34 @@ def explore_sae(options) -> None:
     """One parent of an SAE as a page."""
     from dataclasses import asdict
 
-    from masksae import explore, guest
+    from masksae import explore, guest, progress
     from masksae.files import write_text
-    from masksae.site import page
 
     visitor = guest.Guest(options.profile, options.sae, out=options.out)
+    progress.say(f"looking at {options.sae} on {options.profile}")
     look, sae = explore.Explorer(visitor), visitor.sae
     story = look.letter(sae, options.letter) if options.letter else look.context(sae, options.context)
-    body = f"<h1>{visitor.name}</h1>{explore.story_html(story)}<h2>Where its first main latent fires most</h2>{look.top_contexts(sae, story.main[0])}"
-    html = page(f"{story.parent}, {visitor.name}", body)
-    file = write_text(Path(options.out) / f"{story.parent.replace(' ', '-')}.html", html)
+    file = Path(options.out) / f"{_file_name(visitor.name, story.parent)}.html"
+    write_text(file, _story_page(visitor.name, story, look.top_contexts(sae, story.main[0])))
     _show(options, asdict(story) | {"page": str(file)}, str(file))
+
+
+def _story_page(sae: str, story, contexts: str) -> str:
+    """HTML page about one parent of the SAE named `sae`, which is the reader's own text; `contexts` is HTML already."""
+    from masksae.explore import story_html
+    from masksae.site import page
+
+    heading = f"<h1>{html.escape(sae)}</h1>{story_html(story)}<h2>Where its first main latent fires most</h2>"
+    return page(f"{story.parent}, {sae}", heading + contexts)
+
+
+def _file_name(*parts: str) -> str:
+    """A file's name out of free text.
+
+    >>> _file_name("my sae", "follows ../b")
+    'my-sae-follows-..-b'
+    """
+    return "-".join(re.sub(r"[^\w.]+", "-", part)[:80] for part in parts)
 
 
 def export_sae(options) -> None:

@@ -37,11 +37,15 @@ def repository() -> Path:
 
 
 def cache_dir(*parts: str) -> Path:
-    """The user's cache (downloads and scratch): `$MASKSAE_CACHE`, else `$XDG_CACHE_HOME/masksae` or `~/.cache/masksae`."""
+    """The user's cache (downloads and scratch): `$MASKSAE_CACHE`, else `$XDG_CACHE_HOME/masksae` or `~/.cache/masksae`.
+    Raises OutputError where there is no home."""
     root = os.environ.get("MASKSAE_CACHE")
     if not root:
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "masksae"
-    return Path(root).expanduser().joinpath(*parts)
+    try:
+        return Path(root).expanduser().joinpath(*parts)
+    except RuntimeError as error:  # an account without a home, as in containers
+        raise OutputError("There is no home folder for downloads and scratch. Set MASKSAE_CACHE to a folder.") from error
 
 
 def run_id(config) -> str:

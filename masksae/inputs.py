@@ -4,13 +4,12 @@ Each part is made on first use and kept in the user's cache under an id that cov
 the profile names, and the code that makes it, so a notebook may be run alone, again, or after a crash.
 """
 
-import os
 import sys
 from itertools import chain
 
 from torch import Tensor
 
-from masksae import cache
+from masksae import cache, jobs
 from masksae.errors import DataError
 from masksae.files import cache_dir, ensure_writable, read_json, repository, run_id, write_json
 from masksae.parallel import once
@@ -71,9 +70,7 @@ class Inputs:
     @once
     def device(self) -> str:
         """Where models run: `$MASKSAE_DEVICE`, else a GPU if there is one."""
-        import torch
-
-        return os.environ.get("MASKSAE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+        return jobs.chosen_device()
 
     @once
     def language_model(self):

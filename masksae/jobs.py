@@ -78,6 +78,31 @@ def executor() -> tuple[str, dict[str, str]]:
     return kind, options
 
 
+def chosen_device() -> str:
+    """Where models run: `$MASKSAE_DEVICE`, else a GPU if there is one. Raises ConfigError for a device that is not there.
+
+    >>> import os; os.environ["MASKSAE_DEVICE"] = "cpu"; chosen_device()
+    'cpu'
+    >>> del os.environ["MASKSAE_DEVICE"]
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    name = os.environ.get("MASKSAE_DEVICE") or ("cuda" if gpus else "cpu")
+    known = ["cpu", *(f"cuda:{i}" for i in range(gpus))]
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+        elif (device.index or 0) >= gpus:  # counted, not tried: a process that has used CUDA cannot be forked
+            raise RuntimeError("no such GPU")
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(
+            f"MASKSAE_DEVICE is {name!r}, and there is no such device here: {', '.join(known)}. Unset it to take the best."
+        ) from error
+    return name
+
+
 def run_jobs(jobs: list[Job]) -> None:
     """Do all jobs. One that fails does not stop the others; then JobError names each that failed, with its log."""
     kind, options = executor()

@@ -6,23 +6,29 @@ own lock, its own outputs.
 """
 
 import argparse
+import contextlib
 import os
 import pydoc
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import yaml
 
-from masksae.errors import ConfigError, MasksaeError
+from masksae.cli import exit_status
+from masksae.errors import ConfigError
 from masksae.files import PROFILES, ensure_writable, read_json, repository, write_json, write_text
 from masksae.profile import load_profile, profile_path
 
 DEFAULT = "laptop"
 
+PATIENCE = 30.0
+"""Seconds that a stage has to end."""
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a stage failed, 2 bad input (said in one line)."""
+    """Exit status: 0 done, 1 a stage failed, 2 bad input, 130 interrupted (both said in one line)."""
     parser = argparse.ArgumentParser(prog="python -m masksae.pipeline", description="Run the notebooks through DVC.")
     commands = parser.add_subparsers(required=True)
     repro = commands.add_parser("repro", help="bring every result of some profiles up to date")
@@ -52,11 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     project.add_argument("profile")
     project.set_defaults(run=lambda a: project_notebooks(a.profile))
     options = parser.parse_args(arguments)
-    try:
-        return options.run(options) or 0
-    except MasksaeError as error:
-        print(f"masksae: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: options.run(options))
 
 
 def reproduce(profile) -> int:
@@ -147,7 +149,7 @@ def ask_for_terms(source: str) -> None:
     from masksae.models import accept_terms, require_terms, terms
 
     text = terms(source)
-    if text and sys.stdin.isatty():
+    if text and sys.stdin and sys.stdin.isatty():
         pydoc.pager(text)
         if input(f"Do you accept these terms, for {source}? Type yes: ").strip().lower() == "yes":
             accept_terms(source)
@@ -159,7 +161,27 @@ def dvc(command: str, profile) -> int:
     file = pipeline_file(profile)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the stages call `python`
     command_line = [sys.executable, "-m", "dvc", command, str(file)]
-    return subprocess.run(command_line, cwd=repository(), env=os.environ | {"PATH": path}).returncode
+    return run_group(command_line, cwd=repository(), env=os.environ | {"PATH": path})
+
+
+def run_group(command: list[str], **options) -> int:
+    """Exit status of a command whose whole family (DVC, its stage, the stage's kernel) ends when we are told to end.
+
+    It gets a process group of its own, and from us one SIGINT, whichever signal came and whoever sent it: DVC waits for its stage then, and
+    lets go of its locks. What has not ended after PATIENCE seconds is killed.
+    """
+    process = subprocess.Popen(command, process_group=0, **options)
+    try:
+        return process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(PATIENCE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        raise
 
 
 def _upgrade_params() -> None:

@@ -1,32 +1,46 @@
 """One progress bar for all long work: moving in a terminal and in a notebook, now and then a line in a log or a pipe.
 
-`MASKSAE_PROGRESS` overrides what is found: "bar", "lines" (one every half minute) or "none".
+`MASKSAE_PROGRESS` overrides what is found: "bar", "lines" (one at once, then one every ten seconds, whichever bar is at work) or "none".
 """
 
 import contextlib
+import importlib.util
+import math
 import os
 import sys
+import time
 
 from masksae.errors import ConfigError, nearest
 
 STYLES = ("bar", "lines", "none")
-SECONDS = {"bar": 0.5, "lines": 30.0}
+SECONDS = {"bar": 0.5, "lines": 10.0}
 """Between two updates."""
 
 
 class _Lines:
-    """Where tqdm writes when nothing can be overwritten: every new state of the bar is a line of its own."""
+    """Where tqdm writes when nothing can be overwritten: whole lines, seldom, of all bars together, and the end of a bar that was seen."""
 
-    last = ""
+    said = -math.inf
+    """When any bar spoke last."""
+
+    def __init__(self):
+        self.last = ""
 
     def write(self, text: str) -> None:
         text = text.replace("\x1b[A", "").strip("\r\n ")  # an inner bar moves the cursor up
-        if text and text != self.last:
-            self.last = text
+        now = time.monotonic()
+        if text and text != self.last and (now - _Lines.said >= SECONDS["lines"] or (self.last and ": 100 %" in text)):
+            self.last, _Lines.said = text, now
             sys.stderr.write(text + "\n")
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def say(text: str) -> None:
+    """A line on stderr about what begins now, unless MASKSAE_PROGRESS is "none"."""
+    if style() != "none":
+        print(text, file=sys.stderr, flush=True)
 
 
 def style() -> str:
@@ -36,6 +50,8 @@ def style() -> str:
         if chosen not in STYLES:
             raise ConfigError(f"MASKSAE_PROGRESS is {chosen!r}.{nearest(chosen, STYLES)}")
         return chosen
+    if sys.stderr is None:  # it was closed
+        return "none"
     return "bar" if sys.stderr.isatty() or _in_notebook() else "lines"
 
 
@@ -45,9 +61,8 @@ def bar(items=None, *, total: int | None = None, label: str | None, unit: str, i
     >>> list(bar([1, 2], label=None, unit="batch"))
     [1, 2]
     """
-    from tqdm import tqdm
-
     look = style()
+    tqdm = _tqdm(look)
     options = {
         "total": total,
         "desc": label,
@@ -57,8 +72,18 @@ def bar(items=None, *, total: int | None = None, label: str | None, unit: str, i
     }
     if look == "lines":
         shown = "{desc}: {percentage:3.0f} % ({n_fmt} of {total_fmt} {unit}), {elapsed} gone, {remaining} left"
-        return tqdm(items, **options, file=_Lines(), bar_format=shown, mininterval=SECONDS[look], delay=SECONDS[look])
-    return tqdm(items, **options, mininterval=SECONDS["bar"], dynamic_ncols=True)
+        return tqdm(items, **options, file=_Lines(), bar_format=shown, mininterval=min(0.5, SECONDS[look]))
+    # one inside another goes when it is done
+    return tqdm(items, **options, mininterval=SECONDS["bar"], dynamic_ncols=True, leave=None)
+
+
+def _tqdm(look: str):
+    """The kind of bar: a notebook cannot move a cursor, so that text bars inside each other would pile up there."""
+    if look == "bar" and _in_notebook() and importlib.util.find_spec("ipywidgets"):
+        from tqdm.notebook import tqdm
+    else:
+        from tqdm import tqdm
+    return tqdm
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 from masksae.errors import DataError
 from masksae.files import ANYTHING, PROFILES, atomic_dir, read_json, repository, write_text
@@ -48,8 +49,12 @@ def build(root: Path | None = None) -> Path:
 
 
 def _page(path: Path, title: str, body: str, links: list[tuple[str, str]], up: str, here: str = "") -> None:
-    menu = " ".join(f'<a href="{up}{link}">{html.escape(text)}</a>' for link, text in links)
+    menu = " ".join(_link(up + link, text) for link, text in links)
     write_text(path, page(title, body, menu, here, _code_style()))
+
+
+def _link(to: str, text: str) -> str:
+    return f'<a href="{html.escape(quote(to))}">{html.escape(text)}</a>'
 
 
 def page(title: str, body: str, menu: str = "", here: str = "", code_style: str = "") -> str:
@@ -75,7 +80,7 @@ def _front(root: Path, names: list[str]) -> str:
     ]
     for name in names:
         profile = load_profile(root / "profiles" / f"{name}.yaml" if not (PROFILES / f"{name}.yaml").exists() else name)
-        parts.append(f'<h2><a href="{name}/index.html">{name}</a></h2><p>{html.escape(profile.description)}</p>')
+        parts.append(f"<h2>{_link(f'{name}/index.html', name)}</h2><p>{html.escape(profile.description)}</p>")
         headline = root / "figures" / name / "04_absorption" / "along.svg"
         if headline.exists():
             parts.append(_figure(headline, f"{name}/figures/04_absorption/along.svg", f"{name}/"))
@@ -103,21 +108,26 @@ def _profile(root: Path, executed: Path, name: str, links: list[tuple[str, str]]
     """Pages of one profile: its notebooks, its figures and tables, its parameters."""
     notebooks = sorted(path for path in executed.glob("[0-9][0-9]_*.ipynb") if not path.stem.endswith(".failed"))
     pages = [path.stem for path in notebooks]
-    menu = " ".join(f'<a href="{page}.html">{page}</a>' for page in [*pages, "parameters"])
-    here = f'<nav><a href="index.html">{name}</a> {menu}</nav>'
+    menu = " ".join(_link(f"{page}.html", page) for page in [*pages, "parameters"])
+    here = f"<nav>{_link('index.html', name)} {menu}</nav>"
     for path in notebooks:
         _page(target / f"{path.stem}.html", f"{path.stem}, {name}", _notebook(path), links, "../", here)
     source = next(p for p in (PROFILES / f"{name}.yaml", root / "profiles" / f"{name}.yaml") if p.exists())
     _page(
-        target / "parameters.html", f"parameters, {name}", f"<h1>{source.name}</h1>{_yaml(source)}", links, "../", here
+        target / "parameters.html",
+        f"parameters, {name}",
+        f"<h1>{html.escape(source.name)}</h1>{_yaml(source)}",
+        links,
+        "../",
+        here,
     )
-    parts = [f"<h1>{name}</h1>", verdicts(root / "results" / name / "claims.json")]
+    parts = [f"<h1>{html.escape(name)}</h1>", verdicts(root / "results" / name / "claims.json")]
     figures = root / "figures" / name
     if figures.exists():
         shutil.copytree(figures, target / "figures")
     for page in pages:
         pictures = sorted((figures / page).glob("*.svg"))
-        parts += [f'<h2><a href="{page}.html">{page}</a></h2>'] if pictures else []
+        parts += [f"<h2>{_link(f'{page}.html', page)}</h2>"] if pictures else []
         parts += [_figure(svg, f"figures/{page}/{svg.name}", "") for svg in pictures]
         parts += [_markdown(table) for table in sorted((figures / page).glob("*.md"))]
     _page(target / "index.html", name, "\n".join(parts), links, "../", here)
@@ -127,7 +137,8 @@ def _figure(svg: Path, link: str, up: str) -> str:
     """A figure with its caption and links to the notebook that drew it and to its parameters."""
     caption = html.escape(svg.with_suffix(".txt").read_text(encoding="utf-8").strip())
     notebook = svg.parent.name
-    links = f'<a href="{up}{notebook}.html">notebook {notebook}</a> · <a href="{up}parameters.html">parameters</a>'
+    links = f"{_link(f'{up}{notebook}.html', f'notebook {notebook}')} · {_link(f'{up}parameters.html', 'parameters')}"
+    link = html.escape(quote(link))
     return f'<figure><a href="{link}"><img src="{link}" alt="{caption}"></a><figcaption>{caption} {links}</figcaption></figure>'
 
 
@@ -182,7 +193,6 @@ def _api(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        print(build().as_uri())
-    except DataError as error:
-        sys.exit(f"masksae: {error}")
+    from masksae.cli import exit_status
+
+    sys.exit(exit_status(lambda: print(build().as_uri())))

@@ -1,8 +1,10 @@
 """Open pages in a real browser and see what goes wrong: messages on the console, files that the server does not have, links to nowhere."""
 
 import functools
+import html
 import html.parser
 import http.server
+import json
 import re
 import shutil
 import subprocess
@@ -15,6 +17,28 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 def troubles(folder: Path, pages: list[str]) -> list[str]:
     """Console messages and failed requests when every page is opened in headless Chromium, each in a frame of one window."""
+    body = "".join(f'<iframe src="/{page}"></iframe>' for page in pages)
+    found, failed = _opened(folder, body)
+    assert "iframe" in found.stdout, found.stderr  # it did open
+    return failed + re.findall(r"CONSOLE.*", found.stderr)
+
+
+def too_wide(folder: Path, pages: list[str], width: int = 360) -> list[str]:
+    """Pages that must be scrolled sideways on a screen of so many pixels, with how many they take."""
+    script = """
+        const wide = [], seen = [...document.querySelectorAll("iframe")].map(f => new Promise(done => f.onload = () => {
+            const page = f.contentDocument.documentElement
+            if (page.scrollWidth > page.clientWidth) wide.push(f.getAttribute("src") + ": " + page.scrollWidth)
+            done()
+        }))
+        Promise.all(seen).then(() => document.body.innerText = "wide " + JSON.stringify(wide.sort()) + " end")"""
+    frames = "".join(f'<iframe style="width:{width}px" src="/{page}"></iframe>' for page in pages)
+    found, _ = _opened(folder, f"{frames}<script>{script}</script>")
+    return json.loads(html.unescape(re.search(r"wide (\[.*\]) end", found.stdout)[1]))
+
+
+def _opened(folder: Path, body: str):
+    """What Chromium made of a page with this body, served beside those of a folder, and requests that failed."""
     failed = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -24,11 +48,10 @@ def troubles(folder: Path, pages: list[str]) -> list[str]:
         def do_GET(self):
             if self.path != "/every-page":
                 return super().do_GET()
-            body = '<link rel="icon" href="data:,">' + "".join(f'<iframe src="/{page}"></iframe>' for page in pages)
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             self.end_headers()
-            self.wfile.write(body.encode())
+            self.wfile.write(f'<link rel="icon" href="data:,"><body>{body}</body>'.encode())
 
         def send_error(self, code, *rest, **more):
             failed.append(f"{code} for {self.path}")
@@ -44,8 +67,7 @@ def troubles(folder: Path, pages: list[str]) -> list[str]:
         found = subprocess.run([CHROMIUM, *options.split(), address], capture_output=True, text=True, timeout=300)
     finally:
         server.shutdown()
-    assert "iframe" in found.stdout, found.stderr  # it did open
-    return failed + re.findall(r"CONSOLE.*", found.stderr)
+    return found, failed
 
 
 class _Links(html.parser.HTMLParser):

@@ -1,6 +1,9 @@
 """The command line: what it prints, in which form, and with which exit status."""
 
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -36,10 +39,68 @@ def test_evaluate(run, folder, tmp_path, capsys):  # noqa: F811
 
 def test_train(run, capsys):  # noqa: F811
     text = told(capsys, "train", run.source)
-    assert max(map(len, text.splitlines()[:-1])) <= 80 and "unmasked-plain-s0" in text
+    assert max(map(len, text.splitlines()[:-3])) <= 80 and "unmasked-plain-s0" in text
     found = json.loads(told(capsys, "train", run.source, "--json"))
     assert {row["sae"] for row in found} == {row["sae"] for row in run.table}
     assert all(isinstance(SAE.load(row["folder"]), SAE) and 0 < row["explained_variance"] < 1 for row in found)
+
+
+def test_train_names_the_next_step(run, capsys):  # noqa: F811
+    line = told(capsys, "train", run.source).splitlines()[-1]
+    next_, *command = shlex.split(line)
+    options = cli.parser().parse_args(command[1:])
+    assert (next_, command[0]) == ("Next:", "masksae") and SAE.load(options.sae) and options.profile == str(run.source)
+
+
+def test_pages_of_two_saes_lie_beside_each_other(run, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    from masksae import explore
+
+    story = explore.Story("starts with S", (0,), 0.5, 4, [], 0.9)
+    monkeypatch.setattr(explore.Explorer, "letter", lambda *_: story)  # random weights pass no gate
+    pages = set()
+    for name in ("first", "second <b>"):  # a name is text, and no HTML
+        shutil.copytree(folder, tmp_path / name)
+        command = ["explore", tmp_path / name, "--letter", "s", "--profile", run.source, "--out", tmp_path / "out"]
+        pages.add(told(capsys, *command).strip())
+    assert pages == {str(tmp_path / "out" / f"{name}-starts-with-S.html") for name in ("first", "second-b-")}
+    assert "second &lt;b&gt;" in (tmp_path / "out/second-b--starts-with-S.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["evaluate", "x", "--l0", "-3"], "'-3' is no mean number of active latents; give one above 0"),
+        (["evaluate", "x", "--l0", "nan"], "'nan' is no mean number"),
+        (["evaluate", "x", "--l0", "inf"], "'inf' is no mean number"),
+        (["evaluate", "x", "--l0", "many"], "'many' is no mean number"),
+        (["evaluate", "x", "--metrics", "typo"], "there is no metric 'typo'. Known: reconstruction"),
+        (["evaluate", "x", "--metrics", "absorbtion,"], "there is no metric 'absorbtion'. Did you mean 'absorption'"),
+        (["evaluate", "x", "--metrics", ""], "there is no metric ''"),
+        (["explore", "x", "--letter", "ab"], "'ab' is no letter from a to z"),
+        (["explore", "x", "--letter", ""], "'' is no letter"),
+        (["explore", "x", "--letter", "é"], "'é' is no letter"),
+    ],
+)
+def test_hostile_arguments_are_refused_before_anything_is_loaded(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("redirection", ["<&- >&- 2>&-", ">/dev/full"])
+def test_closed_streams(redirection):
+    command = f'"{sys.executable}" -m masksae.cli plan smoke {redirection}'
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert result.returncode == (2 if "full" in redirection else 0) and "Traceback" not in result.stderr, result.stderr
+
+
+def test_a_poor_terminal():
+    """Dumb, 20 columns wide, in a locale without our dashes and arrows."""
+    poor = {"TERM": "dumb", "COLUMNS": "20", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for arguments, status in (["train", "--help"], 0), (["plan", "smoke"], 0), (["plan", "smö"], 2):
+        command = [sys.executable, "-m", "masksae.cli", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | poor)
+        assert result.returncode == status and "Traceback" not in result.stderr, result.stderr
 
 
 def test_export(folder, tmp_path, capsys):  # noqa: F811

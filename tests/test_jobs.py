@@ -36,6 +36,22 @@ def test_bad_executors(monkeypatch, text, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x", "mps:0", "cuda:-1"])
+def test_a_device_that_is_not_there_is_refused(name, monkeypatch):
+    monkeypatch.setenv("MASKSAE_DEVICE", name)
+    with pytest.raises(ConfigError, match=f"MASKSAE_DEVICE is '{name}', and there is no such device here: cpu"):
+        jobs.chosen_device()
+
+
+def test_cuda_where_there_is_no_gpu_is_refused(monkeypatch):
+    monkeypatch.setenv("MASKSAE_DEVICE", "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="no such device here: cpu. Unset it"):
+        jobs.chosen_device()
+    monkeypatch.delenv("MASKSAE_DEVICE")
+    assert jobs.chosen_device() == "cpu"
+
+
 def test_processes_need_devices(monkeypatch, here):
     monkeypatch.setenv("MASKSAE_EXECUTOR", "processes")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)

@@ -1,6 +1,10 @@
 """dvc.yaml names what its stages use, notebooks are projected and executed without a trace of when, errors come without a traceback."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -164,3 +168,44 @@ def test_bad_profiles_are_told_in_a_line(command, capsys, project):
     assert pipeline.main([command, "smok"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("masksae: There is no profile 'smok'. Did you mean 'smoke'") and "Traceback" not in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_dvc_its_stage_and_the_kernel_in_a_line(number, project):
+    """To our process alone, as `kill` sends it: real DVC, a real kernel in the middle of a cell, nothing left, no lock held."""
+    (project / ".dvc").mkdir()
+    (project / ".dvc/config").write_text("[core]\n    no_scm = True\n    analytics = false\n")
+    (project / "dvc.yaml").write_text("stages: {try: {cmd: python -m masksae.pipeline run 01_try laptop}}")
+    busy = "import os, time\nopen('pids', 'w').write(f'{os.getpid()} {os.getppid()}')\nprint('busy', flush=True)\ntime.sleep(99)"
+    write_notebook(project, 'profile = "x"', busy)
+    code = "import sys\nfrom masksae import cli, pipeline\nsys.exit(cli.exit_status(lambda: pipeline.dvc('repro', 'laptop')))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    begun = [line for line in iter(process.stdout.readline, "busy\n") if line]
+    assert process.poll() is None, begun
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=40)
+    assert process.returncode == 128 + number and "Traceback" not in said, said
+    assert said.endswith("masksae: interrupted; what was finished is kept, and the same command goes on.\n")
+    assert len(said.splitlines()) <= 4, said  # the stage's own, and DVC's about the stage
+    for pid in map(int, (project / "pids").read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert subprocess.run([sys.executable, "-m", "dvc", "status", "-q"], env=environment).returncode in (0, 1)
+
+
+def test_a_notebook_that_nobody_interrupts_ends_without_a_word(project, capfd):
+    """Jupyter interrupts a kernel before it asks it to end; here that always meets one that has just answered and is not yet idle."""
+    slow = "import time\nhandlers = get_ipython().kernel.shell_handlers\nanswer = handlers['kernel_info_request']\n"
+    slow += "async def late(*message): await answer(*message); time.sleep(2)\nhandlers['kernel_info_request'] = late"
+    write_notebook(project, 'profile = "x"', slow)
+    pipeline.execute("01_try", "smoke")
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+
+
+def test_nobody_is_asked_through_a_closed_stdin(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    pipeline.ask_for_terms("smollm2-135m")

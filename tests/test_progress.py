@@ -49,10 +49,34 @@ def test_a_bar_inside_a_bar_leaves_no_control_characters_in_a_pipe():
     assert said.replace("\n", "").isprintable() and all(line.endswith(" left") for line in said.splitlines())
 
 
-def test_short_work_says_nothing_in_a_pipe():
-    assert piped() and subprocess.run(
-        [sys.executable, "-c", WORK.replace('"lines": 0.2', '"lines": 30')], capture_output=True
-    ).stderr in (b"", b"\n")
+def test_many_short_bars_in_a_pipe_are_one_line_at_once_and_then_one_now_and_then():
+    """As in `evaluate`, where no bar lasts and all together take half a minute."""
+    short = "for _ in range(30):\n    for _ in progress.bar(range(2), label='activations', unit='batches'): time.sleep(0.01)"
+    code = WORK[: WORK.index("for _ in")] + short
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.splitlines()
+    assert 3 <= len(lines) <= 6 and lines[0] == "activations:   0 % (0 of 2 batches), 00:00 gone, ? left"
+
+
+def test_a_closed_stderr_is_silent():
+    done = subprocess.run(["sh", "-c", f'exec "{sys.executable}" -c "$0" 2>&-', WORK], capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"")
+
+
+def test_bars_inside_bars_do_not_pile_up_in_a_notebook():
+    """A real kernel: widgets that are overwritten, and no text with cursor movements."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    code = WORK.replace(
+        "time.sleep(0.012)", "[time.sleep(0.01) for _ in progress.bar(range(3), label='activations', unit='b')]"
+    )
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code.replace("range(50)", "range(3)"))])
+    environment = {key: value for key, value in os.environ.items() if key != "MASKSAE_PROGRESS"}
+    NotebookClient(book, kernel_name="python3").execute(env=environment)
+    outputs = book.cells[0].outputs
+    assert not [output for output in outputs if output.output_type in ("stream", "error")]
+    shown = [output for output in outputs if "application/vnd.jupyter.widget-view+json" in output.data]
+    assert len(shown) == len(outputs) >= 1
 
 
 def test_a_terminal_gets_one_moving_line():

@@ -4,7 +4,7 @@ import re
 
 import nbformat
 import pytest
-from browser import CHROMIUM, dead_links, troubles
+from browser import CHROMIUM, dead_links, too_wide, troubles
 
 from masksae import site
 from masksae.errors import DataError
@@ -79,6 +79,19 @@ def test_a_browser_finds_no_fault(project):
     folder = site.build().parent
     pages = [str(path.relative_to(folder)) for path in folder.rglob("*.html")]
     assert len(pages) > 20 and troubles(folder, pages) == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_no_page_is_wider_than_a_phone(project):
+    """With a word of code that does not break by itself, as in the guide."""
+    write_text(project / "docs/own.md", f"# Own\n\nA `{'explore.Explorer(run)' * 4}`, and {'https://a.b/' * 9}\n")
+    folder = site.build().parent
+    write_text(
+        folder / "planted.html", '<meta name="viewport" content="width=device-width"><div style="width:500px">x</div>'
+    )
+    pages = [str(path.relative_to(folder)) for path in folder.rglob("*.html") if path.parent.name != "masksae"]
+    assert "docs/own.html" in pages
+    assert [wide.partition(":")[0] for wide in too_wide(folder, pages)] == ["/planted.html"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
