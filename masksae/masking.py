@@ -47,7 +47,7 @@ def mask_tokens(
         return ids.clone(), torch.zeros(n, s, dtype=torch.bool, device=ids.device)
     uniform = np.empty((n, 1 if replacements is None else 2, s))
     for i in range(n):
-        key = np.array([seed, first_sequence + i], dtype=np.uint64)
+        key = np.array([seed, int(first_sequence) + i], dtype=np.uint64)
         np.random.Generator(np.random.Philox(key=key)).random(out=uniform[i])
     is_masked = torch.from_numpy(uniform[:, 0] < p).to(ids.device)
     for kept in spare:

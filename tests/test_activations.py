@@ -188,15 +188,6 @@ def test_scratch_is_mapped_not_read(language_model, ids, tmp_path):
         assert "pool-00000.safetensors" in open("/proc/self/maps").read()
 
 
-def test_the_pool_moves_to_the_device_and_batches_are_made_there():
-    x, masked = torch.ones(8, 2), torch.arange(8) < 3
-    stream = ActivationStream.from_array(x, batch_size=4, seed=0, is_masked=masked)
-    stream._read = lambda number: (x.to("meta"), masked.to("meta"))  # finite values cannot be looked for there
-    batch, is_masked = next(stream.to("meta").batches([(0, False)]))[0]
-    assert batch.device.type == is_masked.device.type == "meta" and batch.shape == (4, 2)
-    assert next(iter(stream.to("cpu"))) is not None
-
-
 def test_targets_travel_with_their_rows():
     x = rows(40)
     masked = x[:, 0] % 2 == 0

@@ -15,9 +15,7 @@ from masksae import ActivationStream, BatchTopK, SAEConfig
 from masksae.activations import from_model
 from masksae.errors import CheckpointError, ConfigError, DataError
 
-MODEL = dict(
-    block=1, p=0.4, token_id=1, mask_seed=0, bos_id=None, batch_size=8, seed=0, pool_tokens=30, progress=False
-)
+MODEL = dict(block=1, p=0.4, token_id=1, mask_seed=0, bos_id=None, batch_size=8, seed=0, pool_tokens=30, progress=False)
 SAES = [SAEConfig(16, 32, BatchTopK(3), seed=s) for s in range(2)]
 
 
@@ -54,10 +52,12 @@ def test_arms_in_turn_on_one_model_that_works_in_threads(ids):
 
     model = SimpleNamespace(model=tiny_model("llama"))
     expected, before = {}, activations(model.model, ids, block=1)
-    for repetition in range(25):
+    for repetition in range(4):
         for p in (0.0, 0.4):
             stream = from_model(model, ids, overlap=repetition > 0, **MODEL | {"p": p})
-            saes = masksae.train(SAES, stream, small_config(12), device="cpu:0" if repetition else "cpu", progress=False)
+            saes = masksae.train(
+                SAES, stream, small_config(12), device="cpu:0" if repetition else "cpu", progress=False
+            )
             assert not workers()
             assert same(saes, expected.setdefault(p, saes))
         assert torch.equal(activations(model.model, ids, block=1), before)
@@ -94,6 +94,26 @@ def test_an_iterator_that_ends_leaves_no_thread():
     next(batches)
     assert workers()
     batches.close()
+    assert not workers()
+
+
+def test_an_iterator_that_ends_inside_a_load_blocks_nothing():
+    """What the ended one had begun waits for the lock that this load holds."""
+    stream = Watched().stream()
+    assert stream.d_model == 16  # its first pool is there
+    begun = [iter(stream)]
+
+    def load(number):
+        other = threading.Thread(target=next, args=(begun[0],))
+        other.start()
+        other.join()
+        assert workers()
+        begun.clear()  # ends it here, as the collector may
+        return torch.ones(8, 2), torch.zeros(8, dtype=torch.bool)
+
+    next(iter(ActivationStream(load, [8], batch_size=4, seed=0)))
+    for worker in workers():
+        worker.join(5)
     assert not workers()
 
 
@@ -205,7 +225,7 @@ def test_checkpoints_of_own_pools_belong_to_the_first_of_them(tmp_path):
         ({"block": 0}, r"stream \(block\)"),
         ({"token_id": 2}, r"stream \(token_id\)"),
         ({"mask_seed": 1}, r"stream \(mask_seed\)"),
-        ({"replacements": torch.tensor([3, 4])}, r"stream \(replacements\)"),
+        ({"replacements": torch.tensor([3, 4])}, r"stream \(token_id, replacements\)"),
         ({"share": 0.5}, r"stream \(share\)"),
         ({"pool_tokens": 60}, r"stream \(pool_tokens\)"),
     ],
@@ -348,8 +368,8 @@ def test_options_that_cannot_work_are_refused_before_the_model_runs(ids, changes
 @pytest.mark.parametrize(
     "later, words",
     [
-        ((torch.ones(7, 2), torch.zeros(7, dtype=torch.bool)), r"Pool 1 .*\(8, 2\).*found \(7, 2\)"),
-        ((torch.ones(8, 3), torch.zeros(8, dtype=torch.bool)), r"Pool 1 .*\(8, 2\).*found \(8, 3\)"),
+        ((torch.ones(7, 2), torch.zeros(7, dtype=torch.bool)), r"pool 1 .*\(8, 2\).*found \(7, 2\)"),
+        ((torch.ones(8, 3), torch.zeros(8, dtype=torch.bool)), r"pool 1 .*\(8, 2\).*found \(8, 3\)"),
         ((torch.ones(8, 2), torch.zeros(7, dtype=torch.bool)), r"one entry per activation \(8\), found shape \(7,\)"),
         ((torch.ones(8, 2).int(), torch.zeros(8, dtype=torch.bool)), "floats, found torch.int32"),
     ],
@@ -376,7 +396,7 @@ def test_a_large_array_stays_where_it_is_and_its_batches_move(monkeypatch):
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     moved = array(x, batch_size=8).to("meta")
     next(iter(moved))
-    assert moved._held[1][0].is_meta
+    assert moved._held[1][0].is_meta and not next(iter(moved.to("cpu")))[0].is_meta
     monkeypatch.setattr(activations, "LARGEST_MOVED", 4 * x.numel() - 1)
     stream = array(x, batch_size=8).to("meta")
     [(batch, is_masked)] = next(stream.batches([(0, True)]))
@@ -390,5 +410,3 @@ def test_memory_maps_are_read_without_a_word(tmp_path, recwarn):
     x = np.load(tmp_path / "x.npy", mmap_mode="r")
     batch, _ = next(iter(array(x, batch_size=10)))
     assert batch.shape == (10, 16) and not len(recwarn)
-
-
