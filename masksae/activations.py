@@ -135,7 +135,7 @@ class ActivationStream:
         with the same identity, batch_size and seed give the same batches. `train` keeps it in its checkpoints.
 
         Cheap, and so not complete: of more than 8,192 rows of an array, blocks of text or entries of a parameter of the model it reads
-        evenly spaced ones (is_masked and replacements wholly). A change between them goes unnoticed, one of everything does not.
+        evenly spaced ones (is_masked wholly). A change between them goes unnoticed, one of everything does not.
         """
         return self._made_of()
 
@@ -192,8 +192,7 @@ class ActivationStream:
 
     def scale(self, batches: int = 100) -> float:
         """Root mean square norm over the first `batches` batches of the first pool; the stream does not move."""
-        first = next(number for number, batches_so_far in enumerate(self._full) if batches_so_far)
-        x, order = self._hold(first)[0], self._order(self.seed, first)[: batches * self.batch_size]
+        x, order = self._hold(0)[0], self._order(self.seed, 0)[: batches * self.batch_size]
         total = sum(x[rows].double().square().sum().item() for rows in order.to(x.device).split(8192))
         return (total / len(order)) ** 0.5
 
@@ -251,18 +250,18 @@ class ActivationStream:
     def _hold(self, number: int) -> Pool:
         if self._held is None or self._held[0] != number:
             self._held = None
-            if self._ahead and self._ahead.number == number:
-                ahead, self._ahead = self._ahead, None
-                self._held = number, _handed_over(ahead.result())
-            else:
-                self._drop_ahead()  # after a jump
+            ahead = self._ahead
+            self._drop_ahead()
+            if ahead and ahead.number == number:
+                self._held = number, _handed_over(ahead.pool())
+            else:  # the first, or one after a jump
                 self._held = number, self._read(number)
         return self._held[1]
 
     def _drop_ahead(self) -> None:
-        ahead, self._ahead = self._ahead, None
-        if ahead:
-            ahead.wait()
+        if self._ahead:
+            self._ahead.wait()  # if this is interrupted, another call waits again
+            self._ahead = None
 
     def _read_beside(self, number: int) -> Pool:
         """`_read` in another thread; on a GPU in a stream of its own, or it would queue up behind the training steps."""
@@ -307,15 +306,14 @@ class _Ahead:
 
     def __init__(self, number: int, read: Callable[[int], Pool]):
         self.number, self._worker = number, ThreadPoolExecutor(1, "next-pool")
-        self._pool = self._worker.submit(read, number)
+        self._made = self._worker.submit(read, number)
         self._worker.shutdown(wait=False)
 
     def wait(self) -> None:
         self._worker.shutdown()
 
-    def result(self) -> Pool:
-        self.wait()
-        return self._pool.result()
+    def pool(self) -> Pool:
+        return self._made.result()
 
 
 def _handed_over(pool: Pool) -> Pool:
@@ -419,7 +417,8 @@ def from_model(
     model, first = language_model.model, 0 if bos_id is None else 1
     _check_options(blocks, first, share=share, pool_tokens=pool_tokens, sequences=sequences)
     masking = {"p": p, "token_id": token_id, "seed": mask_seed, "replacements": replacements}
-    mask_tokens(blocks[:1], **masking)  # refuses bad values now, not in the middle
+    vocabulary = model.get_input_embeddings().num_embeddings if p else None
+    mask_tokens(blocks[:1], vocab_size=vocabulary, **masking)  # refuses bad values now, not in the middle
     with _loading:
         width = hook_width(model, block)
     kept = blocks.shape[1] - first
@@ -448,7 +447,7 @@ def from_model(
         """Of the whole: runs that use a share, another order or other batches have the same scratch."""
         masks = {"token_id": int(token_id), "mask_seed": int(mask_seed), "replacements": None}
         if replacements is not None:
-            masks |= {"token_id": None, "replacements": _fingerprint([replacements])}
+            masks |= {"token_id": None, "replacements": _fingerprint([_spaced(replacements)])}
         if p == 0:
             masks = dict.fromkeys(masks)
         return {
@@ -494,8 +493,8 @@ def _forward(model, ids: Tensor, block, first: int, sequences: int, label: str |
     from masksae.tracing import activations
 
     x, kept = None, ids.shape[1] - first
-    pieces = bars.bar(ids.split(8 * sequences), label=label, unit="pieces")
-    for number, piece in enumerate(pieces):
+    step = sequences if label else 8 * sequences  # each trace has to look at the model first, which takes a GPU's time
+    for number, piece in enumerate(bars.bar(ids.split(step), label=label, unit="batches")):
         found = activations(model, piece, block=block, batch=sequences, **where)
         if found.ndim != 3 or found.shape[:2] != piece.shape:
             raise DataError(
@@ -503,7 +502,7 @@ def _forward(model, ids: Tensor, block, first: int, sequences: int, label: str |
             )
         if x is None:
             x = found.new_empty(len(ids), kept, found.shape[-1])
-        x[number * 8 * sequences :][: len(piece)] = found[:, first:]
+        x[number * step :][: len(piece)] = found[:, first:]
     return x.view(-1, x.shape[-1])
 
 

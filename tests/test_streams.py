@@ -1,5 +1,6 @@
 """Streams as training meets them: one owner of the language model at a time, one position, and what the stream is made of."""
 
+import json
 import threading
 from itertools import islice
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import masksae
 from masksae import ActivationStream, BatchTopK, SAEConfig
 from masksae.activations import from_model
 from masksae.errors import CheckpointError, ConfigError, DataError
+from masksae.files import run_id
 
 MODEL = dict(block=1, p=0.4, token_id=1, mask_seed=0, bos_id=None, batch_size=8, seed=0, pool_tokens=30, progress=False)
 SAES = [SAEConfig(16, 32, BatchTopK(3), seed=s) for s in range(2)]
@@ -204,6 +206,18 @@ def test_snapshots_belong_to_their_activations(tmp_path):
         run(config, source=array(sparse_world(seed=1)[0]), checkpoint_dir=tmp_path)
 
 
+def test_checkpoints_and_snapshots_of_before_are_gone_on_with(tmp_path):
+    """Schema 2 did not know what the stream is made of."""
+    config = train_config(40, snapshots=(30,), checkpoint_every=20)
+    first = run(config, source=array(), checkpoint_dir=tmp_path)
+    file = tmp_path / "checkpoint/state.json"
+    record = json.loads(file.read_text())
+    del record["sha256"], record["identity"]["stream"]
+    file.write_text(json.dumps(record | {"schema": 2}))
+    (tmp_path / "snapshots/step-00000030/identity.json").write_text(json.dumps(run_id(record["identity"])))
+    assert same(run(config, source=array(), checkpoint_dir=tmp_path), first)
+
+
 def test_checkpoints_of_own_pools_belong_to_the_first_of_them(tmp_path):
     run(small_config(9, warmup=1), SAES, Watched().stream(), checkpoint_dir=tmp_path)
     run(small_config(9, warmup=1), SAES, Watched().stream(False), checkpoint_dir=tmp_path)
@@ -348,6 +362,7 @@ def test_seeds_that_cannot_be_are_refused(ids, seed):
     "changes, error, words",
     [
         ({"p": float("nan")}, ConfigError, "p is the probability"),
+        ({"token_id": 128}, ConfigError, "token_id 128 is outside the vocabulary of 128"),
         ({"share": 0.0}, ConfigError, "share"),
         ({"share": 1.5}, ConfigError, "share"),
         ({"pool_tokens": 0}, ConfigError, "pool_tokens"),
