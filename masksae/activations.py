@@ -165,30 +165,33 @@ class ActivationStream:
         return self._batches(views)
 
     def _batches(self, views: list[tuple[int, bool]]) -> Iterator[list[Pool]]:
-        orders, made_for = [], None
+        orders: dict = {}
         try:
             while True:
-                while (self._batch + 1) * self.batch_size > self._sizes[self._pool % len(self._sizes)]:
-                    self._pool, self._batch = self._pool + 1, 0
-                x, is_masked, *targets = self._current()
-                if made_for != (self._pool, x.device):
-                    made_for = self._pool, x.device
-                    dropped = [is_masked if drop else None for _, drop in views]
-                    orders = [self._order(seed, self._pool, d).to(x.device) for (seed, _), d in zip(views, dropped)]
-                part = slice(self._batch * self.batch_size, (self._batch + 1) * self.batch_size)
-                self._batch += 1
-                rows = [order[part] for order in orders]
-                given = [self._given([x[r], is_masked[r], *(target[r] for target in targets)]) for r in rows]
-                del x, is_masked, targets  # or the pool would live on while the next one is made
-                yield given
+                yield self._next(views, orders)  # without a name here: neither batch nor pool must outlive its use
         finally:
             # the garbage collector may end an iterator in any thread; one that makes a pool must not wait for another that wants to
             if self._ahead and not _reads():
                 self._ahead.wait()
 
-    def _given(self, batch: list[Tensor]) -> Pool:
+    def _next(self, views: list[tuple[int, bool]], orders: dict) -> list[Pool]:
+        """The batch at the position, which moves on; `orders` keeps those of one visit of a pool."""
+        while (self._batch + 1) * self.batch_size > self._sizes[self._pool % len(self._sizes)]:
+            self._pool, self._batch = self._pool + 1, 0
+        pool = self._current()
+        visit = self._pool, pool[0].device
+        if visit not in orders:
+            orders.clear()
+            found = [self._order(seed, self._pool, pool[1] if dropped else None) for seed, dropped in views]
+            orders[visit] = [order.to(pool[0].device) for order in found]
+        part = slice(self._batch * self.batch_size, (self._batch + 1) * self.batch_size)
+        self._batch += 1
+        return [self._given(pool, order[part]) for order in orders[visit]]
+
+    def _given(self, pool: Pool, rows: Tensor) -> Pool:
         """A batch in single precision on the stream's device, where all but those of large pools are already."""
-        return tuple(v.to(self._device, torch.bool if v.dtype == torch.bool else torch.float32) for v in batch)
+        x, is_masked, *targets = (values[rows].to(self._device) for values in pool)
+        return x.float(), is_masked, *(target.float() for target in targets)
 
     def scale(self, batches: int = 100) -> float:
         """Root mean square norm over the first `batches` batches of the first pool; the stream does not move."""
