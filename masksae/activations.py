@@ -18,8 +18,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -415,63 +417,95 @@ def from_model(
 
     Raises ConfigError, DataError, OutputError.
     """
-    from masksae.tracing import hook_width
+    from masksae.tracing import hook_point, hook_width
 
     model, first = language_model.model, 0 if bos_id is None else 1
     _check_options(blocks, first, share=share, pool_tokens=pool_tokens, sequences=sequences)
-    masking = {"p": p, "token_id": token_id, "seed": mask_seed, "replacements": replacements}
     vocabulary = model.get_input_embeddings().num_embeddings if p else None
+    masking = {"p": p, "token_id": token_id, "seed": mask_seed, "replacements": replacements}
     mask_tokens(blocks[:1], vocab_size=vocabulary, **masking)  # refuses bad values now, not in the middle
+    hook_point(model, block)
     with _loading:
         width = hook_width(model, block)
-    kept = blocks.shape[1] - first
-    rows, used = -(-pool_tokens // kept), max(1, round(share * len(blocks)))
-    starts = range(0, len(blocks), rows)
-    sequences = sequences or (16 if model.device.type == "cpu" else 256)
     ahead = model.device.type == "cuda" if overlap is None else overlap
-    label = "activations, pool {} of " + str(len(starts)) if progress and not ahead else None
-
-    def make(number: int) -> Pool:
-        """Runs the model."""
-        start = starts[number]
-        spare = () if bos_id is None else (bos_id,)
-        corrupted, is_masked = mask_tokens(blocks[start : start + rows], first_sequence=start, spare=spare, **masking)
-        where = (
-            {"device": "cpu", "dtype": torch.float32}
-            if scratch is not None
-            else {"device": model.device, "dtype": None}
-        )
-        x = _forward(
-            language_model.model, corrupted, block, first, sequences, label and label.format(number + 1), where
-        )
-        return x, is_masked[:, first:].reshape(-1)
-
-    def pools_identity() -> dict:
-        """Of the whole: runs that use a share, another order or other batches have the same scratch."""
-        masks = {"token_id": int(token_id), "mask_seed": int(mask_seed), "replacements": None}
-        if replacements is not None:
-            masks |= {"token_id": None, "replacements": _fingerprint([_spaced(replacements)])}
-        if p == 0:
-            masks = dict.fromkeys(masks)
-        return {
-            "kind": "model", "model": _model_fingerprint(language_model.model), "blocks": _blocks_fingerprint(blocks),
-            "block": block if isinstance(block, str) else int(block), "bos_id": None if bos_id is None else int(bos_id),
-            "pool_tokens": int(pool_tokens), "p": float(p), **masks,
-        }  # fmt: skip
-
+    pools = _ModelPools(
+        language_model, blocks, block, masking, bos_id, int(pool_tokens), None if scratch is None else Path(scratch),
+        sequences or (16 if model.device.type == "cpu" else 256), progress and not ahead,
+    )  # fmt: skip
     if scratch is not None:
-        _claim(ensure_writable(scratch), pools_identity())
-    sizes = [min(rows, used - start) * kept for start in starts if start < used]
+        _claim(ensure_writable(scratch), pools.identity())
+    used, kept = max(1, round(share * len(blocks))), blocks.shape[1] - first
+    sizes = [min(pools.rows, used - start) * kept for start in range(0, used, pools.rows)] if len(blocks) else []
 
     def load(number: int) -> Pool:
-        file = None if scratch is None else Path(scratch) / f"pool-{number:05d}.safetensors"
-        pool = make(number) if file is None else _kept(file, lambda: make(number))
-        return tuple(values[: sizes[number]] for values in pool)
+        return tuple(values[: sizes[number]] for values in pools(number))
 
     return ActivationStream(
         load, sizes, batch_size=batch_size, seed=seed, prefetch=ahead, d_model=width,
-        identity=lambda: pools_identity() | {"share": float(share), "scratch": scratch is not None},
+        identity=lambda: pools.identity() | {"share": float(share), "scratch": scratch is not None},
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _ModelPools:
+    """What a language model makes of all token blocks, in pools; kept in `scratch` if there is one."""
+
+    language_model: Any
+    blocks: Any
+    block: int | str
+    masking: dict
+    bos_id: int | None
+    pool_tokens: int
+    scratch: Path | None
+    sequences: int
+    shown: bool
+
+    @property
+    def first(self) -> int:
+        """Position of a block from which on it is used."""
+        return 0 if self.bos_id is None else 1
+
+    @property
+    def rows(self) -> int:
+        """Blocks of a pool."""
+        return -(-self.pool_tokens // (self.blocks.shape[1] - self.first))
+
+    def __call__(self, number: int) -> Pool:
+        """A pool; of scratch it is read back even if it was made now, so that every run has the same half precision."""
+        if self.scratch is None:
+            return self._make(number, {"device": self.language_model.model.device, "dtype": None})
+        file = self.scratch / f"pool-{number:05d}.safetensors"
+        if not file.exists():
+            _write_pool(file, self._make(number, {"device": "cpu"}))
+        return _read_pool(file)
+
+    def _make(self, number: int, where: dict) -> Pool:
+        start, spare = number * self.rows, () if self.bos_id is None else (self.bos_id,)
+        ids = self.blocks[start : start + self.rows]
+        corrupted, is_masked = mask_tokens(ids, first_sequence=start, spare=spare, **self.masking)
+        label = f"activations, pool {number + 1} of {-(-len(self.blocks) // self.rows)}" if self.shown else None
+        x = _forward(self.language_model.model, corrupted, self.block, self.first, self.sequences, label, where)
+        return x, is_masked[:, self.first :].reshape(-1)
+
+    def identity(self) -> dict:
+        """Of the whole: runs that use a share, another order or other batches have the same scratch."""
+        p, drawn = float(self.masking["p"]), self.masking["replacements"]
+        masks = {
+            "token_id": int(self.masking["token_id"]),
+            "mask_seed": int(self.masking["seed"]),
+            "replacements": None,
+        }
+        if drawn is not None:
+            masks |= {"token_id": None, "replacements": _fingerprint([_spaced(drawn)])}
+        return {
+            "kind": "model",
+            "model": _model_fingerprint(self.language_model.model),
+            "blocks": _blocks_fingerprint(self.blocks),
+            "block": self.block if isinstance(self.block, str) else int(self.block),
+            "bos_id": None if self.bos_id is None else int(self.bos_id),
+            "pool_tokens": self.pool_tokens,
+            "p": p,
+        } | (masks if p else dict.fromkeys(masks))
 
 
 def _check_options(blocks, first: int, *, share: float, pool_tokens: int, sequences: int | None) -> None:
@@ -529,13 +563,6 @@ def differing(found, ours: dict) -> str:
     """Names of the values that two records do not share."""
     found = found if isinstance(found, dict) else {}
     return ", ".join(key for key in [*ours, *(found.keys() - ours)] if found.get(key) != ours.get(key))
-
-
-def _kept(file: Path, make: Callable[[], Pool]) -> Pool:
-    """A pool of scratch, made if it is not there; read back either way, so that every run has the same half precision."""
-    if not file.exists():
-        _write_pool(file, make())
-    return _read_pool(file)
 
 
 def _write_pool(file: Path, pool: Pool) -> None:

@@ -363,6 +363,9 @@ def test_seeds_that_cannot_be_are_refused(ids, seed):
     [
         ({"p": float("nan")}, ConfigError, "p is the probability"),
         ({"token_id": 128}, ConfigError, "token_id 128 is outside the vocabulary of 128"),
+        ({"block": 3}, ConfigError, "block 3 is outside"),
+        ({"block": "model.layers.9"}, ConfigError, "no module 'model.layers.9'"),
+        ({"blocks": torch.zeros(0, 9, dtype=torch.int64)}, DataError, "0 activations do not fill"),
         ({"share": 0.0}, ConfigError, "share"),
         ({"share": 1.5}, ConfigError, "share"),
         ({"pool_tokens": 0}, ConfigError, "pool_tokens"),
