@@ -6,29 +6,62 @@ that do not fill a last batch of a pool are left out of that visit; another visi
 
 One pool serves several views at once: orders of different seeds, and masked positions kept or dropped. Where masked positions are
 dropped the others come round again within the visit, so that every view has full batches and as many of them.
+
+The next pool may be made in a thread while the current one is used. One lock is around every load of a process: two streams of one
+language model never run it at the same time. The thread ends with its pool, and before the iterator or the training that began it.
 """
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
+import hashlib
+import json
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from masksae import progress as bars
 from masksae.errors import ConfigError, DataError
-from masksae.files import atomic_file, ensure_writable, read_safetensors, save_tensors
+from masksae.files import atomic_file, ensure_writable, read_json, read_safetensors, run_id, save_tensors, write_json
+from masksae.masking import check_natural, mask_tokens
 
 Pool = tuple[Tensor, ...]
 """Activations [n, d] (any float type), is_masked bool [n], and where there are any, targets [n, d]: what is to be reconstructed."""
+
+LARGEST_MOVED = 2**31
+"""A pool of more bytes stays on the device that it is on, and its batches are moved: a memory map is never copied to a GPU whole."""
+
+SAMPLED = 4096
+"""Fingerprints look at all rows (or entries, or blocks) up to about twice as many, and at evenly spaced ones of more."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_loading = threading.RLock()
+_here = threading.local()
+"""`_here.reads`: how many pools this thread is making, one inside another."""
+
+
+def _reads() -> int:
+    return getattr(_here, "reads", 0)
 
 
 class ActivationStream:
     """An endless iterator over (x float32 [batch_size, d], is_masked bool [batch_size]).
 
-    load        pool number -> (x [n, d], is_masked [n]); called for 0 .. n_pools - 1, again in every epoch
+    The position belongs to the stream: iterators of one stream share it, and give every batch once between them.
+
+    load        pool number -> (x [n, d], is_masked [n]); called for 0 .. n_pools - 1, again in every epoch, and gives the same then
     pool_sizes  rows of each pool
     prefetch    call `load` for the next pool in a thread while the current one is used; memory for two pools
+    d_model     width of the activations; None: found out by loading a pool
+    identity    says what the stream is made of, as JSON (see `identity()`); None: what the first pool holds
 
     >>> stream = ActivationStream.from_array(torch.arange(6.0)[:, None], batch_size=2, seed=0)
     >>> x, is_masked = next(iter(stream))
@@ -37,52 +70,76 @@ class ActivationStream:
     """
 
     def __init__(
-        self, load: Callable[[int], Pool], pool_sizes: list[int], *, batch_size: int, seed: int, prefetch: bool = False
-    ):
+        self, load: Callable[[int], Pool], pool_sizes: list[int], *, batch_size: int, seed: int, prefetch: bool = False,
+        d_model: int | None = None, identity: Callable[[], dict] | None = None,
+    ):  # fmt: skip
+        check_natural("batch_size", batch_size)
+        check_natural("seed", seed)
         if batch_size < 1:
             raise ConfigError(f"batch_size must be positive, found {batch_size}.")
-        if not pool_sizes or sum(size // batch_size for size in pool_sizes) == 0:
+        self._load, self._sizes, self._prefetch = load, list(pool_sizes), prefetch
+        self._full = list(accumulate(size // batch_size for size in self._sizes))  # batches up to the end of each pool
+        if not self._full or self._full[-1] == 0:
             raise DataError(
                 f"{sum(pool_sizes)} activations do not fill one batch of {batch_size}. Give more text or a smaller batch_size."
             )
-        self._load, self._sizes = load, list(pool_sizes)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed = int(batch_size), int(seed)
+        self._d_model, self._made_of = d_model, identity or self._first_pool
         self._pool, self._batch = 0, 0
+        self._end: int | None = None
         self._device = torch.device("cpu")
         self._held: tuple[int, Pool] | None = None
-        self._ahead: tuple[int, Future] | None = None
-        self._worker = ThreadPoolExecutor(1, "next-pool") if prefetch and len(pool_sizes) > 1 else None
+        self._ahead: _Ahead | None = None
 
     @classmethod
     def from_array(cls, x, *, batch_size: int, seed: int, is_masked=None) -> "ActivationStream":
-        """Stream over an array or memory map `x` [n, d]; one pool. Raises DataError for NaN, infinity or a wrong shape."""
+        """Stream over an array or memory map `x` [n, d] of floats; one pool. On another device than the array's, what is larger than
+        LARGEST_MOVED stays where it is and is moved batch by batch, in the same order.
+
+        is_masked  bool [n]
+
+        Raises DataError for another type or shape, and for NaN or infinity when the first batch is taken.
+        """
+        x = _as_tensor("Activations", x)
         if x.ndim != 2:
             raise DataError(
                 f"Activations must have shape [tokens, d_model], found {tuple(x.shape)}. Flatten batch and sequence."
             )
-        x = torch.as_tensor(x)
-        mask = torch.zeros(len(x), dtype=torch.bool) if is_masked is None else torch.as_tensor(is_masked)
-        if mask.shape != (len(x),):
-            raise DataError(
-                f"is_masked must have one entry per activation ({len(x)}), found shape {tuple(mask.shape)}."
-            )
-        return cls(lambda _: (x, mask), [len(x)], batch_size=batch_size, seed=seed)
+        is_masked = torch.zeros(len(x), dtype=torch.bool) if is_masked is None else _as_tensor("is_masked", is_masked)
+        _check_pool((x, is_masked), tuple(x.shape), "of the array")
+        return cls(
+            lambda _: (x, is_masked), [len(x)], batch_size=batch_size, seed=seed, d_model=x.shape[1],
+            identity=lambda: {"kind": "array"} | _content((x, is_masked)),
+        )  # fmt: skip
 
     @property
     def batches_per_epoch(self) -> int:
         """Full batches in one pass over all pools."""
-        return sum(size // self.batch_size for size in self._sizes)
+        return self._full[-1]
 
     @property
     def d_model(self) -> int:
-        """Width of the activations (loads the current pool)."""
-        return self._current()[0].shape[1]
+        """Width of the activations (of `load`s that do not say it: loads the current pool)."""
+        if self._d_model is None:
+            self._hold(self._pool % len(self._sizes))
+        return self._d_model
 
     def to(self, device) -> "ActivationStream":
-        """Keep the pool in use on `device`: a GPU then gets it once, and no step waits for a copy."""
+        """Keep the pool in use on `device`: a GPU then gets it once, and no step waits for a copy. Of pools above LARGEST_MOVED, see
+        `from_array`."""
         if torch.device(device) != self._device:
-            self._device, self._held, self._ahead = torch.device(device), None, None
+            self._drop_ahead()
+            self._device, self._held = torch.device(device), None
         return self
+
+    def identity(self) -> dict:
+        """What the stream gives is made of, as JSON: sizes, types, where it comes from and a fingerprint of the content. Two streams
+        with the same identity, batch_size and seed give the same batches. `train` keeps it in its checkpoints.
+
+        Cheap, and so not complete: of more than 8,192 rows of an array, blocks of text or entries of a parameter of the model it reads
+        evenly spaced ones (is_masked wholly). A change between them goes unnoticed, one of everything does not.
+        """
+        return self._made_of()
 
     def __iter__(self) -> Iterator[Pool]:
         return (views[0][:2] for views in self.batches([(self.seed, False)]))
@@ -93,44 +150,81 @@ class ActivationStream:
             raise DataError(
                 f"The targets come in pools of {clean._sizes} rows, the activations in pools of {self._sizes}."
             )
-        load = lambda number: (*self._load(number)[:2], clean._load(number)[0])
+
+        def load(number: int) -> Pool:
+            return (*self._load(number)[:2], clean._load(number)[0])
+
         return ActivationStream(
-            load, self._sizes, batch_size=self.batch_size, seed=self.seed, prefetch=self._worker is not None
-        )
+            load, self._sizes, batch_size=self.batch_size, seed=self.seed, prefetch=self._prefetch, d_model=self._d_model,
+            identity=lambda: self.identity() | {"targets": clean.identity()},
+        )  # fmt: skip
 
     def batches(self, views: list[tuple[int, bool]]) -> Iterator[list[Pool]]:
-        """One batch per view (seed of the order, whether masked positions are dropped), again and again; moves the position."""
-        while True:
-            x, is_masked, *targets = self._current()
-            orders = [self._order(seed, is_masked if dropped else None).to(x.device) for seed, dropped in views]
-            while (self._batch + 1) * self.batch_size <= len(orders[0]):
-                part = slice(self._batch * self.batch_size, (self._batch + 1) * self.batch_size)
-                self._batch += 1
-                rows = [order[part] for order in orders]
-                yield [(x[row].float(), is_masked[row], *(target[row].float() for target in targets)) for row in rows]
+        """One batch per view (seed of the order, whether masked positions are dropped), again and again; moves the position, from
+        wherever it is at the time."""
+        for seed, _ in views:
+            check_natural("seed", seed)
+        return self._batches(views)
+
+    def _batches(self, views: list[tuple[int, bool]]) -> Iterator[list[Pool]]:
+        orders: dict = {}
+        try:
+            while True:
+                yield self._next(views, orders)  # without a name here: neither batch nor pool must outlive its use
+        finally:
+            # the garbage collector may end an iterator in any thread; one that makes a pool must not wait for another that wants to
+            if self._ahead and not _reads():
+                self._ahead.wait()
+
+    def _next(self, views: list[tuple[int, bool]], orders: dict) -> list[Pool]:
+        """The batch at the position, which moves on; `orders` keeps those of one visit of a pool."""
+        while (self._batch + 1) * self.batch_size > self._sizes[self._pool % len(self._sizes)]:
             self._pool, self._batch = self._pool + 1, 0
+        pool = self._current()
+        visit = self._pool, pool[0].device
+        if visit not in orders:
+            orders.clear()
+            found = [self._order(seed, self._pool, pool[1] if dropped else None) for seed, dropped in views]
+            orders[visit] = [order.to(pool[0].device) for order in found]
+        part = slice(self._batch * self.batch_size, (self._batch + 1) * self.batch_size)
+        self._batch += 1
+        return [self._given(pool, order[part]) for order in orders[visit]]
+
+    def _given(self, pool: Pool, rows: Tensor) -> Pool:
+        """A batch in single precision on the stream's device, where all but those of large pools are already."""
+        x, is_masked, *targets = (values[rows].to(self._device) for values in pool)
+        return x.float(), is_masked, *(target.float() for target in targets)
 
     def scale(self, batches: int = 100) -> float:
         """Root mean square norm over the first `batches` batches of the first pool; the stream does not move."""
-        position = self.state_dict()
-        self.load_state_dict({"pool": 0, "batch": 0})
-        x, order = self._current()[0], self._order(self.seed)[: batches * self.batch_size]
+        x, order = self._hold(0)[0], self._order(self.seed, 0)[: batches * self.batch_size]
         total = sum(x[rows].double().square().sum().item() for rows in order.to(x.device).split(8192))
-        self.load_state_dict(position)
         return (total / len(order)) ** 0.5
+
+    @contextlib.contextmanager
+    def until(self, batches: int) -> Iterator[None]:
+        """Inside, no pool is made ahead that the first `batches` batches of the stream do not need. Where the outermost one ends, no
+        thread is at work any more."""
+        before, self._end = self._end, batches
+        try:
+            yield
+        finally:
+            self._end = before
+            if before is None:
+                self._drop_ahead()
 
     def state_dict(self) -> dict[str, int]:
         """Pools finished, batches taken from the current one."""
         return {"pool": self._pool, "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at a position that `state_dict` gave."""
+        """Continue at a position that `state_dict` gave; living iterators do so too."""
         self._pool, self._batch = int(state["pool"]), int(state["batch"])
 
-    def _order(self, seed: int, dropped: Tensor | None = None) -> Tensor:
-        """Rows of the current pool in the order of a seed; without the `dropped` ones, the others repeated to the same number."""
-        key = np.array([seed, self._pool], dtype=np.uint64)
-        size = self._sizes[self._pool % len(self._sizes)]
+    def _order(self, seed: int, visit: int, dropped: Tensor | None = None) -> Tensor:
+        """Rows of a visit's pool in the order of a seed; without the `dropped` ones, the others repeated to the same number."""
+        key = np.array([seed, visit], dtype=np.uint64)
+        size = self._sizes[visit % len(self._sizes)]
         order = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).permutation(size))
         if dropped is None:
             return order
@@ -140,18 +234,42 @@ class ActivationStream:
         return order.repeat(-(-size // len(order)))[:size]
 
     def _current(self) -> Pool:
-        number = self._pool % len(self._sizes)
+        """The pool of the position; begins to make the next one."""
+        pool = self._hold(self._pool % len(self._sizes))
+        ahead = self._prefetch and self._ahead is None and not _reads()  # inside a load, the lock is taken
+        if ahead and (following := self._following()) is not None:
+            self._ahead = _Ahead(following, self._read_beside)
+        return pool
+
+    def _following(self) -> int | None:
+        """Number of the pool that is needed after that of the position; None if it is the same one, or beyond the end."""
+        pools = len(self._sizes)
+        epochs, number = divmod(self._pool, pools)
+        if self._end is not None and epochs * self._full[-1] + self._full[number] >= self._end:
+            return None
+        following = next(
+            n % pools for n in range(number + 1, number + 1 + pools) if self._sizes[n % pools] >= self.batch_size
+        )
+        return None if following == number else following
+
+    def _hold(self, number: int) -> Pool:
         if self._held is None or self._held[0] != number:
             self._held = None
-            ahead, self._ahead = self._ahead, None
-            self._held = number, _handed_over(ahead[1].result()) if ahead and ahead[0] == number else self._read(number)
-            if self._worker:
-                following = (number + 1) % len(self._sizes)
-                self._ahead = following, self._worker.submit(self._read_beside, following)
+            ahead = self._ahead
+            self._drop_ahead()
+            if ahead and ahead.number == number:
+                self._held = number, _handed_over(ahead.pool())
+            else:  # the first, or one after a jump
+                self._held = number, self._read(number)
         return self._held[1]
 
+    def _drop_ahead(self) -> None:
+        if self._ahead:
+            self._ahead.wait()  # if this is interrupted, another call waits again
+            self._ahead = None
+
     def _read_beside(self, number: int) -> Pool:
-        """`_read` in the worker thread; on a GPU in a stream of its own, or it would queue up behind the training steps."""
+        """`_read` in another thread; on a GPU in a stream of its own, or it would queue up behind the training steps."""
         if self._device.type != "cuda":
             return self._read(number)
         beside = torch.cuda.Stream(self._device)
@@ -161,15 +279,46 @@ class ActivationStream:
         return pool
 
     def _read(self, number: int) -> Pool:
-        x, is_masked, *targets = self._load(number)
-        for part in (part for values in (x, *targets) for part in values.split(65536)):
-            finite = torch.isfinite(part)
+        _here.reads = _reads() + 1
+        try:
+            with _loading:
+                pool = self._load(number)
+            self._check_read(number, pool)
+            small = sum(values.numel() * values.element_size() for values in pool) <= LARGEST_MOVED
+            return tuple(values.to(self._device if small else pool[0].device) for values in pool)
+        finally:
+            _here.reads -= 1
+
+    def _check_read(self, number: int, pool: Pool) -> None:
+        x, _, *targets = pool
+        width = self._d_model or (x.shape[-1] if x.ndim else 0)
+        _check_pool(pool, (self._sizes[number], width), f"of pool {number}")
+        self._d_model = width
+        for part in (part for values in (x, *targets) for part in values.split(8192)):
+            finite = torch.isfinite(part.float() if part.dtype == torch.float64 else part)
             if not finite.all():
                 bad = int((~finite).any(1).sum())
                 raise DataError(
                     f"Pool {number} of the activations holds NaN or infinity in at least {bad} rows. Look at the model's dtype and the hook point."
                 )
-        return tuple(values.to(self._device) for values in (x, is_masked, *targets))
+
+    def _first_pool(self) -> dict:
+        return {"kind": "pools", "sizes": run_id(self._sizes)} | _content(self._hold(0))
+
+
+class _Ahead:
+    """A pool that is made in a thread of its own, which ends with it."""
+
+    def __init__(self, number: int, read: Callable[[int], Pool]):
+        self.number, self._worker = number, ThreadPoolExecutor(1, "next-pool")
+        self._made = self._worker.submit(read, number)
+        self._worker.shutdown(wait=False)
+
+    def wait(self) -> None:
+        self._worker.shutdown()
+
+    def pool(self) -> Pool:
+        return self._made.result()
 
 
 def _handed_over(pool: Pool) -> Pool:
@@ -178,6 +327,75 @@ def _handed_over(pool: Pool) -> Pool:
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return pool
+
+
+def _as_tensor(name: str, values) -> Tensor:
+    """An array of any library as a tensor on the same memory. Raises DataError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it here
+            return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{name} must be an array of floats or of bool, found {type(values).__name__}: {error}."
+        ) from error
+
+
+def _check_pool(pool: Pool, shape: tuple[int, int], where: str) -> None:
+    """Raise DataError unless activations (and targets) are floats of a shape [n, d], and is_masked is bool [n]."""
+    x, is_masked, *targets = pool
+    for values in (x, *targets):
+        if values.dtype not in FLOATS:
+            raise DataError(
+                f"The activations {where} must be floats, found {values.dtype}. Convert them, or look at the hook point."
+            )
+        if tuple(values.shape) != shape:
+            raise DataError(
+                f"The activations {where} must have shape {shape}, found {tuple(values.shape)}. A stream gives the same in every epoch."
+            )
+    if tuple(is_masked.shape) != shape[:1]:
+        raise DataError(
+            f"is_masked must have one entry per activation ({shape[0]}), found shape {tuple(is_masked.shape)} {where}."
+        )
+    if is_masked.dtype != torch.bool:
+        raise DataError(f"is_masked must be bool, found {is_masked.dtype} {where}. Give is_masked != 0.")
+
+
+def _content(pool: Pool) -> dict:
+    """Identity of a pool that is there: shape, type, evenly spaced rows and the whole mask."""
+    x, is_masked, *targets = pool
+    found = {"rows": len(x), "d_model": x.shape[1], "dtype": str(x.dtype), "content": _fingerprint([_spaced(x)])}
+    found["is_masked"] = _fingerprint([is_masked])
+    return found | ({"targets": _fingerprint(map(_spaced, targets))} if targets else {})
+
+
+def _spaced(values: Tensor) -> Tensor:
+    """At most 2 x SAMPLED evenly spaced entries along the first dimension."""
+    return values[:: max(1, len(values) // SAMPLED)]
+
+
+def _fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Hash of the types, shapes and bytes of some tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _model_fingerprint(model: torch.nn.Module) -> str:
+    """Hash of a model's configuration and of evenly spaced entries of every weight, wherever it is kept and whatever it is called."""
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else vars(model.config)
+    told = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
+    weights = [(name, v) for name, v in model.state_dict().items() if isinstance(v, Tensor) and not v.is_meta]
+    names = json.dumps([told, [name for name, _ in weights]], sort_keys=True, default=str)
+    return run_id([names, _fingerprint(_spaced(value.reshape(-1)) for _, value in weights)])
+
+
+def _blocks_fingerprint(blocks) -> str:
+    """Hash of the token blocks, or of evenly spaced stretches of many."""
+    stretches, length = range(0, len(blocks), max(64, len(blocks) // 64)), 64
+    return run_id([list(blocks.shape), _fingerprint(blocks[start : start + length] for start in stretches)])
 
 
 def from_model(
@@ -189,49 +407,162 @@ def from_model(
 
     The BOS position is left out: an attention sink whose norm is several times everyone else's. With `scratch`, each pool is
     kept there (half precision) and later epochs and runs read it back; without, every visit runs the model, and the pool stays on its
-    device.
+    device. What the pools were made of is written beside them: pools of another model, text or masking are refused.
 
     sequences     per forward; None: 16 on a CPU, else 256
     replacements  as in `mask_tokens`
     share         use only the first blocks, this share of them; scratch is that of the whole
-    overlap       make the next pool while the SAEs train on the current one; None: on GPUs only, since on a CPU both want the same cores
-    """
-    from masksae.masking import mask_tokens
-    from masksae.tracing import activations, hook_point
+    overlap       make the next pool while the SAEs train on the current one; None: on GPUs only, since on a CPU both want the same cores.
+                  Use the model for nothing else until the iterator, or the training, has ended
 
-    hook_point(language_model.model, block)
-    first = 0 if bos_id is None else 1
-    kept = blocks.shape[1] - first
-    rows, used = -(-pool_tokens // kept), max(1, round(share * len(blocks)))
-    starts = range(0, len(blocks), rows)
-    device = language_model.model.device
-    sequences = sequences or (16 if device.type == "cpu" else 256)
-    where = {"device": "cpu"} if scratch is not None else {"device": device, "dtype": None}
-    ahead = device.type == "cuda" if overlap is None else overlap
+    Raises ConfigError, DataError, OutputError.
+    """
+    from masksae.tracing import hook_point, hook_width
+
+    model, first = language_model.model, 0 if bos_id is None else 1
+    _check_options(blocks, first, share=share, pool_tokens=pool_tokens, sequences=sequences)
+    vocabulary = model.get_input_embeddings().num_embeddings if p else None
+    masking = {"p": p, "token_id": token_id, "seed": mask_seed, "replacements": replacements}
+    mask_tokens(blocks[:1], vocab_size=vocabulary, **masking)  # refuses bad values now, not in the middle
+    hook_point(model, block)
+    with _loading:
+        width = hook_width(model, block)
+    ahead = model.device.type == "cuda" if overlap is None else overlap
+    pools = _ModelPools(
+        language_model, blocks, block, masking, bos_id, int(pool_tokens), None if scratch is None else Path(scratch),
+        sequences or (16 if model.device.type == "cpu" else 256), progress and not ahead,
+    )  # fmt: skip
     if scratch is not None:
-        ensure_writable(scratch)
+        _claim(ensure_writable(scratch), pools.identity())
+    used, kept = max(1, round(share * len(blocks))), blocks.shape[1] - first
+    sizes = [min(pools.rows, used - start) * kept for start in range(0, used, pools.rows)] if len(blocks) else []
 
     def load(number: int) -> Pool:
-        file = None if scratch is None else Path(scratch) / f"pool-{number:05d}.safetensors"
-        if file is not None and file.exists():
-            return _read_pool(file)
-        start = starts[number]
-        ids = blocks[start : start + rows]
-        spare = () if bos_id is None else (bos_id,)
-        corrupted, is_masked = mask_tokens(
-            ids, p=p, token_id=token_id, seed=mask_seed, first_sequence=start, spare=spare, replacements=replacements
-        )
-        label = f"activations, pool {number + 1} of {len(starts)}" if progress and not ahead else None
-        x = activations(language_model.model, corrupted, block=block, batch=sequences, label=label, **where)[:, first:]
-        pool = x.reshape(-1, x.shape[-1]), is_masked[:, first:].reshape(-1)
-        if file is not None:
-            _write_pool(file, pool)
-            return _read_pool(file)
-        return pool
+        return tuple(values[: sizes[number]] for values in pools(number))
 
-    sizes = [min(rows, used - start) * kept for start in starts if start < used]
-    first_rows = lambda number: tuple(values[: sizes[number]] for values in load(number))
-    return ActivationStream(first_rows, sizes, batch_size=batch_size, seed=seed, prefetch=ahead)
+    return ActivationStream(
+        load, sizes, batch_size=batch_size, seed=seed, prefetch=ahead, d_model=width,
+        identity=lambda: pools.identity() | {"share": float(share), "scratch": scratch is not None},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _ModelPools:
+    """What a language model makes of all token blocks, in pools; kept in `scratch` if there is one."""
+
+    language_model: Any
+    blocks: Any
+    block: int | str
+    masking: dict
+    bos_id: int | None
+    pool_tokens: int
+    scratch: Path | None
+    sequences: int
+    shown: bool
+
+    @property
+    def first(self) -> int:
+        """Position of a block from which on it is used."""
+        return 0 if self.bos_id is None else 1
+
+    @property
+    def rows(self) -> int:
+        """Blocks of a pool."""
+        return -(-self.pool_tokens // (self.blocks.shape[1] - self.first))
+
+    def __call__(self, number: int) -> Pool:
+        """A pool; of scratch it is read back even if it was made now, so that every run has the same half precision."""
+        if self.scratch is None:
+            return self._make(number, {"device": self.language_model.model.device, "dtype": None})
+        file = self.scratch / f"pool-{number:05d}.safetensors"
+        if not file.exists():
+            _write_pool(file, self._make(number, {"device": "cpu"}))
+        return _read_pool(file)
+
+    def _make(self, number: int, where: dict) -> Pool:
+        start, spare = number * self.rows, () if self.bos_id is None else (self.bos_id,)
+        ids = self.blocks[start : start + self.rows]
+        corrupted, is_masked = mask_tokens(ids, first_sequence=start, spare=spare, **self.masking)
+        label = f"activations, pool {number + 1} of {-(-len(self.blocks) // self.rows)}" if self.shown else None
+        x = _forward(self.language_model.model, corrupted, self.block, self.first, self.sequences, label, where)
+        return x, is_masked[:, self.first :].reshape(-1)
+
+    def identity(self) -> dict:
+        """Of the whole: runs that use a share, another order or other batches have the same scratch."""
+        p, drawn = float(self.masking["p"]), self.masking["replacements"]
+        masks = {
+            "token_id": int(self.masking["token_id"]),
+            "mask_seed": int(self.masking["seed"]),
+            "replacements": None,
+        }
+        if drawn is not None:
+            masks |= {"token_id": None, "replacements": _fingerprint([_spaced(drawn)])}
+        return {
+            "kind": "model",
+            "model": _model_fingerprint(self.language_model.model),
+            "blocks": _blocks_fingerprint(self.blocks),
+            "block": self.block if isinstance(self.block, str) else int(self.block),
+            "bos_id": None if self.bos_id is None else int(self.bos_id),
+            "pool_tokens": self.pool_tokens,
+            "p": p,
+        } | (masks if p else dict.fromkeys(masks))
+
+
+def _check_options(blocks, first: int, *, share: float, pool_tokens: int, sequences: int | None) -> None:
+    shape = tuple(getattr(blocks, "shape", ()))
+    if len(shape) != 2:
+        raise DataError(f"blocks must have shape [blocks, tokens], found {shape or type(blocks).__name__}.")
+    if shape[1] <= first:
+        raise DataError(
+            f"Blocks of {shape[1]} tokens hold nothing but the BOS. Make longer blocks (text.block_length)."
+        )
+    if not 0 < share <= 1:
+        raise ConfigError(f"share is a part of the blocks and must lie in (0, 1], found {share!r}.")
+    for name, value in (("pool_tokens", pool_tokens), ("sequences", sequences)):
+        if value is not None:
+            check_natural(name, value)
+            if value < 1:
+                raise ConfigError(f"{name} must be positive, found {value}.")
+
+
+def _forward(model, ids: Tensor, block, first: int, sequences: int, label: str | None, where: dict) -> Tensor:
+    """Activations [n * (s - first), d] of ids [n, s], written piece by piece into one tensor: at no time is there a second pool."""
+    from masksae.tracing import activations
+
+    x, kept = None, ids.shape[1] - first
+    step = sequences if label else 8 * sequences  # each trace has to look at the model first, which takes a GPU's time
+    for number, piece in enumerate(bars.bar(ids.split(step), label=label, unit="batches")):
+        found = activations(model, piece, block=block, batch=sequences, **where)
+        if found.ndim != 3 or found.shape[:2] != piece.shape:
+            raise DataError(
+                f"{block} gives {tuple(found.shape)} for ids {tuple(piece.shape)}, expected {(*piece.shape, 'width')}. Choose another module."
+            )
+        if x is None:
+            x = found.new_empty(len(ids), kept, found.shape[-1])
+        x[number * step :][: len(piece)] = found[:, first:]
+    return x.view(-1, x.shape[-1])
+
+
+def _claim(scratch: Path, made_of: dict) -> None:
+    """Take a folder for pools of an identity. Raises DataError if it holds those of another one, or of an unknown one."""
+    file = scratch / "identity.json"
+    if not file.exists():
+        if any(scratch.glob("pool-*")):
+            raise DataError(
+                f"The activations in {scratch} do not say what they were made of (identity.json is missing; earlier versions wrote none). "
+                "Delete it; it is made again."
+            )
+        write_json(file, made_of)
+    elif (found := read_json(file)) != made_of:
+        raise DataError(
+            f"The activations in {scratch} were made of something else: {differing(found, made_of)} differ. Give another folder, or delete this one."
+        )
+
+
+def differing(found, ours: dict) -> str:
+    """Names of the values that two records do not share."""
+    found = found if isinstance(found, dict) else {}
+    return ", ".join(key for key in [*ours, *(found.keys() - ours)] if found.get(key) != ours.get(key))
 
 
 def _write_pool(file: Path, pool: Pool) -> None:
@@ -244,4 +575,8 @@ def _write_pool(file: Path, pool: Pool) -> None:
 
 def _read_pool(file: Path) -> Pool:
     tensors = read_safetensors(file)
+    if tensors.keys() != {"x", "is_masked"}:
+        raise DataError(
+            f"The scratch file {file} is damaged (it holds {', '.join(tensors)}). Delete it; it is made again."
+        )
     return tensors["x"], tensors["is_masked"]

@@ -45,7 +45,9 @@ def cache_dir(*parts: str) -> Path:
     try:
         return Path(root).expanduser().joinpath(*parts)
     except RuntimeError as error:  # an account without a home, as in containers
-        raise OutputError("There is no home folder for downloads and scratch. Set MASKSAE_CACHE to a folder.") from error
+        raise OutputError(
+            "There is no home folder for downloads and scratch. Set MASKSAE_CACHE to a folder."
+        ) from error
 
 
 def run_id(config) -> str:

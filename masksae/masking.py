@@ -21,14 +21,15 @@ def mask_tokens(
     ids             int64 [n, s], never changed in place
     p               in [0, 1]; 0 returns the ids as they are
     token_id        the special token (arXiv 2604.06495 uses one token and p = .3)
-    seed            non-negative; another seed gives independent masks
+    seed            0 to 2**63 - 1; another seed gives independent masks
     first_sequence  index of ids[0] in the whole data set: sequence i always gets mask number first_sequence + i
     spare           ids that are never replaced (give the BOS id here)
     vocab_size      if given, every id must be below it
     replacements    int64 [m]: masked positions get one of these, drawn uniformly, in place of token_id; give a text's tokens to draw by
                     their frequency. The masks are the same with and without
 
-    Returns (corrupted_ids int64 [n, s], is_masked bool [n, s]). Raises ConfigError or DataError.
+    Returns (corrupted_ids int64 [n, s], is_masked bool [n, s]), both on the device of `ids`; the masks are the same on every device.
+    Raises ConfigError or DataError.
 
     >>> ids = torch.tensor([[1, 5, 6, 7, 8, 9]])
     >>> mask_tokens(ids, p=0.5, token_id=0, seed=3, spare=(1,))[0]
@@ -43,18 +44,26 @@ def mask_tokens(
         )
     n, s = ids.shape
     if p == 0:
-        return ids.clone(), torch.zeros(n, s, dtype=torch.bool)
+        return ids.clone(), torch.zeros(n, s, dtype=torch.bool, device=ids.device)
     uniform = np.empty((n, 1 if replacements is None else 2, s))
     for i in range(n):
-        key = np.array([seed, first_sequence + i], dtype=np.uint64)
+        key = np.array([seed, int(first_sequence) + i], dtype=np.uint64)
         np.random.Generator(np.random.Philox(key=key)).random(out=uniform[i])
-    is_masked = torch.from_numpy(uniform[:, 0] < p)
+    is_masked = torch.from_numpy(uniform[:, 0] < p).to(ids.device)
     for kept in spare:
         is_masked &= ids != kept
     if replacements is None:
-        return ids.masked_fill(is_masked, token_id), is_masked
-    drawn = replacements[torch.from_numpy((uniform[:, 1] * len(replacements)).astype(np.int64))]
+        return ids.masked_fill(is_masked, int(token_id)), is_masked
+    index = torch.from_numpy((uniform[:, 1] * len(replacements)).astype(np.int64))
+    drawn = replacements[index.to(replacements.device)].to(ids.device)
+    _check_range(drawn, vocab_size)
     return torch.where(is_masked, drawn, ids), is_masked
+
+
+def check_natural(name: str, value) -> None:
+    """Raise ConfigError unless `value` is an integer that a seed, an id or an index can be: half of a Philox key, or a token."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**63:
+        raise ConfigError(f"{name} must be an integer from 0 to 2**63 - 1, found {value!r}.")
 
 
 def _check(ids, p, token_id, seed, first_sequence, vocab_size) -> None:
@@ -67,15 +76,18 @@ def _check(ids, p, token_id, seed, first_sequence, vocab_size) -> None:
         raise DataError(
             f"ids must have shape [sequences, tokens], found {tuple(ids.shape)}. Add a batch dimension with ids[None]."
         )
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+    if isinstance(p, bool) or not isinstance(p, (int, float, np.integer, np.floating)) or not 0 <= p <= 1:
         raise ConfigError(f"p is the probability of masking a token and must lie in [0, 1], found {p!r}.")
     for name, value in (("token_id", token_id), ("seed", seed), ("first_sequence", first_sequence)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**63:
-            raise ConfigError(f"{name} must be a non-negative integer, found {value!r}.")
+        check_natural(name, value)
     if vocab_size is not None and token_id >= vocab_size:
         raise ConfigError(
             f"token_id {token_id} is outside the vocabulary of {vocab_size} tokens. Take the mask token from this model's tokenizer."
         )
+    _check_range(ids, vocab_size)
+
+
+def _check_range(ids: Tensor, vocab_size: int | None) -> None:
     if ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (vocab_size is not None and high >= vocab_size):

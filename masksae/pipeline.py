@@ -17,9 +17,11 @@ from pathlib import Path
 import yaml
 
 from masksae.cli import exit_status
+from masksae.cache import contents
 from masksae.errors import ConfigError
 from masksae.files import PROFILES, ensure_writable, read_json, repository, write_json, write_text
-from masksae.profile import load_profile, profile_path
+from masksae.profile import Profile, load_profile, profile_path
+from masksae.sections import Section
 
 DEFAULT = "laptop"
 
@@ -200,13 +202,9 @@ def pipeline_file(profile) -> Path:
         return Path("dvc.yaml")
     folder = ensure_writable(repository() / "build" / name)
     values = file
-    if (
-        profile_path(profile).resolve().parent != PROFILES
-    ):  # DVC wants every key that a stage names; a reader's own file may leave most out
+    if profile_path(profile).resolve().parent != PROFILES:
         values = f"build/{name}/values.yaml"
-        write_text(
-            folder / "values.yaml", yaml.safe_dump(load_profile(profile).model_dump(mode="json"), sort_keys=False)
-        )
+        write_text(folder / "values.yaml", yaml.safe_dump(_values(load_profile(profile)), sort_keys=False))
     params = {"profile": name, "profile_file": file, "profile_values": values, "root": "../.."}
     if (folder / "params.yaml").exists():
         made_for = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["profile_file"]
@@ -218,6 +216,17 @@ def pipeline_file(profile) -> Path:
     if not (folder / "dvc.yaml").is_symlink():
         (folder / "dvc.yaml").symlink_to("../../dvc.yaml")
     return Path("build") / name / "dvc.yaml"
+
+
+def _values(profile: Profile) -> dict:
+    """What DVC compares of a reader's own profile: every key that a stage names, though the file may leave most out; and beside the
+    names of files in a section, what is in them."""
+    values = profile.model_dump(mode="json")
+    for name in Profile.model_fields:
+        section = getattr(profile, name)
+        if isinstance(section, Section) and (found := contents(section.named_data)):
+            values[name]["contents"] = found
+    return values
 
 
 def project_notebooks(profile) -> None:

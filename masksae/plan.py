@@ -151,6 +151,22 @@ class Plan:
         return [config for arm in self.arms for config in self.members(arm)]
 
     @property
+    def streams(self) -> int:
+        """Activation streams: what the model sees differs by arm, and by pair where tokens are masked. One on less text is part of another."""
+        seen = {
+            (arm.p, arm.mask_seed(pair or 0), arm.token) if arm.p else (0,)
+            for arm in self.arms
+            for pair in self.profile.pairs(arm)
+        }
+        return len(seen)
+
+    @property
+    def groups(self) -> list[list[SAEConfig]]:
+        """SAEs that are trained together."""
+        pairs = [(arm, pair) for arm in self.arms for pair in self.profile.pairs(arm)]
+        return [[c for c in self.members(arm) if pair in (None, c.seed)] for arm, pair in pairs]
+
+    @property
     def steps(self) -> int:
         """Of training; the BOS position of a block is not trained on."""
         training, text = self.profile.training, self.profile.text
@@ -168,7 +184,7 @@ class Plan:
     def work(self) -> list[Work]:
         """Activations, training, evaluation."""
         profile, tokens = self.profile, self.profile.text.train_tokens
-        harvested = sum(arm.tokens for arm in self.arms if arm.tokens == 1.0) * tokens
+        harvested = self.streams * tokens
         harvest = Work("activations", self.forward_flop(self.prefix, harvested))
         branches = sum(n * profile.training.decay for n in profile.training.snapshots if n < self.steps) / self.steps
         seen = tokens * profile.training.epochs * (1 + branches)
@@ -210,7 +226,7 @@ class Plan:
             + 8 * self.width
             + 2 * config.num_attention_heads * self.length
         )
-        most = max((self.members(arm) for arm in self.arms), key=len)
+        most = max(self.groups, key=len)
         branch = bool(profile.training.snapshots)
         pool = min(profile.training.pool_tokens, profile.text.train_tokens) * self.width * (size if on_gpu else 4)
         found = {
@@ -239,15 +255,14 @@ class Plan:
         profile, text = self.profile, self.profile.text
         tokens = text.train_tokens + text.held_out_tokens + profile.contexts.tokens
         weights = 4 * sum(map(parameters, self.saes))
-        largest = max(4 * ADAM_AND_WEIGHTS * sum(map(parameters, self.members(arm))) for arm in self.arms)
+        largest = max(4 * ADAM_AND_WEIGHTS * sum(map(parameters, group)) for group in self.groups)
         found = {
             "tokens (twice while they are put together)": 8 * tokens,
             "SAEs": weights * (1 + len(profile.training.snapshots)),
         }
         found["checkpoint (twice while it is replaced)"] = 2 * largest
         if profile.training.epochs > 1:
-            streams = sum(arm.tokens == 1.0 for arm in self.arms)
-            found["activations (half precision)"] = 2 * text.train_tokens * self.width * streams
+            found["activations (half precision)"] = 2 * text.train_tokens * self.width * self.streams
         found["held-out activations"] = 4 * text.held_out_tokens * self.width
         return found
 
@@ -312,7 +327,7 @@ def peers(plan: Plan) -> dict[str, dict[str, float]]:
     last = plan.config.num_hidden_layers - 1
     core = 128 * (32_000 + 3 * 3_200) * (plan.forward_flop(last, 1) + 2 * plan.width * plan.config.vocab_size)
     scores = core * len(plan.saes)
-    per_sae = harvest.flop * len(plan.saes) / len(plan.arms)
+    per_sae = harvest.flop * len(plan.saes) / plan.streams
     return {
         "dictionary_learning": {"activations": harvest.flop, "training": training.sae_flop, "evaluation": scores},
         "SAELens": {"activations": per_sae, "training": training.sae_flop, "evaluation": scores},

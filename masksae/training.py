@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from masksae import progress as bars
-from masksae.activations import ActivationStream
+from masksae.activations import ActivationStream, differing
 from masksae.errors import CheckpointError, ConfigError, DataError, readable
 from masksae.files import atomic_dir, ensure_writable, read_json, recover, run_id, save_tensors, write_json
 from masksae.logs import Log
@@ -23,8 +23,9 @@ from masksae.recipe import TrainConfig
 from masksae.saes.config import AuxK, BatchTopK, SAEConfig
 from masksae.saes.sae import SAE, SAE_FILES, read_tensors, seal
 
-SCHEMAS = (1, 2)
-"""Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the configs."""
+SCHEMAS = (1, 2, 3)
+"""Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the configs, 3 what
+the stream is made of."""
 
 
 def train(
@@ -39,8 +40,11 @@ def train(
 ) -> list[SAE]:
     """Train one SAE per config on the batches of `stream`; every SAE sees the same batches, unless its config says otherwise.
 
+    Training begins at the stream's beginning, whatever was read from it before, or where the checkpoint is.
+
     checkpoint_dir  where to keep the state (overwritten atomically) and the snapshots; training resumes from it by itself, and the
-                    result is the same bytes as without the interruption on the same device
+                    result is the same bytes as without the interruption on the same device. Other activations are refused, as far as
+                    `ActivationStream.identity` can tell
     device          of the SAEs; None: the CPU
     log             called with (number of the SAE, record) as the records of `SAE.history` come; see `masksae.logs`. After a kill the records
                     since the last checkpoint come again
@@ -58,6 +62,7 @@ def train(
     """
     folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir)
     device = torch.device(device or "cpu")
+    stream.to(device)  # before anything asks for a pool
     _check(sae_configs, stream, train_config, folder)
     sparse = device.type == "cpu" and train_config.precision == "float32"
     check_memory(sae_configs, stream.batch_size, device, sparse=sparse, branch=bool(train_config.snapshots))
@@ -67,7 +72,10 @@ def train(
     else:
         group.start()
     label = f"training {len(sae_configs)} SAEs" if progress else None
-    with bars.bar(total=train_config.steps, initial=group.step, label=label, unit="steps") as bar:
+    with (
+        bars.bar(total=train_config.steps, initial=group.step, label=label, unit="steps") as bar,
+        stream.until(train_config.steps),
+    ):
         group.run(train_config, bar.update, folder, log)
     return [_finish(member.sae, group.scale) for member in group.members]
 
@@ -118,16 +126,19 @@ class Group:
             "train": config.identity(),
             "batch_size": stream.batch_size,
             "seed": stream.seed,
+            "stream": stream.identity(),
         }
 
     def start(self) -> None:
         """Scale and b_dec from the first batches."""
-        position = self.stream.state_dict()
+        beginning = {"pool": 0, "batch": 0}
+        self.stream.load_state_dict(beginning)
         self.scale = self.stream.scale()
         if not self.scale > 0:
             raise DataError("The first activations of the stream are all zero. Look at the model and the hook point.")
-        first = next(self.stream.batches(self.views))
-        self.stream.load_state_dict(position)
+        with self.stream.until(1):
+            first = next(self.stream.batches(self.views))
+        self.stream.load_state_dict(beginning)
         medians = [geometric_median(x / self.scale) for x, *_ in first]
         with torch.no_grad():
             for member in self.members:
@@ -143,7 +154,6 @@ class Group:
         while self.step < config.steps:
             for n, target in due.pop(self.step, []):
                 self._snapshot(config, n, target)
-                batches = self.stream.batches(self.views)
             views = [[x / self.scale, *(t / self.scale for t in target)] for x, _, *target in next(batches)]
             record = self.step % config.log_every == 0 or self.step == config.steps - 1
             for member in self.members:
@@ -171,7 +181,8 @@ class Group:
                     known = read_json(target / "identity.json")
                 except (DataError, FileNotFoundError):
                     known = None
-                if known != run_id(self.identity):
+                before = {key: value for key, value in self.identity.items() if key != "stream"}  # of schemas 1 and 2
+                if known not in (run_id(self.identity), run_id(before)):
                     raise CheckpointError(
                         f"{target} is damaged, or belongs to another configuration. Use another checkpoint_dir, or delete it."
                     )
@@ -191,7 +202,8 @@ class Group:
         history = [list(member.sae.history) for member in self.members]
         step, position = self.step, self.stream.state_dict()
         if n > step:
-            self.run(config.branch(n))
+            with self.stream.until(n):
+                self.run(config.branch(n))
         with atomic_dir(target, ("identity.json", *(f"sae-*/{file}" for file in SAE_FILES))) as tmp:
             write_json(tmp / "identity.json", run_id(self.identity))
             for i, member in enumerate(self.members):
@@ -234,9 +246,10 @@ class Group:
             self._take_over(record, tensors, folder)
 
     def _take_over(self, record: dict, tensors: dict[str, Tensor], folder: Path) -> None:
-        found = _upgraded(record["identity"])
+        found = {"stream": self.identity["stream"]} | _upgraded(record["identity"])  # schemas 1 and 2 did not know it
         if run_id(found) != run_id(self.identity):
-            where = [key for key in self.identity if found.get(key) != self.identity[key]]
+            inner = {"stream": f" ({differing(found['stream'], self.identity['stream'])})"}
+            where = [key + inner.get(key, "") for key in self.identity if found.get(key) != self.identity[key]]
             raise CheckpointError(
                 f"The checkpoint in {folder} belongs to another configuration: {', '.join(where)} differ. Use another checkpoint_dir, or delete this one."
             )

@@ -96,6 +96,23 @@ def test_the_next_pool_made_beside_training_changes_nothing(kind, dtype, ids):
     assert same(*found)
 
 
+@pytest.mark.parametrize("p", [0, 0.4])
+@pytest.mark.parametrize("replacements", [None, torch.tensor([3, 4])], ids=["token", "drawn"])
+def test_masks_are_those_of_the_cpu(ids, p, replacements):
+    options = dict(p=p, token_id=1, seed=0, spare=(5,), replacements=replacements)
+    for here, there in zip(masksae.mask_tokens(ids, **options), masksae.mask_tokens(ids.cuda(), **options)):
+        assert there.is_cuda and torch.equal(here, there.cpu())
+
+
+def test_a_large_array_stays_in_memory_and_gives_the_same_batches(monkeypatch):
+    whole = next(stream().to("cuda").batches([(0, True)]))[0]
+    monkeypatch.setattr("masksae.activations.LARGEST_MOVED", 0)
+    source = stream().to("cuda")
+    for a, b in zip(whole, next(source.batches([(0, True)]))[0]):
+        assert a.is_cuda and b.is_cuda and torch.equal(a, b)
+    assert not source._current()[0].is_cuda
+
+
 def test_half_precision_loses_little():
     full = on_gpu(config=train_config(steps=200))
     half = on_gpu(config=train_config(steps=200, precision="bfloat16"))

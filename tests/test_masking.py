@@ -98,6 +98,13 @@ GOOD = dict(p=0.3, token_id=0, seed=0)
         ([[1, 2]], {}, DataError, "list"),
         (sequences(2, 3), {"seed": -1}, ConfigError, "seed"),
         (sequences(2, 3), {"first_sequence": -1}, ConfigError, "first_sequence"),
+        (sequences(2, 3), {"seed": 2**63}, ConfigError, "seed must be an integer from 0 to 2**63 - 1"),
+        (sequences(2, 3), {"seed": 10**30}, ConfigError, "seed must be an integer from 0 to 2**63 - 1"),
+        (sequences(2, 3), {"p": np.nan}, ConfigError, "found nan"),
+        (sequences(2, 3), {"p": "0.3"}, ConfigError, "found '0.3'"),
+        (sequences(2, 3), {"vocab_size": 0}, ConfigError, "vocabulary of 0"),
+        (sequences(2, 3), {"replacements": torch.tensor([5, -1])}, DataError, "token id -1"),
+        (sequences(2, 3), {"replacements": torch.tensor([5, 2000]), "vocab_size": 1000}, DataError, "token id 2000"),
     ],
 )
 def test_bad_input(ids, changed, error, words):
@@ -117,3 +124,25 @@ def test_replacements_are_drawn_by_their_share_at_the_same_places():
     assert torch.equal(later, corrupted[3:])
     with pytest.raises(DataError, match="replacements must be int64"):
         mask_tokens(ids, p=0.4, token_id=0, seed=5, replacements=torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("replacements", [None, "here", "there"])
+@pytest.mark.parametrize("p", [0, 0.4, 1])
+def test_masks_are_where_the_ids_are(monkeypatch, p, replacements):
+    """On the `meta` device, where nothing may be mixed with tensors of the CPU, as on a GPU."""
+    from test_device import OneDevice
+
+    monkeypatch.setattr("masksae.masking._check_range", lambda *values: None)  # it looks at values
+    ids = torch.zeros(4, 6, dtype=torch.int64, device="meta")
+    drawn = replacements and torch.ones(3, dtype=torch.int64, device="meta" if replacements == "here" else "cpu")
+    with OneDevice():
+        corrupted, is_masked = mask_tokens(ids, p=p, token_id=1, seed=0, spare=(0, 7), replacements=drawn)
+    assert corrupted.is_meta and is_masked.is_meta and is_masked.dtype == torch.bool
+    assert corrupted.shape == is_masked.shape == (4, 6)
+
+
+def test_numpy_numbers_are_numbers():
+    ids = sequences(3, 8)
+    ours = mask_tokens(ids, p=0.25, token_id=1, seed=3)
+    theirs = mask_tokens(ids, p=np.float32(0.25), token_id=np.int32(1), seed=np.uint8(3))
+    assert all(map(torch.equal, ours, theirs))
