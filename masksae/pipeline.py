@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from masksae.cli import exit_status
 from masksae.cache import contents
+from masksae.cli import exit_status
 from masksae.errors import ConfigError
 from masksae.files import PROFILES, ensure_writable, read_json, repository, write_json, write_text
 from masksae.profile import Profile, load_profile, profile_path
