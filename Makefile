@@ -19,32 +19,32 @@ setup:  ## make the virtual environment with the pinned packages of requirements
 	@$(PYTHON) tools/environment.py .venv
 
 repro: setup  ## bring every result of PROFILE up to date
-	@python -m masksae.pipeline repro "$(PROFILE)"
+	@python -m masksae.app.repro repro "$(PROFILE)"
 
 paper: setup  ## the paper at its own scale, both models: needs a hub and a GPU
-	@python -m masksae.pipeline repro paper paper-gemma
+	@python -m masksae.app.repro repro paper paper-gemma
 
 plan: setup  ## what PROFILE costs: work, hours, memory, disk; MEASURE=1 times a fraction here
-	@python -m masksae.pipeline plan "$(PROFILE)" $(if $(MEASURE),--measure)
+	@python -m masksae.app.repro plan "$(PROFILE)" $(if $(MEASURE),--measure)
 
 verify: setup  ## published numbers of the paper's models beside those of PROFILE=paper or paper-gemma
-	@python -m masksae.pipeline verify "$(if $(filter laptop,$(PROFILE)),paper,$(PROFILE))"
+	@python -m masksae.app.repro verify "$(if $(filter laptop,$(PROFILE)),paper,$(PROFILE))"
 
 share: setup  ## SAEs of PROFILE for the hub: build/PROFILE/hub; TO=owner/name pushes them
-	@python -m masksae.pipeline share "$(PROFILE)" $(if $(TO),--to "$(TO)")
+	@python -m masksae.app.repro share "$(PROFILE)" $(if $(TO),--to "$(TO)")
 
 test-slurm: setup  ## jobs on a real SLURM of one node, started and stopped here (Debian, as root)
 	@command -v slurmctld munged >/dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge >/dev/null; }
 	@MASKSAE_TEST_SLURM=1 python -m pytest -q tests/test_slurm.py
 
 guide: setup  ## the guide to a model of your own, on Gemma 3 270M (terms to be accepted once): docs/own-model.md
-	@python -m masksae.pipeline guide
+	@python -m masksae.app.repro guide
 
 site: setup  ## static pages of all that was run: build/site/index.html
-	@python -m masksae.site
+	@python -m masksae.app.site
 
 status: setup  ## what `make repro` would do for PROFILE
-	@python -m masksae.pipeline status "$(PROFILE)"
+	@python -m masksae.app.repro status "$(PROFILE)"
 
 test: setup  ## unit and property tests, the smoke pipeline, every notebook
 	@python -m pytest -q -n 2 --dist loadfile

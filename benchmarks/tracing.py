@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from masksae.models import load_model
+from masksae.data.models import load_model
 from masksae.tracing import activations, hook_point
 
 BLOCK, SEQUENCES, LENGTH, BATCH = 4, 64, 128, 16

@@ -9,8 +9,8 @@ import importlib
 __version__ = "0.2.0"
 
 _HOME = {
-    "load_profile": "masksae.profile",
-    "Profile": "masksae.profile",
+    "load_profile": "masksae.study.profile",
+    "Profile": "masksae.study.profile",
     "mask_tokens": "masksae.masking",
     "ActivationStream": "masksae.activations",
     "MATRYOSHKA": "masksae.saes.config",
@@ -22,17 +22,17 @@ _HOME = {
     "TopK": "masksae.saes.config",
     "SAEConfig": "masksae.saes.config",
     "SAE": "masksae.saes.sae",
-    "TrainConfig": "masksae.recipe",
-    "train": "masksae.training",
-    "load_snapshots": "masksae.training",
+    "TrainConfig": "masksae.training.config",
+    "train": "masksae.training.group",
+    "load_snapshots": "masksae.training.group",
     "load_saelens": "masksae.export",
     "load_dictionary_learning": "masksae.export",
-    "load_sae": "masksae.guest",
-    "load_model": "masksae.models",
+    "load_sae": "masksae.study.own_sae",
+    "load_model": "masksae.data.models",
     "mask_dataset": "masksae.plugins",
     "mask_inputs": "masksae.plugins",
     "activation_batches": "masksae.plugins",
-    "Run": "masksae.stages",
+    "Run": "masksae.study.run",
 }
 
 __all__ = ["export", "metrics", *_HOME]

@@ -152,7 +152,7 @@ def pile(documents: int = 4000, shards: int = 2) -> dict[str, bytes]:
     of it finds no room)."""
     import zstandard
 
-    from masksae.corpus import is_held_out
+    from masksae.data.blocks import is_held_out
 
     draw, files = random.Random(0), {}
     odd = ["", "   \n", "\u0000\u2028\ufeff\U0001f600 é\u0301 \u202e rtl \ud7ff", "x" * 200]
@@ -182,13 +182,13 @@ SOURCE = f"hub:{NAME}#where=meta.pile_set_name:Pile-CC"
 
 def tokens_of(folder: Path) -> str:
     """Hash of the token blocks that come out of the hub's data set."""
-    from masksae import corpus, sources
+    from masksae.data import blocks, texts
 
-    blocks = corpus.build(
-        sources.TextStream([SOURCE]), bytes_as_tokens, folder, tokens={"train": 700_000, "held_out": 400_000}, block_length=64,
+    blocks = blocks.build(
+        texts.TextStream([SOURCE]), bytes_as_tokens, folder, tokens={"train": 700_000, "held_out": 400_000}, block_length=64,
         bos_id=1, held_out_share=0.05, seed=0, ordered=False, progress=False,
     )  # fmt: skip
-    parts = [corpus.Blocks(blocks[split])[:].numpy().tobytes() for split in ("train", "held_out")]
+    parts = [blocks.Blocks(blocks[split])[:].numpy().tobytes() for split in ("train", "held_out")]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -203,10 +203,11 @@ def main(scratch: Path) -> None:
     }
     from huggingface_hub import HfFileSystem
 
-    from masksae import corpus, errors
-    from masksae import hub as ours
+    from masksae import errors
+    from masksae.data import blocks
+    from masksae.data import hub as ours
 
-    ours.PAUSES, corpus.PART = (0.01,) * 4, 1000
+    ours.PAUSES, blocks.PART = (0.01,) * 4, 1000
     sleep, clients = time.sleep, threading.main_thread()
     time.sleep = lambda seconds: sleep(0.01 if threading.current_thread() is clients else seconds)
 

@@ -229,7 +229,7 @@ def test_the_next_pool_made_beside_training_changes_nothing(language_model, ids,
 def test_blocks_on_disk_give_the_stream_of_blocks_in_memory(language_model, ids, tmp_path):
     import datasets
 
-    from masksae.corpus import Blocks
+    from masksae.data.blocks import Blocks
 
     stored = Blocks(datasets.Dataset.from_dict({"ids": ids.int().numpy()}))
     assert len(stored) == len(ids) and stored.shape == tuple(ids.shape) and torch.equal(stored[3:7], ids[3:7])

@@ -3,8 +3,10 @@
 import pytest
 from test_stages import profile, project  # noqa: F401
 
-from masksae import Run, along_report, figures
-from masksae.stats import paired_effect, pairs_needed
+from masksae import Run
+from masksae.study.report import curves
+from masksae.study.figures import all_figures
+from masksae.study.stats import paired_effect, pairs_needed
 
 
 def curve(arm, p, seed, ev, letters, contexts, steps=(10, 20, 40)):
@@ -28,7 +30,7 @@ def rows():
 
 
 def test_effects_at_equal_steps_and_at_equal_explained_variance(rows):
-    found = {(e["arm"], e["kind"][:5], e["equal"]): e for e in along_report.effects(rows)}
+    found = {(e["arm"], e["kind"][:5], e["equal"]): e for e in curves.effects(rows)}
     steps, equal = found["masked", "same ", "steps"], found["masked", "same ", "EV"]
     assert steps["difference"] == pytest.approx(-0.15) and steps["items"] == 2
     assert equal["baseline"] == pytest.approx(0.15) and equal["difference"] == pytest.approx(
@@ -36,25 +38,25 @@ def test_effects_at_equal_steps_and_at_equal_explained_variance(rows):
     )  # all of it under-training
     assert found["masked", "cross", "EV"]["difference"] == pytest.approx(0.025 - 0.075)  # and this is not
     assert ("worse", "same ", "EV") not in found  # nothing is extrapolated
-    both = [e for e in along_report.effects(rows) if e["kind"].startswith("cross-token less") and e["arm"] == "masked"]
+    both = [e for e in curves.effects(rows) if e["kind"].startswith("cross-token less") and e["arm"] == "masked"]
     assert both[0]["difference"] == pytest.approx((0.025 - 0.15) - (0.15 - 0.30), abs=1e-9)
 
 
 def test_tables(rows):
-    table = along_report.effect_table(along_report.effects(rows))
+    table = curves.effect_table(curves.effects(rows))
     assert "does not reach it" in table.set_index("arm").loc["worse", "at equal clean EV"].iloc[0]
-    growth = along_report.growth(rows)
+    growth = curves.growth(rows)
     assert len(growth) == 6 and growth[0]["from"] == 20 and "0.200 → 0.300" in growth[0]["change"]
-    assert {row["step"] for row in along_report.finished(rows)} == {40}
+    assert {row["step"] for row in curves.finished(rows)} == {40}
 
 
 def test_pictures_show_every_arm(rows):
-    figures.style()
-    along = along_report.draw_along(rows)
+    all_figures.style()
+    along = curves.draw_along(rows)
     assert len(along.axes) == 4 and all(axis.get_ylim()[0] == 0 for axis in along.axes)
     labels = {text.get_text() for text in along.axes[1].get_legend().get_texts()}
     assert labels == {"unmasked", "masked", "worse"}
-    arms = along_report.draw_ablations(rows)
+    arms = curves.draw_ablations(rows)
     assert [t.get_text() for t in arms.axes[0].get_yticklabels()] == ["unmasked", "masked", "worse"]
 
 
@@ -88,7 +90,7 @@ def test_snapshots_of_a_run(project):  # noqa: F811
 
 
 def test_the_caption_has_the_numbers(rows):
-    text = along_report.caption(along_report.effects(rows))
+    text = curves.caption(curves.effects(rows))
     assert (
         "masked: same token −0.150 (95 % −0.150 to −0.150), cross-token −0.125" in text and "worse: same token" in text
     )
@@ -104,7 +106,7 @@ def test_quality_of_the_main_latents():
         shared | {"arm": "unmasked", "context_full": 0.1, "context_dense_absorbers": None, "parents": [{"f1": 0.9}]}
     ]
     contexts.append(contexts[0] | {"mode": "as_trained", "context_full": 9.0})
-    first, second, third = along_report.quality(letters, contexts)
+    first, second, third = curves.quality(letters, contexts)
     assert first["absorption"] == pytest.approx(0.2) and first["F1 of main latents"] == pytest.approx((0.3 + 0.4) / 2)
     assert second["arm"] == "masked" and third["kind"].startswith("cross-token") and third["absorption"] == 0.1
 
@@ -113,6 +115,6 @@ def test_parent_by_parent(rows):
     for row in rows:
         if row["arm"] == "masked":
             row["contexts_items"]["to"] = 0.15 + 0.01 * row["seed"]
-    table = along_report.by_parent(rows, "masked")
+    table = curves.by_parent(rows, "masked")
     assert [row["parent"] for row in table] == ["the", "to"] and "0.150 → 0.025" in table[0]["effect"]
     assert table[0]["p"] < 0.01 < table[1]["p"] and table[0]["p_holm"] == pytest.approx(2 * table[0]["p"])

@@ -14,16 +14,16 @@ from masksae import Run, cache
 CHAIN = {
     "masksae/saes/sparse.py": "sparse_step",
     "masksae/saes/loss.py": "aux_loss",
-    "masksae/member.py": "_descend",
+    "masksae/training/step.py": "_descend",
     "masksae/metrics/reconstruction.py": "calibrated_threshold",
     "masksae/metrics/absorption.py": "absorbed",
-    "masksae/scores.py": "matched_threshold",
-    "masksae/stages.py": "_train",
-    "masksae/inputs.py": "replacement",
+    "masksae/study/scores/all_scores.py": "matched_threshold",
+    "masksae/study/run.py": "_train",
+    "masksae/study/inputs.py": "replacement",
     "masksae/tracing.py": "_run_to",
     "masksae/masking.py": "mask_tokens",
-    "masksae/corpus.py": "token_blocks",
-    "masksae/sources.py": "_text",
+    "masksae/data/blocks.py": "token_blocks",
+    "masksae/data/texts.py": "_text",
 }
 """A function of each module on the way from text to a score."""
 

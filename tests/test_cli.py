@@ -13,7 +13,9 @@ from browser import CHROMIUM, troubles
 from test_guest import folder, run  # noqa: F401
 from test_stages import project  # noqa: F401
 
-from masksae import SAE, cli, guest
+from masksae import SAE
+from masksae.app import cli
+from masksae.study import own_sae
 from masksae.errors import ConfigError
 
 COMMANDS = ("fetch", "plan", "train", "evaluate", "explore", "export")
@@ -53,7 +55,7 @@ def test_train_names_the_next_step(run, capsys):  # noqa: F811
 
 
 def test_pages_of_two_saes_lie_beside_each_other(run, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
-    from masksae import explore
+    from masksae.study import explore
 
     story = explore.Story("starts with S", (0,), 0.5, 4, [], 0.9)
     monkeypatch.setattr(explore.Explorer, "letter", lambda *_: story)  # random weights pass no gate
@@ -89,7 +91,7 @@ def test_hostile_arguments_are_refused_before_anything_is_loaded(arguments, word
 
 @pytest.mark.parametrize("redirection", ["<&- >&- 2>&-", ">/dev/full"])
 def test_closed_streams(redirection):
-    command = f'"{sys.executable}" -m masksae.cli plan smoke {redirection}'
+    command = f'"{sys.executable}" -m masksae.app.cli plan smoke {redirection}'
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert result.returncode == (2 if "full" in redirection else 0) and "Traceback" not in result.stderr, result.stderr
 
@@ -98,7 +100,7 @@ def test_a_poor_terminal():
     """Dumb, 20 columns wide, in a locale without our dashes and arrows."""
     poor = {"TERM": "dumb", "COLUMNS": "20", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for arguments, status in (["train", "--help"], 0), (["plan", "smoke"], 0), (["plan", "smö"], 2):
-        command = [sys.executable, "-m", "masksae.cli", *arguments]
+        command = [sys.executable, "-m", "masksae.app.cli", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | poor)
         assert result.returncode == status and "Traceback" not in result.stderr, result.stderr
 
@@ -106,7 +108,7 @@ def test_a_poor_terminal():
 def test_export(folder, tmp_path, capsys):  # noqa: F811
     text = told(capsys, "export", folder, tmp_path / "dl", "--to", "dictionary_learning", "--json")
     assert json.loads(text) == {"folder": str(tmp_path / "dl")}
-    assert torch.equal(guest.load_sae(tmp_path / "dl").W_dec, guest.load_sae(folder).W_dec)
+    assert torch.equal(own_sae.load_sae(tmp_path / "dl").W_dec, own_sae.load_sae(folder).W_dec)
 
 
 def test_fetch_and_plan(run, capsys):  # noqa: F811
@@ -141,7 +143,7 @@ def test_an_interrupt_is_130(monkeypatch, capsys):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    command = f"{sys.executable} -m masksae.cli plan paper --json | head -1"
+    command = f"{sys.executable} -m masksae.app.cli plan paper --json | head -1"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "{\n", "")
 

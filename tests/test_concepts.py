@@ -6,7 +6,10 @@ import pytest
 import torch
 from test_stages import profile, project  # noqa: F401
 
-from masksae import Run, concepts, guest, saebench, scores, tasks
+from masksae import Run
+from masksae.study.scores import perturbation, all_scores, probing
+from masksae.study import own_sae
+from masksae.study.report import saebench
 from masksae.errors import DataError
 from masksae.files import read_json
 from masksae.tracing import activations
@@ -47,7 +50,7 @@ def run(project):  # noqa: F811
 
 def test_a_mean_is_over_the_texts_own_tokens(run):
     texts = ["the cat sat", "a", "seven dogs ran past it and nobody saw them ever again"]
-    pool = concepts.pool(run, texts, "texts")
+    pool = perturbation.pool(run, texts, "texts")
     for text, found in zip(texts, pool.averaged()):
         ids = [run.bos_id, *run.language_model.tokenizer(text, add_special_tokens=False)["input_ids"][:16]]
         alone = activations(run.language_model.model, torch.tensor([ids]), block=1)[0, 1:].mean(0)
@@ -57,41 +60,41 @@ def test_a_mean_is_over_the_texts_own_tokens(run):
 @pytest.mark.parametrize("tokens", [1, 7, 50])
 def test_pieces_do_not_matter(monkeypatch, tokens):
     lengths = torch.tensor([3, 1, 9, 2, 2, 5])
-    pool = concepts.Pool(torch.randn(22, 4, generator=torch.Generator().manual_seed(0)), lengths)
+    pool = perturbation.Pool(torch.randn(22, 4, generator=torch.Generator().manual_seed(0)), lengths)
     expected = torch.stack([part.relu().mean(0) for part in pool.x.split(lengths.tolist())])
-    monkeypatch.setattr(concepts, "TOKENS", tokens)
+    monkeypatch.setattr(perturbation, "TOKENS", tokens)
     torch.testing.assert_close(pool.averaged(torch.relu), expected)
 
 
 def test_one_against_rest_is_balanced_and_keeps_the_sides_apart():
     values = torch.arange(3 * 10).view(30, 1)  # class c: 10 c to 10 c + 9; the first 6 of each are for training
-    train, y = concepts.one_against_rest(values, 1, 3, slice(6))
+    train, y = perturbation.one_against_rest(values, 1, 3, slice(6))
     assert train.flatten().tolist() == [10, 11, 12, 13, 14, 15, 0, 1, 2, 20, 21, 22] and int(y.sum()) == 6 == int(
         (~y).sum()
     )
-    test, _ = concepts.one_against_rest(values, 1, 3, slice(6, None))
+    test, _ = perturbation.one_against_rest(values, 1, 3, slice(6, None))
     assert test.flatten().tolist() == [16, 17, 18, 19, 6, 7, 26, 27]
 
 
 def test_an_sae_in_half_precision(run, tmp_path):
     sae = next(iter(run.saes.values()))
-    [row, *_] = concepts.concept_scores(run)
-    visitor = guest.Guest(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
-    [found, _] = guest.evaluate(visitor, ["perturbation"])["perturbation"]
+    [row, *_] = perturbation.concept_scores(run)
+    visitor = own_sae.Guest(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
+    [found, _] = own_sae.evaluate(visitor, ["perturbation"])["perturbation"]
     assert found.keys() == row.keys()
     assert found["pooled_accuracy_5"] == pytest.approx(row["pooled_accuracy_5"], abs=0.1)
 
 
 def test_rows(run):
     saes = run.saes
-    rows = concepts.concept_scores(run)
+    rows = perturbation.concept_scores(run)
     assert [(r["sae"], r["mode"]) for r in rows] == [(name, m) for name in saes for m in ("as_trained", "matched")]
     for row in rows:
         (group,), (pair,) = row["groups"], row["pairs"]
         assert row["tpp_2"] == group["total"]["2"] == pytest.approx(group["intended"]["2"] - group["unintended"]["2"])
         assert 0.5 < row["pooled_accuracy_all"] <= 1 and row["pooled_raw_all"] > 0.9
         assert set(pair["room"]) == {"together", "apart"}
-        assert (pair["scr"] is None) == (max(pair["room"].values()) < concepts.ROOM) == ("scr_2" not in row)
+        assert (pair["scr"] is None) == (max(pair["room"].values()) < perturbation.ROOM) == ("scr_2" not in row)
     assert any(row["tpp_8"] > 0.01 for row in rows)
 
 
@@ -100,16 +103,16 @@ def test_every_score_of_every_sae_becomes_a_saebench_file(run, project, monkeypa
     for i, path in enumerate(names):
         write(path, [(f"{t} {'st'[j % 2]}", j % 2) for j, t in enumerate(sentences(160, 20 + i))])
     monkeypatch.setattr("masksae.metrics.absorption.PROBE_GATE", -1.0)  # a random model does not spell
-    saes, results = run.saes, {"reconstruction": scores.reconstruction_scores, "probing": tasks.probing_scores}
+    saes, results = run.saes, {"reconstruction": all_scores.reconstruction_scores, "probing": probing.probing_scores}
     words, x = (
         [chr(97 + i % 26) + chr(97 + i // 26) + "word" for i in range(520)],
         torch.randn(520, 16, generator=torch.Generator().manual_seed(0)),
     )
-    monkeypatch.setattr(scores, "word_activations", lambda run, draw=0: (words, x))
+    monkeypatch.setattr(all_scores, "word_activations", lambda run, draw=0: (words, x))
     results |= {
-        "absorption": scores.absorption_scores,
-        "ood": tasks.ood_scores,
-        "perturbation": concepts.concept_scores,
+        "absorption": all_scores.absorption_scores,
+        "ood": probing.ood_scores,
+        "perturbation": perturbation.concept_scores,
     }
     for name, score in results.items():
         run.save_result(name, score(run))
@@ -125,7 +128,7 @@ def test_every_score_of_every_sae_becomes_a_saebench_file(run, project, monkeypa
 
 
 def test_quadrants_are_balanced_and_probes_know_their_side(run):
-    pair = concepts.pair(run, *run.profile.perturbation.pairs[0])
+    pair = perturbation.pair(run, *run.profile.perturbation.pairs[0])
     for a in (False, True):
         for b in (False, True):
             mine = (pair.y == torch.tensor([a, b])).all(1)
@@ -137,11 +140,11 @@ def test_quadrants_are_balanced_and_probes_know_their_side(run):
 
 def test_what_cannot_be_used_is_named(run, project):  # noqa: F811
     with pytest.raises(DataError, match="has 80 texts of its own, 90 are wanted"):
-        concepts.group(
+        perturbation.group(
             Run(profile(project, perturbation=run.profile.perturbation.model_dump() | {"train": 70})), "marks"
         )
     write(project / "other.csv", [(f"{t}!", i % 2) for i, t in enumerate(sentences(40, 9))])
     with pytest.raises(DataError, match="share texts"):
-        concepts.pair(run, *run.profile.perturbation.pairs[0])
+        perturbation.pair(run, *run.profile.perturbation.pairs[0])
     write(project / "both.csv", [("a b", 0), ("a b", 1), ("c", 1), ("d", 0)])
-    assert concepts.distinct_texts(str(project / "both.csv")) == {"c": True, "d": False}
+    assert perturbation.distinct_texts(str(project / "both.csv")) == {"c": True, "d": False}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from masksae import corpus
+from masksae.data import blocks
 from masksae.errors import DataError
 
 
@@ -27,27 +27,27 @@ def build(tmp_path, documents, name="blocks", **changes):
     options = dict(
         tokens={"train": 2000, "held_out": 400}, block_length=16, bos_id=1, held_out_share=0.2, seed=0, progress=False
     )
-    return corpus.build(documents, tokenizer, tmp_path / name, **(options | changes))
+    return blocks.build(documents, tokenizer, tmp_path / name, **(options | changes))
 
 
 def texts(dataset):
-    return ["".join(chr(i) for i in row[1:]) for row in corpus.Blocks(dataset)[:].tolist()]
+    return ["".join(chr(i) for i in row[1:]) for row in blocks.Blocks(dataset)[:].tolist()]
 
 
 def test_blocks(tmp_path):
     documents = make_documents()
     blocks = build(tmp_path, documents)
     for split, wanted in (("train", 125), ("held_out", 25)):
-        ids = corpus.Blocks(blocks[split])[:]
+        ids = blocks.Blocks(blocks[split])[:]
         assert ids.shape == (wanted, 16) and ids.dtype == torch.int64 and (ids[:, 0] == 1).all()
         for text in texts(blocks[split]):
             homes = [d for d in documents if text in d and d.index(text) % 15 == 0]
-            assert any(corpus.is_held_out(d, 0.2) == (split == "held_out") for d in homes)
+            assert any(blocks.is_held_out(d, 0.2) == (split == "held_out") for d in homes)
 
 
 def test_a_document_is_on_one_side_whatever_else_is_there(tmp_path):
     documents = make_documents()
-    held_out = {d for d in documents if corpus.is_held_out(d, 0.2)}
+    held_out = {d for d in documents if blocks.is_held_out(d, 0.2)}
     assert 0.1 < len(held_out) / len(documents) < 0.3
     a = build(tmp_path, documents + documents[:50], "a")  # duplicates
     b = build(tmp_path, random.Random(1).sample(documents, len(documents)), "b")  # another order
@@ -86,7 +86,7 @@ def test_made_once(tmp_path):
 
 def test_without_bos_every_position_is_text(tmp_path):
     blocks = build(tmp_path, make_documents(), bos_id=None)
-    assert (corpus.Blocks(blocks["train"])[:] > 1).all()
+    assert (blocks.Blocks(blocks["train"])[:] > 1).all()
 
 
 @pytest.mark.parametrize(
@@ -122,19 +122,19 @@ def test_repeats_against_brute_force(seed, run, n, m):
     stretches = lambda rows: [{tuple(row[i : i + run_]) for i in range(5 - run_ + 1)} for row in rows.tolist()]
     everything = set().union(*stretches(others))
     expected = [bool(mine & everything) for mine in stretches(blocks)]
-    assert corpus.repeats(blocks, others[:1], others[1:], run=run).tolist() == expected
+    assert blocks.repeats(blocks, others[:1], others[1:], run=run).tolist() == expected
 
 
 def test_held_out_blocks_that_quote_training_text_are_dropped(tmp_path, monkeypatch):
     documents = make_documents()
     plain = build(tmp_path, documents, "plain", block_length=32)
     quoted = texts(plain["train"])[0][2:30]  # at another offset than in its own document
-    quoting = [d for d in (f"{quoted}{i:04d}" for i in range(400)) if corpus.is_held_out(d, 0.2)]
+    quoting = [d for d in (f"{quoted}{i:04d}" for i in range(400)) if blocks.is_held_out(d, 0.2)]
     found = lambda name: [
         quoted in text for text in texts(build(tmp_path, documents + quoting, name, block_length=32)["held_out"])
     ]
     assert not any(found("checked"))
-    monkeypatch.setattr(corpus, "repeats", lambda blocks, others: np.zeros(len(blocks), dtype=bool))
+    monkeypatch.setattr(blocks, "repeats", lambda blocks, others: np.zeros(len(blocks), dtype=bool))
     assert any(found("unchecked"))
 
 
@@ -149,8 +149,8 @@ def test_special_tokens_in_a_text_are_words(tmp_path):
 
     documents = [f"a <mask> and a <bos> number {i:04d} in a text of its own" for i in range(400)]
     options = dict(tokens={"train": 2000, "held_out": 400}, block_length=16, bos_id=0, held_out_share=0.2, seed=0)
-    blocks = corpus.build(documents, byte_tokenizer(), tmp_path / "blocks", progress=False, **options)
-    ids = corpus.Blocks(blocks["train"])[:]
+    blocks = blocks.build(documents, byte_tokenizer(), tmp_path / "blocks", progress=False, **options)
+    ids = blocks.Blocks(blocks["train"])[:]
     assert (ids[:, 0] == 0).all() and (ids[:, 1:] > 1).all()
     assert any("<mask>" in byte_tokenizer().decode(row[1:]) for row in ids)
 
@@ -159,4 +159,4 @@ def test_tokens_of_a_text_without_special_ones_are_as_they_were():
     from conftest import byte_tokenizer
 
     tokenizer, texts = byte_tokenizer(), make_documents(20)
-    assert corpus.tokenise(tokenizer, texts) == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert blocks.tokenise(tokenizer, texts) == tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from masksae import reliability
+from masksae.study.report import reliability
 from masksae.files import read_json
-from masksae.profile import Profile
+from masksae.study.profile import Profile
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
@@ -41,8 +41,8 @@ def test_what_is_said_of_the_pitfalls_is_what_was_measured():
     assert f"{sum(l0) / len(l0):.0f} instead of 20" in page
     claims = read_json(ROOT / "results/gemma/claims.json")["C1"]
     assert 0.65 < claims["baseline"] < 0.8 and '"absorption" of .7' in page
-    from masksae.corpus import REPEAT
-    from masksae.models import LARGEST_PAGE_LOSS
+    from masksae.data.blocks import REPEAT
+    from masksae.data.models import LARGEST_PAGE_LOSS
 
     assert f"share {REPEAT} tokens" in page and f"below {LARGEST_PAGE_LOSS:.0f} nats" in page
 

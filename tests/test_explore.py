@@ -6,7 +6,9 @@ import pytest
 import torch
 from test_stages import profile, project  # noqa: F401
 
-from masksae import Run, explore, figures
+from masksae import Run
+from masksae.study import explore
+from masksae.study.figures import all_figures
 from masksae.errors import ConfigError
 from masksae.metrics.absorption import absorbed
 
@@ -76,6 +78,6 @@ def test_an_unknown_parent_is_named(look):
 def test_the_style_suits_light_and_dark_pages():
     import matplotlib
 
-    figures.style()
+    all_figures.style()
     assert matplotlib.rcParams["figure.facecolor"] == matplotlib.rcParams["axes.facecolor"] == "none"
-    assert all(matplotlib.rcParams[key] == figures.GREY for key in ("text.color", "xtick.color", "axes.labelcolor"))
+    assert all(matplotlib.rcParams[key] == all_figures.GREY for key in ("text.color", "xtick.color", "axes.labelcolor"))

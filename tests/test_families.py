@@ -5,7 +5,7 @@ import torch
 import transformers as tr
 from conftest import VOCABULARY, byte_tokenizer
 
-from masksae import models
+from masksae.data import models
 from masksae.errors import ConfigError, SourceError
 from masksae.tracing import activations, activations_after, hook_point, hook_width, spliced_losses
 

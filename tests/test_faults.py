@@ -19,7 +19,8 @@ import yaml
 from conftest import byte_tokenizer, tiny_model
 from fault_table import survived
 
-from masksae import Run, files, scores
+from masksae import Run, files
+from masksae.study.scores import all_scores
 from masksae.errors import OutputError
 from masksae.files import cache_dir
 
@@ -33,7 +34,7 @@ def whole_run(_=None) -> dict:
     """Text, training with snapshots and checkpoints, scores: everything that the run leaves, by what it is."""
     run = Run("mine.yaml")
     run.saes
-    rows = scores.reconstruction_scores(run)
+    rows = all_scores.reconstruction_scores(run)
     run.save_result("reconstruction", rows)
     weights = {path.parent.name: path.read_bytes() for path in run.build.rglob("sae.safetensors")}
     return {"rows": rows, "result": run.result("reconstruction"), **weights}
@@ -148,7 +149,7 @@ def weights() -> dict:
 
 def test_ctrl_c_of_the_command(new_project):
     """The real signal, to a real process, at moments spread over its life."""
-    command = [sys.executable, "-m", "masksae.cli", "train", "mine.yaml"]
+    command = [sys.executable, "-m", "masksae.app.cli", "train", "mine.yaml"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     new_project("whole")
     begin = time.monotonic()
@@ -189,7 +190,7 @@ def test_ctrl_c_in_every_stage_of_the_pipeline(tmp_path, monkeypatch):
         shutil.copytree(cache_dir(kind), tmp_path / "cache" / kind)
     monkeypatch.setenv("MASKSAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(clone))
-    command = [sys.executable, "-m", "masksae.pipeline", "repro", "smoke"]
+    command = [sys.executable, "-m", "masksae.app.repro", "repro", "smoke"]
     stages, seen = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))], []
     while len(seen) < len(stages):
         process = subprocess.Popen(

@@ -16,7 +16,7 @@ from small_training import EVERY, configs, run, same, stream, train_config
 import masksae
 from masksae import MATRYOSHKA, AuxK, BatchTopK, SAEConfig, TopK, TrainConfig
 from masksae.activations import from_model
-from masksae.member import Member
+from masksae.training.group.step import Member
 from masksae.memory import training_bytes
 from masksae.metrics.reconstruction import reconstruction
 from masksae.saes.sae import SAE

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 from conftest import byte_tokenizer, tiny_model
 
-from masksae.executing import execute, save_markdown
+from masksae.app.notebooks import execute, save_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "guides/own_model.ipynb"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import masksae
-from masksae import ActivationStream, BatchTopK, SAEConfig, TrainConfig, logs
+from masksae import ActivationStream, BatchTopK, SAEConfig, TrainConfig
+from masksae.training.group.group import logs
 from masksae.errors import ConfigError, OutputError
 
 CONFIGS = [SAEConfig(8, 32, BatchTopK(2), seed=seed) for seed in (0, 1)]

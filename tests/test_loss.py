@@ -7,7 +7,7 @@ import torch
 from random_saes import ALL_RULES, random_batch, random_sae
 
 from masksae import MATRYOSHKA, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig
-from masksae.member import Member
+from masksae.training.group.step import Member
 from masksae.saes.loss import aux_loss, dense_loss, dense_step
 from masksae.saes.rules import largest, rule_of
 from masksae.saes.sparse import sparse_step

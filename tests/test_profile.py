@@ -8,7 +8,7 @@ import yaml
 from masksae import load_profile
 from masksae.errors import ConfigError
 from masksae.files import PROFILES
-from masksae.profile import RESERVED, Profile
+from masksae.study.profile import RESERVED, Profile
 
 SMOKE = yaml.safe_load((PROFILES / "smoke.yaml").read_text())
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from masksae import report
+from masksae.study.report import all_report
 from masksae.files import read_json
-from masksae.stats import Effect
+from masksae.study.stats import Effect
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,7 +18,7 @@ def verdict_rows(claims: dict) -> list[str]:
     for key, claim in claims.items():
         effect = "–"
         if "difference" in claim:
-            effect = report.describe(Effect.from_dict(claim))
+            effect = all_report.describe(Effect.from_dict(claim))
         elif "grids" in claim:
             cell = lambda verdicts: ", ".join(f"{key} {verdict}" for key, verdict in verdicts.items())
             effect = "; ".join(f"{grid}: {cell(verdicts)}" for grid, verdicts in claim["grids"].items())
@@ -69,16 +69,16 @@ def test_what_is_said_of_absorption_along_training_is_what_was_measured():
 
 
 def test_what_is_said_of_single_parents_is_what_was_measured():
-    from masksae import along_report
+    from masksae.study.report import curves
 
     rows = read_json(ROOT / "results/laptop/along.json")
-    done = along_report.finished(rows)
+    done = curves.finished(rows)
     mean = lambda arm, parent: sum(r["contexts_items"][parent] for r in done if r["arm"] == arm) / 5
     for arm in ("masked", "dropped"):
         for parent in ("the", "and", "of"):
             assert 0.2 < mean(arm, parent) / mean("unmasked", parent) < 0.67
         assert all(mean(arm, parent) > mean("unmasked", parent) for parent in ("a number", "a preposition"))
-        assert all(row["p_holm"] > 0.05 for row in along_report.by_parent(rows, arm))
+        assert all(row["p_holm"] > 0.05 for row in curves.by_parent(rows, arm))
 
 
 def test_what_is_said_of_the_second_model_is_what_was_measured():
@@ -101,8 +101,8 @@ def test_what_is_said_of_the_second_model_is_what_was_measured():
 
 def test_the_page_on_scale_says_what_a_plan_says():
     from masksae import load_profile
-    from masksae.plan import Plan
-    from masksae.plan_report import beyond, costs
+    from masksae.app.plan import Plan
+    from masksae.app.plan_text import beyond, costs
 
     page = (ROOT / "docs/scale.md").read_text()
     for name in ("paper", "paper-gemma"):

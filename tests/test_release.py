@@ -85,14 +85,14 @@ stream = masksae.ActivationStream.from_array(x, batch_size=100, seed=0)
 config = masksae.SAEConfig(16, 64, masksae.BatchTopK(4))
 [sae] = masksae.train([config], stream, masksae.TrainConfig(60, warmup=5, threshold_start=20), checkpoint_dir="kept", progress=False)
 sae.save("own"); sae.to_saelens("saelens"); sae.to_dictionary_learning("dl")
-from masksae.guest import load_sae
+from masksae.study.own_sae import load_sae
 assert all(torch.equal(load_sae(f).W_dec, sae.W_dec) for f in ("own", "saelens", "dl"))
 assert 0 < masksae.metrics.explained_variance(x, sae(x)) < 1
 from transformers import LlamaConfig, LlamaForCausalLM
 model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2))
 from masksae.tracing import activations
 assert activations(model, torch.zeros(2, 5, dtype=torch.int64), block=0).shape == (2, 5, 16)
-from masksae import cli
+from masksae.app import cli
 assert cli.main(["plan", "smoke"]) == 0
 assert cli.main(["export", "own", "again", "--to", "masksae", "--json"]) == 0
 """

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from masksae import figures, load_profile, report, task_figures
+from masksae import load_profile
+from masksae.study.figures import all_figures, probing
+from masksae.study.report import all_report
 from masksae.errors import DataError
-from masksae.stats import combine, paired_effect
+from masksae.study.stats import combine, paired_effect
 
 
 @settings(max_examples=40, deadline=None)
@@ -79,15 +81,15 @@ def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2))
 
 
 def test_planted_effects_give_the_right_verdicts():
-    claims = report.claims(report.merge(*planted(-0.1)), "masked")
+    claims = all_report.claims(all_report.merge(*planted(-0.1)), "masked")
     assert claims["C1"]["verdict"] == "supported" and claims["C1"]["difference"] == pytest.approx(-0.1, abs=0.01)
     assert claims["C1"]["dense_absorbers"] == pytest.approx({"unmasked": 0.5, "masked": 0.65})  # of those that have any
     assert claims["C5"]["verdict"] == "supported" and claims["C5"]["difference"] == pytest.approx(-0.05, abs=0.01)
     assert claims["C4"]["grids"]["batchtopk20"] == {"C1": "inconclusive"} and claims["C4"]["verdict"] == "inconclusive"
     assert claims["C2"]["verdict"] == claims["C3"]["verdict"] == "not measured"
-    assert report.claims(report.merge(*planted(+0.1)), "masked")["C1"]["verdict"] == "contradicted"
-    assert report.claims(report.merge(*planted(0.0)), "masked")["C1"]["verdict"] == "inconclusive"
-    assert report.claims(report.merge(*planted(grids=("one",))), "masked")["C4"]["verdict"] == "not measured"
+    assert all_report.claims(all_report.merge(*planted(+0.1)), "masked")["C1"]["verdict"] == "contradicted"
+    assert all_report.claims(all_report.merge(*planted(0.0)), "masked")["C1"]["verdict"] == "inconclusive"
+    assert all_report.claims(all_report.merge(*planted(grids=("one",))), "masked")["C4"]["verdict"] == "not measured"
 
 
 def probed(kind, change):
@@ -108,27 +110,27 @@ def probed(kind, change):
 
 @pytest.mark.parametrize("change, verdict", [(0.05, "supported"), (-0.05, "contradicted"), (0.0, "inconclusive")])
 def test_probing_and_its_gap_are_judged_in_their_own_direction(change, verdict):
-    table = report.merge(*planted(), probed("probing", change), probed("ood", change))
-    claims = report.claims(table, "masked")
+    table = all_report.merge(*planted(), probed("probing", change), probed("ood", change))
+    claims = all_report.claims(table, "masked")
     assert claims["C2"]["verdict"] == claims["C3"]["verdict"] == verdict
     assert claims["C2"]["difference"] == pytest.approx(change, abs=0.005) == -claims["C3"]["difference"]
     assert claims["C2"]["score"] == "mean AUC of probes on 5 latents"
     assert set(claims["C4"]["grids"]["matryoshka20"]) == {"C1", "C2", "C3"}
-    assert {"probing, AUC", "gap under a shift, AUC"} < set(report.comparison(table).columns)
+    assert {"probing, AUC", "gap under a shift, AUC"} < set(all_report.comparison(table).columns)
 
 
 def test_arms_with_other_seeds_are_refused():
     reconstruction, absorption = planted()
     keep = lambda rows: [r for r in rows if not (r["arm"] == "masked" and r["seed"] == 2)]
     with pytest.raises(DataError, match=r"\[0, 1, 2\] against \[0, 1\]"):
-        report.claims(report.merge(keep(reconstruction), keep(absorption)), "masked")
+        all_report.claims(all_report.merge(keep(reconstruction), keep(absorption)), "masked")
 
 
 def test_comparison_table():
-    table = report.comparison(report.merge(*planted()))
+    table = all_report.comparison(all_report.merge(*planted()))
     assert table["SAEs"].tolist() == ["matryoshka20", "batchtopk20"] and (table["pairs"] == 3).all()
     assert "→" in table["absorption"][0] and "95 %" in table["absorption"][0] and "−0.1" in table["absorption"][0]
-    lines = report.to_markdown(table).splitlines()
+    lines = all_report.to_markdown(table).splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
 
 
@@ -157,7 +159,7 @@ def noisy(seeds=3):
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_noise_table(seeds):
-    rows = {(row["of"], row["source"]): row for row in report.noise_table(noisy(seeds))}
+    rows = {(row["of"], row["source"]): row for row in all_report.noise_table(noisy(seeds))}
     assert rows["unmasked", "draw"]["sd"] == pytest.approx(0.02 / 2**0.5)
     assert ("unmasked", "seed") in rows or seeds == 1
     if seeds > 1:
@@ -167,7 +169,7 @@ def test_noise_table(seeds):
 
 
 def test_absorption_is_averaged_over_the_noise_study():
-    scores = report.merge(*planted(-0.1))
+    scores = all_report.merge(*planted(-0.1))
     rows = [
         {
             "sae": sae,
@@ -178,37 +180,37 @@ def test_absorption_is_averaged_over_the_noise_study():
         for sae in ("unmasked-matryoshka20-s0", "masked-matryoshka20-s0")
         for d in (0, 1)
     ]
-    means = report.noise_means(rows)
+    means = all_report.noise_means(rows)
     assert means[0]["letters"] == pytest.approx({"a": 0.05, "b": 0.3, "c": 0.9}) and means[0]["cells"] == 2
-    table = report.averaged(scores, means).set_index("sae")
+    table = all_report.averaged(scores, means).set_index("sae")
     assert table.loc["masked-matryoshka20-s0", "mean_full"] == pytest.approx(1.25 / 3)
     assert table.loc["masked-matryoshka20-s0", "mean_full_items"] == means[1]["letters"]
     others = [sae for sae in table.index if not sae.endswith("matryoshka20-s0")]
     assert (table.loc[others, "mean_full"] == scores.set_index("sae").loc[others, "mean_full"]).all()
-    assert report.averaged(scores, []).equals(scores)
+    assert all_report.averaged(scores, []).equals(scores)
 
 
 def test_items_of_other_letters_widen_a_verdict():
     reconstruction, absorption = planted(-0.1)
-    found = report.effect(report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+    found = all_report.effect(all_report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
     assert found.items == 3 and found.items_low < -0.09 and found.verdict(-1) == "supported"
     for row in absorption:
         if row["arm"] == "masked" and row["grid"] == "matryoshka20":
             row["letters"] = [item | {"full": item["full"] + 0.3 * (item["letter"] == "a")} for item in row["letters"]]
-    found = report.effect(report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+    found = all_report.effect(all_report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
     assert found.items_high > 0 and found.verdict(-1) == "inconclusive"
     for row in absorption:
         if row["seed"] == 1 and row["arm"] == "masked":
             row["letters"] = row["letters"][:2]
     with pytest.raises(DataError, match="NaN"):
-        report.effect(report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+        all_report.effect(all_report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
 
 
 def test_verdicts_carry_size_and_corrected_p_values():
-    claims = report.claims(report.merge(*planted(-0.1)), "masked")
+    claims = all_report.claims(all_report.merge(*planted(-0.1)), "masked")
     assert claims["C1"]["p_holm"] >= claims["C1"]["p_value"] > 0 and claims["C1"]["size"] < -1
-    assert "detectable" in report.describe(paired_effect([1.0, 2.0], [1.1, 1.9]))
-    assert "detectable" not in report.describe(paired_effect([1.0, 2.0], [2.0, 3.001]))
+    assert "detectable" in all_report.describe(paired_effect([1.0, 2.0], [1.1, 1.9]))
+    assert "detectable" not in all_report.describe(paired_effect([1.0, 2.0], [2.0, 3.001]))
 
 
 def test_matched_sparsity_by_interpolation_over_k():
@@ -220,10 +222,10 @@ def test_matched_sparsity_by_interpolation_over_k():
                 key = {"sae": f"{arm}{k}{seed}", "arm": arm, "p": p, "grid": f"g{k}", "k": k, "seed": seed}
                 ev = 0.5 + 0.1 * np.log(l0 / 20) / np.log(4) - 0.02 * (p > 0) + 0.001 * seed * (p > 0)
                 rows.append(key | {"mode": "as_trained", "architecture": "TopK", "l0": l0, "ev_centred": ev})
-    table = report.interpolated(rows)
+    table = all_report.interpolated(rows)
     assert table["L0"].tolist() == [40.0] and table["pairs"].tolist() == [3]
     assert table["explained variance"][0].startswith("0.550 → 0.531 (−0.019")
-    assert report.interpolated([row for row in rows if row["k"] == 20]).empty
+    assert all_report.interpolated([row for row in rows if row["k"] == 20]).empty
 
 
 def history(scale=1, n=5):
@@ -231,20 +233,20 @@ def history(scale=1, n=5):
 
 
 DRAWINGS = {
-    "reconstruction": lambda: figures.draw_reconstruction(planted()[0]),
-    "absorption": lambda: figures.draw_absorption(planted()[1]),
-    "letters": lambda: figures.draw_items(planted()[1], "matryoshka20", "letters"),
-    "fronts": lambda: figures.draw_fronts(report.merge(*planted()).assign(l0=25.0), report.merge(*planted())),
-    "probing": lambda: task_figures.draw_probing(probed("probing", 0.05), "probing"),
-    "tasks": lambda: task_figures.draw_tasks(probed("probing", 0.05), "matryoshka20", 5),
-    "perturbation": lambda: task_figures.draw_perturbation(ablated(), "matryoshka20"),
-    "noise": lambda: task_figures.draw_noise(report.noise_table(noisy())),
-    "architectures": lambda: figures.draw_family(planted()[0]),
-    "summary": lambda: figures.draw_summary(report.merge(*planted())),
-    "training": lambda: figures.draw_training(
+    "reconstruction": lambda: all_figures.draw_reconstruction(planted()[0]),
+    "absorption": lambda: all_figures.draw_absorption(planted()[1]),
+    "letters": lambda: all_figures.draw_items(planted()[1], "matryoshka20", "letters"),
+    "fronts": lambda: all_figures.draw_fronts(all_report.merge(*planted()).assign(l0=25.0), all_report.merge(*planted())),
+    "probing": lambda: probing.draw_probing(probed("probing", 0.05), "probing"),
+    "tasks": lambda: probing.draw_tasks(probed("probing", 0.05), "matryoshka20", 5),
+    "perturbation": lambda: probing.draw_perturbation(ablated(), "matryoshka20"),
+    "noise": lambda: probing.draw_noise(all_report.noise_table(noisy())),
+    "architectures": lambda: all_figures.draw_family(planted()[0]),
+    "summary": lambda: all_figures.draw_summary(all_report.merge(*planted())),
+    "training": lambda: all_figures.draw_training(
         {f"{arm}-{g}": (arm, g, history(scale)) for arm in ("unmasked", "masked") for g, scale in (("a", 1), ("b", 9))}
     ),
-    "norms": lambda: figures.draw_norms(
+    "norms": lambda: all_figures.draw_norms(
         [
             {"arm": a, "masked": m, "norm": 90.0 + i}
             for a, m in (("unmasked", False), ("masked", True))
@@ -259,11 +261,11 @@ def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
     import matplotlib
 
     matplotlib.use("agg")
-    figures.style()
+    all_figures.style()
     for folder in ("a", "b"):
         figure = DRAWINGS[name]()
         run = SimpleNamespace(figures=tmp_path / folder, profile=load_profile("smoke"))
-        figures.save_figure(run, name, figure, "A caption.")
+        all_figures.save_figure(run, name, figure, "A caption.")
         matplotlib.pyplot.close(figure)
     for suffix in (".svg", ".png", ".txt"):
         first, second = (tmp_path / folder / f"{name}{suffix}" for folder in ("a", "b"))
@@ -283,7 +285,7 @@ def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
 
 
 def test_long_tables_are_folded():
-    short, long = (report.show([{"sae": i, "l0": 20.0} for i in range(n)]).data for n in (15, 16))
+    short, long = (all_report.show([{"sae": i, "l0": 20.0} for i in range(n)]).data for n in (15, 16))
     assert "<details>" not in short and long.startswith("<details><summary>Table of 16 rows: sae, l0</summary>")
     assert long.count("<tr>") + long.count("<tr ") == 17
 
@@ -295,6 +297,6 @@ def test_masked_text_shows_what_is_masked():
 
     import torch
 
-    html = figures.masked_text_html(Tokenizer(), torch.tensor([1, 2, 3]), torch.tensor([False, True, False]))
+    html = all_figures.masked_text_html(Tokenizer(), torch.tensor([1, 2, 3]), torch.tensor([False, True, False]))
     assert html.count("<span") == 3 and html.count("background") == 1 and "&lt;2&gt;" in html
     assert html.index("background") < html.index("&lt;2&gt;") < html.index("&lt;3&gt;")

@@ -5,7 +5,8 @@ import torch
 import yaml
 from test_stages import profile, project  # noqa: F401
 
-from masksae import Run, load_saelens, pipeline, share
+from masksae import Run, load_saelens
+from masksae.app import repro, upload
 from masksae.errors import ConfigError, DataError, SourceError
 
 
@@ -19,20 +20,20 @@ def run(project):  # noqa: F811
 
 
 def test_the_folder_holds_every_sae_as_it_is(run):
-    folder = share.build(run)
+    folder = upload.build(run)
     for name, sae in run.load_saes().items():
         assert torch.equal(load_saelens(folder / name).W_dec, sae.W_dec)
     assert len([path for path in folder.iterdir() if path.is_dir()]) == len(run.table)
 
 
 def test_the_card_says_what_the_run_was(run):
-    text = share.card(run)
+    text = upload.card(run)
     head = yaml.safe_load(text.split("---")[1])
     assert head == {"library_name": "saelens", "tags": ["saelens", "sparse-autoencoder", "masked-regularization"]}
     assert "* `masked`: 30% of the input tokens replaced by `<mask>`" in text and "* `unmasked`: no masking" in text
     assert "| plain | masked | 2 | 3.000 | 0.550 | 0.250 |" in text and "6,400 tokens an arm" in text
     (run.results / "reconstruction.json").unlink()
-    assert "No scores were taken." in share.card(run)
+    assert "No scores were taken." in upload.card(run)
 
 
 def test_pushing(run, monkeypatch):
@@ -44,24 +45,24 @@ def test_pushing(run, monkeypatch):
         "huggingface_hub.HfApi.upload_folder",
         lambda self, **options: pushed.append(sorted(p.name for p in options["folder_path"].iterdir())) or "address",
     )
-    assert share.upload(run, "someone/saes") == "address"
+    assert upload.upload(run, "someone/saes") == "address"
     assert pushed[0] == ("someone/saes", True) and "README.md" in pushed[1] and "masked-plain-s0" in pushed[1]
     with pytest.raises(ConfigError, match="owner/name, found 'saes'"):
-        share.upload(run, "saes")
+        upload.upload(run, "saes")
 
     def refused(*_, **__):
         raise OSError("no route\nmore")
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refused)
     with pytest.raises(SourceError, match=r"hub is built, but could not be pushed to a/b: no route\. Check"):
-        share.upload(run, "a/b")
+        upload.upload(run, "a/b")
 
 
 def test_the_command(run, capsys):
-    assert pipeline.main(["share", run.source]) == 0
+    assert repro.main(["share", run.source]) == 0
     assert "build/tiny/hub" in capsys.readouterr().out
 
 
 def test_nothing_to_share(project):  # noqa: F811
     with pytest.raises(DataError, match="Run notebook 02_train"):
-        share.build(Run(profile(project)))
+        upload.build(Run(profile(project)))

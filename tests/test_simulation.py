@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from masksae import SAE, BatchTopK, SAEConfig, figures, load_profile, simulation, simulation_figures
-from masksae.simulation import World
-from masksae.stats import Effect
+from masksae import SAE, BatchTopK, SAEConfig, load_profile
+from masksae.study.figures import all_figures, mechanism
+from masksae.study.scores import mechanism
+from masksae.study.scores.mechanism import World
+from masksae.study.stats import Effect
 
 
 def test_samples_are_sums_of_the_features_they_name():
@@ -50,20 +52,20 @@ def perfect(world, folded: int | None = None):
 def test_absorption_of_a_perfect_and_of_a_planted_sae():
     world = World(0)
     clean = world.sample(8000, p=0.0, seed=1)
-    assert simulation.absorption(perfect(world), world, clean, 0.3) == (0, 0)
-    assert simulation.absorption(perfect(world, folded=4), world, clean, 0.3) == (1 / 8, 1 / 8)  # word 4 of eight each
+    assert mechanism.absorption(perfect(world), world, clean, 0.3) == (0, 0)
+    assert mechanism.absorption(perfect(world, folded=4), world, clean, 0.3) == (1 / 8, 1 / 8)  # word 4 of eight each
 
 
 @pytest.fixture(scope="module")
 def rows():
     cells = [{"p": 0.0}, {"p": 0.3}, {"p": 0.3, "drop_masked": True}]
     return [
-        row for seed in range(3) for cell in cells for row in simulation.simulate(seed, k=1.2, n_latents=24, **cell)
+        row for seed in range(3) for cell in cells for row in mechanism.simulate(seed, k=1.2, n_latents=24, **cell)
     ]
 
 
 def test_masking_removes_cross_token_absorption_only(rows):
-    dropped = {e["parent"]: e for e in simulation.effects(rows, "masked, dropped")}
+    dropped = {e["parent"]: e for e in mechanism.effects(rows, "masked, dropped")}
     assert dropped["cross"]["baseline"] > 0.3 and dropped["cross"]["difference"] < -0.25
     assert abs(dropped["same"]["difference"]) < 0.25 and dropped["same"]["baseline"] > 0.4
     assert Effect.from_dict(dropped["cross"]).pairs == 3
@@ -76,7 +78,7 @@ def test_kept_positions_raise_clean_l0_and_matching_restores_it(rows):
 
 
 def test_same_seed_same_rows(rows):
-    assert simulation.simulate(0, k=1.2, n_latents=24, p=0.0) == [
+    assert mechanism.simulate(0, k=1.2, n_latents=24, p=0.0) == [
         r for r in rows if r["seed"] == 0 and r["arm"] == "unmasked"
     ]
 
@@ -85,17 +87,17 @@ def test_pictures_are_byte_stable_and_complete(rows, tmp_path):
     import matplotlib
 
     matplotlib.use("agg")
-    figures.style()
+    all_figures.style()
     many = [{**row, "k": k, "l0": row["l0"] + k} for row in rows for k in (1.2, 1.5)]
     draw = {
-        "curves": lambda: simulation_figures.draw_curves(many, 0.3),
-        "phases": lambda: simulation_figures.draw_phases(simulation.effects(many, "masked, dropped"), 0.3),
+        "curves": lambda: mechanism.draw_curves(many, 0.3),
+        "phases": lambda: mechanism.draw_phases(mechanism.effects(many, "masked, dropped"), 0.3),
     }
     for name, make in draw.items():
         for folder in ("a", "b"):
             figure = make()
             run = SimpleNamespace(figures=tmp_path / folder, profile=load_profile("smoke"))
-            figures.save_figure(run, name, figure, "A caption.", simulated=True)
+            all_figures.save_figure(run, name, figure, "A caption.", simulated=True)
             matplotlib.pyplot.close(figure)
         for suffix in (".svg", ".png", ".txt"):
             assert (tmp_path / "a" / f"{name}{suffix}").read_bytes() == (
@@ -105,4 +107,4 @@ def test_pictures_are_byte_stable_and_complete(rows, tmp_path):
         texts = [text.get_text() for axis in figure.axes for text in axis.texts]
         assert name == "curves" or len(texts) == 4 and all(text[0] in "+−" for text in texts)
         titles = {axis.get_title() for axis in figure.axes if axis.get_title()}
-        assert titles == set(simulation_figures.PARENTS.values())
+        assert titles == set(mechanism.PARENTS.values())

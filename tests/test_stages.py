@@ -7,7 +7,9 @@ import torch
 import yaml
 from conftest import byte_tokenizer, tiny_model
 
-from masksae import SAE, Run, scores, stages
+from masksae import SAE, Run
+from masksae.study.scores import all_scores
+from masksae.study import run
 from masksae.errors import ConfigError, DataError
 from masksae.files import read_json
 
@@ -95,7 +97,7 @@ def test_from_text_to_scores(project):
     saes = run.saes
     assert [row["sae"] for row in run.table] == list(saes) and len(saes) == 6
     assert list(saes)[0] == "unmasked-plain-s0" and (run.build / "saes/masked/masked-matryoshka-s0").is_dir()
-    rows = scores.reconstruction_scores(run)
+    rows = all_scores.reconstruction_scores(run)
     assert len(rows) == 12
     for row in rows:
         assert row["ev_centred"] > 0 and row["ce_zero"] > 0
@@ -121,7 +123,7 @@ def test_the_masked_arm_is_trained_on_what_the_model_makes_of_masked_text(projec
 def test_what_is_finished_is_read_back_and_what_is_missing_is_made(project, monkeypatch):
     path = profile(project)
     before = {name: sae.W_dec.clone() for name, sae in Run(path).saes.items()}
-    monkeypatch.setattr(stages, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
     again = Run(path)
     assert all(torch.equal(again.saes[name].W_dec, w) for name, w in before.items())
     assert all(torch.equal(again.load_saes()[name].W_dec, w) for name, w in before.items())
@@ -137,18 +139,18 @@ def test_what_is_finished_is_read_back_and_what_is_missing_is_made(project, monk
 def test_scores_are_made_once(project, monkeypatch):
     run = Run(profile(project))
     run.saes
-    rows = scores.reconstruction_scores(run)
-    monkeypatch.setattr(scores, "_reconstruction_scores", lambda _: pytest.fail("scored again"))
-    assert scores.reconstruction_scores(Run(project / "tiny.yaml")) == rows
+    rows = all_scores.reconstruction_scores(run)
+    monkeypatch.setattr(all_scores, "_reconstruction_scores", lambda _: pytest.fail("scored again"))
+    assert all_scores.reconstruction_scores(Run(project / "tiny.yaml")) == rows
 
 
 def test_an_arm_may_be_renamed(project):
     first = Run(profile(project))
-    rows = first.saes and scores.reconstruction_scores(first)
+    rows = first.saes and all_scores.reconstruction_scores(first)
     arms = [{"name": "clean", "p": 0.0}, {"name": "corrupted", "p": 0.3}]
     second = Run(profile(project, "renamed", arms=arms))
     assert [name.split("-")[0] for name in second.saes] == 3 * ["clean"] + 3 * ["corrupted"]
-    renamed = scores.reconstruction_scores(second)
+    renamed = all_scores.reconstruction_scores(second)
     assert [r["arm"] for r in renamed] == [{"unmasked": "clean", "masked": "corrupted"}[r["arm"]] for r in rows]
     assert [r["ev_centred"] for r in renamed] == [r["ev_centred"] for r in rows]
 
@@ -184,9 +186,9 @@ def test_results_travel_through_files(project):
     ],
 )
 def test_refused_before_the_long_work(project, monkeypatch, changes, error, words):
-    import masksae.training
+    import masksae.training.group
 
-    monkeypatch.setattr(masksae.training.Group, "run", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(masksae.training.group.Group, "run", lambda *_: pytest.fail("training began"))
     with pytest.raises(error) as caught:
         Run(profile(project, **changes)).saes
     assert words in str(caught.value)

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_stages import profile, project  # noqa: F401
 
-from masksae import Run, guest, tasks
+from masksae import Run
+from masksae.study import own_sae
+from masksae.study.scores import probing
 from masksae.errors import ConfigError, DataError
-from masksae.shifts import Shift, typos
+from masksae.data.shifts import Shift, typos
 from masksae.tracing import activations
 
 
@@ -34,18 +36,18 @@ def run(project):  # noqa: F811
 
 def test_the_activation_is_that_of_the_last_token(run):
     texts = ["the cat sat", "a", "seven dogs ran past it and nobody saw them"]
-    x = tasks.last_token_activations(run, texts)
+    x = probing.last_token_activations(run, texts)
     for text, found in zip(texts, x):
         ids = [run.bos_id, *run.language_model.tokenizer(text, add_special_tokens=False)["input_ids"][-8:]]
         alone = activations(run.language_model.model, torch.tensor([ids]), block=1)[0, -1]
         torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
     with pytest.raises(DataError, match="no token"):
-        tasks.last_token_activations(run, ["fine", ""])
+        probing.last_token_activations(run, ["fine", ""])
 
 
 def test_rows_of_both_kinds(run):
     saes = run.saes
-    for kind, rows in (("probing", tasks.probing_scores(run)), ("ood", tasks.ood_scores(run))):
+    for kind, rows in (("probing", probing.probing_scores(run)), ("ood", probing.ood_scores(run))):
         assert [(row["sae"], row["mode"]) for row in rows] == [
             (name, mode) for name in saes for mode in ("as_trained", "matched")
         ]
@@ -60,9 +62,9 @@ def test_rows_of_both_kinds(run):
 
 def test_an_sae_in_half_precision(run, tmp_path):
     sae = next(iter(run.saes.values()))
-    row = next(row for row in tasks.probing_scores(run) if row["mode"] == "as_trained")
-    visitor = guest.Guest(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
-    for kind, rows in guest.evaluate(visitor, ["probing", "ood"]).items():
+    row = next(row for row in probing.probing_scores(run) if row["mode"] == "as_trained")
+    visitor = own_sae.Guest(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
+    for kind, rows in own_sae.evaluate(visitor, ["probing", "ood"]).items():
         assert rows[0][f"{kind}_auc_5"] == pytest.approx(row["probing_auc_5"], abs=0.1)
 
 
@@ -70,12 +72,12 @@ def test_a_shifted_set_that_raw_activations_cannot_tell_is_left_out(run, project
     table(project / "task_OOD.csv", seed=2, flipped=True)
     run.saes
     with pytest.raises(DataError, match="No task of ood is told from raw activations"):
-        tasks.ood_scores(run)
+        probing.ood_scores(run)
 
 
 def test_training_rows_are_shared_by_a_task_and_its_shift(run, project):  # noqa: F811
-    plain = tasks.task_activations(run, str(project / "task.csv"))
-    shifted = tasks.task_activations(run, str(project / "task.csv"), Shift.parse(str(project / "task_OOD.csv")))
+    plain = probing.task_activations(run, str(project / "task.csv"))
+    shifted = probing.task_activations(run, str(project / "task.csv"), Shift.parse(str(project / "task_OOD.csv")))
     assert torch.equal(plain["y_train"], shifted["y_train"]) and len(shifted["x_test"]) == 200
     torch.testing.assert_close(
         plain["x_train"], shifted["x_train"], rtol=1e-5, atol=1e-6
@@ -85,7 +87,7 @@ def test_training_rows_are_shared_by_a_task_and_its_shift(run, project):  # noqa
 
 def test_a_task_with_three_classes_is_refused():
     with pytest.raises(DataError, match=r"found 3: \[0, 1, 2\]"):
-        tasks.labels([0, 1, 2])
+        probing.labels([0, 1, 2])
 
 
 def test_each_family_of_shifts_has_its_own_means(run, project):  # noqa: F811
@@ -99,7 +101,7 @@ def test_each_family_of_shifts_has_its_own_means(run, project):  # noqa: F811
     ]
     run = Run(profile(project, probing={"shifted": shifted}))
     run.saes
-    row = tasks.ood_scores(run)[0]
+    row = probing.ood_scores(run)[0]
     by_family = {}
     for t in row["tasks"]:
         by_family.setdefault(t["family"], []).append(t["auc"]["5"])
@@ -111,7 +113,7 @@ def test_each_family_of_shifts_has_its_own_means(run, project):  # noqa: F811
 
 def test_a_domain_is_tested_on_as_many_rows_as_the_task(run, project):  # noqa: F811
     table(project / "other.csv", seed=3)
-    found = tasks.task_activations(run, str(project / "task.csv"), Shift("domain", "", str(project / "other.csv")))
+    found = probing.task_activations(run, str(project / "task.csv"), Shift("domain", "", str(project / "other.csv")))
     assert len(found["x_test"]) == 40
 
 
@@ -131,13 +133,13 @@ def test_forms_of_shifts():
 def test_all_tasks_but_those_with_too_few_rows(run, project, monkeypatch):  # noqa: F811
     table(project / "small.csv", n=20)
     names = [str(project / "task.csv"), str(project / "small.csv")]
-    monkeypatch.setattr(tasks, "binary_tasks", lambda: names)
+    monkeypatch.setattr(probing, "binary_tasks", lambda: names)
     run = Run(profile(project, probing={"tasks": ["all"]}))
     run.saes
-    row = tasks.probing_scores(run)[0]
+    row = probing.probing_scores(run)[0]
     assert [t["task"] for t in row["tasks"]] == names[:1]
     assert "10 distinct prompts, 20 are wanted" in row["excluded"][names[1]]
     run = Run(profile(project, probing={"tasks": names}))
     run.saes
     with pytest.raises(DataError, match="small.csv: The rarer class has 10"):
-        tasks.probing_scores(run)
+        probing.probing_scores(run)

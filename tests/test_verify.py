@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_stages import profile, project  # noqa: F401
 
-from masksae import Run, pipeline, verify
+from masksae import Run
+from masksae.app import repro, verify
 from masksae.errors import SourceError
 from masksae.export import to_dictionary_learning
 
@@ -33,7 +34,7 @@ def test_the_released_saes_are_found_by_their_k(run):
 def test_released_saes_are_scored_on_the_reference_text(run, project, monkeypatch):  # noqa: F811
     from types import SimpleNamespace
 
-    from masksae import scores
+    from masksae.study.scores import all_scores
     from masksae.metrics import absorption, probes
 
     monkeypatch.setattr(verify, "TEXT", str(project / "text.jsonl"))
@@ -41,7 +42,7 @@ def test_released_saes_are_scored_on_the_reference_text(run, project, monkeypatc
     monkeypatch.setattr(
         verify, "ce_score", lambda original, zero, sae: sae / original
     )  # a random model knows nothing to lose
-    monkeypatch.setattr(scores, "word_activations", lambda run: (["a", "b"], torch.zeros(2, 16)))
+    monkeypatch.setattr(all_scores, "word_activations", lambda run: (["a", "b"], torch.zeros(2, 16)))
     monkeypatch.setattr(probes, "letter_probe", lambda *_, **__: None)
     monkeypatch.setattr(absorption, "first_letter", lambda *_, **__: SimpleNamespace(mean_full=0.25))
     found = verify.score_released(run, verify.SUITES[run.profile.model.source])
@@ -80,7 +81,7 @@ def test_without_network_or_results_everything_is_named(run, monkeypatch, capsys
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(SourceError, match="someone/suite is out of reach"):
         verify._download(verify.SUITES[run.profile.model.source], 1)
-    assert pipeline.main(["verify", run.source]) == 0
+    assert repro.main(["verify", run.source]) == 0
     told = capsys.readouterr().out
     assert "0 agree, 0 differ, 9 could not be checked." in told and "out of reach (no route)" in told
     assert "ood.json is missing" in told
@@ -88,9 +89,9 @@ def test_without_network_or_results_everything_is_named(run, monkeypatch, capsys
 
 def test_a_difference_is_an_exit_status(run, monkeypatch):
     monkeypatch.setattr(verify, "score_released", lambda *_: {3: {"CE score": 0.5}})
-    assert pipeline.main(["verify", run.source]) == 1
+    assert repro.main(["verify", run.source]) == 1
 
 
 def test_models_without_published_numbers(project, capsys):  # noqa: F811
-    assert pipeline.main(["verify", str(profile(project))]) == 0
+    assert repro.main(["verify", str(profile(project))]) == 0
     assert "Nothing was published about the model of tiny" in capsys.readouterr().out

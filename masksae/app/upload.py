@@ -1,0 +1,119 @@
+"""The SAEs of a run as a repository for the hub: one folder each in SAELens' form, and a model card made from the run's own results."""
+
+from pathlib import Path
+
+from masksae.errors import ConfigError, DataError, SourceError
+from masksae.export import to_saelens
+from masksae.files import ANYTHING, atomic_dir
+from masksae.app.plan import Plan
+from masksae.study.run import Run
+from masksae.tracing import hook_point
+
+SCORES = {
+    "reconstruction": {"l0": "L0", "ev_centred": "explained variance", "ce_score": "CE score"},
+    "absorption": {"mean_full": "absorption, first letters"},
+    "contexts": {"context_full": "absorption, cross-token"},
+}
+"""Columns of the card, of the results that are there; at matched clean L0."""
+
+
+def build(run: Run) -> Path:
+    """Write build/PROFILE/hub/ and return it. Raises DataError if the SAEs are not trained."""
+    saes, target = run.load_saes(), run.build / "hub"
+    model = run.profile.model
+    hook, name = hook_point(Plan(run.profile).model, model.block), model.source.removeprefix("hub:")
+    with atomic_dir(target, ANYTHING) as tmp:
+        for row in run.table:
+            to_saelens(
+                saes[row["sae"]], tmp / row["sae"], model_name=name, hook_name=model.hook_name,
+                context_size=run.profile.text.block_length, dataset_path=", ".join(run.profile.text.sources), transformers_hook=hook,
+                mask_probability=row["p"], seed=row["seed"],
+            )  # fmt: skip
+        (tmp / "README.md").write_text(card(run), encoding="utf-8")
+    return target
+
+
+def upload(run: Run, repository: str) -> str:
+    """Build and push to the hub as `repository` ("owner/name", private until made public there); its address. Raises ConfigError, SourceError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    if repository.count("/") != 1:
+        raise ConfigError(f"The repository must be owner/name, found {repository!r}.")
+    folder, api = build(run), HfApi()
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        return str(
+            api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=f"SAEs of the profile {run.profile.name}"
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        raise SourceError(
+            f"{folder} is built, but could not be pushed to {repository}: {str(error).strip().splitlines()[0]}. Check the name, the network "
+            "and HF_TOKEN, or upload the folder by hand."
+        ) from error
+
+
+def card(run: Run) -> str:
+    """The model card: where the SAEs come from, how to load them, what they score."""
+    profile, model, training = run.profile, run.profile.model, run.profile.training
+    arms = [f"* `{arm.name}`: {_masking(arm, arm.token or model.mask_token)}" for arm in profile.arms]
+    base = f"base_model: {model.source.removeprefix('hub:')}\n" if model.source.startswith("hub:") else ""
+    return f"""---
+library_name: saelens
+tags: [saelens, sparse-autoencoder, masked-regularization]
+{base}---
+
+# SAEs with and without masked regularisation: {profile.name}
+
+{profile.description}. Trained by [masksae](https://arxiv.org/abs/2604.06495)'s open companion.
+
+* Model: `{model.source}`, {model.place} (blocks counted from 0), blocks of {profile.text.block_length} tokens, BOS left out
+* Text: {", ".join(f"`{source}`" for source in profile.text.sources)}, {profile.text.train_tokens:,} tokens an arm, {training.epochs} epoch(s)
+* Recipe: Adam {training.lr:g}, batches of {training.batch_size:,} tokens, {profile.saes[0].n_latents:,} latents; both arms alike
+{chr(10).join(arms)}
+
+Names are ARM-GRID-sSEED. Arms differ in nothing but the tokens that the language model read while activations were collected. All scores are taken
+on clean text. Compare arms at matched L0: masking moves the inference threshold.
+
+```python
+from sae_lens import SAE
+sae = SAE.load_from_disk("{run.table[0]["sae"]}")  # after downloading this repository
+```
+
+{_scores(run)}
+
+Weights are derived from the language model: its licence and terms apply.
+"""
+
+
+def _masking(arm, token: str) -> str:
+    if not arm.p:
+        return "no masking"
+    return f"{arm.p:.0%} of the input tokens replaced by `{token}`" + (
+        ", those positions left out" if arm.drop_masked else ""
+    )
+
+
+def _scores(run: Run) -> str:
+    """A table of the scores that the run has, mean over seeds."""
+    rows: dict[tuple, dict[str, list[float]]] = {}
+    for result, columns in SCORES.items():
+        try:
+            found = run.result(result)
+        except DataError:
+            continue
+        for row in found:
+            if row["mode"] == "matched":
+                cell = rows.setdefault((row["grid"], row["arm"]), {})
+                for column, title in columns.items():
+                    cell.setdefault(title, []).append(row[column])
+    if not rows:
+        return "No scores were taken."
+    titles = list(next(iter(rows.values())))
+    lines = ["| SAEs | arm | seeds | " + " | ".join(titles) + " |", "|" + " --- |" * (3 + len(titles))]
+    for (grid, arm), cell in rows.items():
+        values = [f"{sum(cell[t]) / len(cell[t]):.3f}" if t in cell else "" for t in titles]
+        lines.append(f"| {grid} | {arm} | {len(cell[titles[0]])} | " + " | ".join(values) + " |")
+    return "Means over seeds, at matched clean L0:\n\n" + "\n".join(lines)

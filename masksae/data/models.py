@@ -1,0 +1,267 @@
+"""Language models by name: a pinned GGUF file out of a registry package, a hub name, or a folder.
+
+A GGUF file of a registry package takes half a minute to read, so it is converted once, tested on a page of English,
+and kept as safetensors; later loads take a second. The test matters: a reader that maps one tensor wrongly gives a
+model that runs and means nothing. Whatever the source, a model that lacks weights (transformers would draw them at
+random) or sees later tokens is refused.
+"""
+
+import contextlib
+import copy
+import html
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from masksae.errors import ConfigError, SourceError, nearest, require
+from masksae.files import atomic_dir, cache_dir, ensure_writable, sha256, write_text
+from masksae.memory import available_bytes
+from masksae.data.packages import fetch, member
+from masksae.data.texts import MODELS
+
+PAGE = Path(__file__).with_name("page.txt")
+"""A page of English written for this purpose, so no model has seen it."""
+
+LARGEST_PAGE_LOSS = 4.0
+"""Nats per token. SmolLM2-135M gives 3.29 on the page, and 8.25 when only the rows of its query heads are in another order."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model in eval mode with its tokenizer."""
+
+    name: str
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    note: str
+    """What a reader of its numbers should know."""
+
+
+def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
+    """Load "smollm2-135m" (registry package), "hub:owner/name[@revision]", a folder, or a .gguf file, which is dequantised at every load.
+
+    Raises ConfigError, also for a model that is larger than the free memory, or SourceError: for what cannot be read,
+    lacks weights, sees later tokens, or is a GGUF file that does not read English."""
+    if source in MODELS:
+        folder, options, note = _converted(source), {"local_files_only": True}, MODELS[source].note
+    elif source.startswith("hub:"):
+        folder, _, revision = source.removeprefix("hub:").partition("@")
+        options, note = {"revision": revision or "main"}, f"{folder} from the hub"
+    elif source.endswith(".gguf") and Path(source).is_file():
+        require("evaluate", "gguf", "accelerate")
+        folder, note = str(Path(source).parent), f"{Path(source).name}, dequantised"
+        options = {"gguf_file": Path(source).name, "local_files_only": True}
+    else:
+        if not (Path(source) / "config.json").is_file():
+            raise ConfigError(
+                f"Model source {source!r} is neither a known name, a hub: name nor a folder with a config.json, nor a .gguf file.{nearest(source, MODELS)}"
+            )
+        folder, options, note = source, {"local_files_only": True}, f"local folder {Path(source).name}"
+    _check_config(folder, source, device, dtype, options)
+    model, tokenizer = _from_pretrained(folder, source, dtype=getattr(torch, dtype), **options)
+    if model.device.type != torch.device(device).type:  # quantised weights may be there already, and cannot be moved
+        model = model.to(device)
+    _check_causal(model.eval().requires_grad_(False), source)
+    if "gguf_file" in options:
+        check_reads_english(model, tokenizer, source)
+    return LanguageModel(source, model, tokenizer, note)
+
+
+def _check_config(folder, source: str, device: str, dtype: str, options: dict) -> None:
+    """Raise SourceError for an encoder-decoder, ConfigError if the weights alone need more than is free; quantised
+    weights, whose size is not told by the config, are not checked."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _loading(source):
+        config = AutoConfig.from_pretrained(folder, **options)
+    if config.is_encoder_decoder:  # transformers would load the decoder of some alone, with weights missing
+        raise SourceError(
+            f"Cannot load the model {source!r}: it is an encoder-decoder ({config.model_type}). "
+            "Use a decoder-only model."
+        )
+    try:
+        with torch.device("meta"):
+            numbers = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except Exception:  # whatever it is, loading says it
+        return
+    needed, free = numbers * getattr(torch, dtype).itemsize, available_bytes(device)
+    if getattr(config, "quantization_config", None) is None and free is not None and needed > free:
+        raise ConfigError(
+            f"The weights of {source!r} need {needed / 1e9:.1f} GB on {device} as {dtype}, {free / 1e9:.1f} GB are free. Use model.dtype bfloat16, a "
+            "larger device, or a smaller model; parts of a model that do not fit are not swapped."
+        )
+
+
+def token_id(tokenizer, text: str) -> int:
+    """Id of a special token, such as "<|endoftext|>". Raises ConfigError if the text is not one token."""
+    ids = tokenizer.convert_tokens_to_ids([text])
+    if ids[0] is None or tokenizer.convert_ids_to_tokens(ids[0]) != text:
+        special = [str(t) for t in tokenizer.added_tokens_encoder] or tokenizer.all_special_tokens
+        raise ConfigError(f"{text!r} is not a token of this model.{nearest(text, special)}")
+    return ids[0]
+
+
+@torch.no_grad()
+def _check_causal(model, source: str) -> None:
+    """Raise SourceError if what the model says of earlier tokens depends on later ones by more than rounding: 0
+    without experts, whose batches change with the tokens (3e-7 in float32); an encoder with random weights gives 2e-4
+    or more."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    middle = vocabulary // 2 + torch.arange(16, device=model.device)  # ordinary words of most tokenizers
+    ids = middle[None] % vocabulary
+    other = torch.cat([ids[:, :8], ids[:, 8:].flip(1)], dim=1)
+    before, after = (model(input_ids=each, use_cache=False).logits[:, :8].double() for each in (ids, other))
+    change = ((after - before).norm(dim=-1) / before.norm(dim=-1)).max().item()
+    quantised = getattr(model.config, "quantization_config", None) is not None  # its products may be coarse
+    rounding = max(3e-5, 16 * torch.finfo(torch.bfloat16 if quantised else model.dtype).eps)
+    if not change <= rounding:
+        raise SourceError(
+            f"{source!r} ({type(model).__name__}) sees later tokens: other tokens after the eighth change what it says "
+            f"before by {change:.2g} of its size, expected rounding, {rounding:.1g}. Use a causal language model; "
+            "an encoder has nothing to predict next."
+        )
+
+
+@torch.no_grad()
+def page_loss(model, tokenizer) -> float:
+    """Mean next-token cross-entropy, in nats, on the page of English, after the BOS token if there is one."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = torch.tensor([start + tokenizer(PAGE.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]])
+    ids = ids.to(model.device)
+    return model(input_ids=ids, labels=ids).loss.item()
+
+
+def check_reads_english(model, tokenizer, name: str) -> float:
+    """The page's loss. Raises SourceError if it is so high that the weights must be wrong."""
+    loss = page_loss(model, tokenizer)
+    if not loss < LARGEST_PAGE_LOSS:
+        raise SourceError(
+            f"{name} gives {loss:.2f} nats per token on a page of English, expected below {LARGEST_PAGE_LOSS}: its weights were "
+            "read wrongly, or it is no model of English. Use the pinned versions of transformers and gguf "
+            "(requirements.lock)."
+        )
+    return loss
+
+
+@contextlib.contextmanager
+def _loading(source: str):
+    """Turn what transformers raises for a model that it cannot load into a SourceError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(
+            f"Cannot load the model {source!r}: {reason} Check the name and the network, or give a local folder."
+        ) from error
+
+
+def _from_pretrained(folder, source: str, **options):
+    """The model and its tokenizer. Raises SourceError if the weights are not all there or have other shapes;
+    transformers would draw them at random."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with _loading(source):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        options.pop("dtype")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if missing := sorted(info["missing_keys"]):  # tied weights are not among them
+        raise SourceError(
+            f"Cannot load the model {source!r}: it lacks {len(missing)} weights of {type(model).__name__}: "
+            f"{_some(missing)}. Get all of its files, and a config.json that belongs to them."
+        )
+    if mismatched := sorted(
+        f"{name} {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
+    ):
+        raise SourceError(
+            f"Cannot load the model {source!r}: {len(mismatched)} weights have another shape than its config.json "
+            f"says: {_some(mismatched)}. Get all of its files from one place."
+        )
+    return model, tokenizer
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """The first names of a list that may be long."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def terms(source: str) -> str | None:
+    """Terms of use, as text, that a model's reader must accept before the download and has not yet; None if there are none."""
+    spec = MODELS.get(source)
+    accepted = [name.strip() for name in os.environ.get("MASKSAE_ACCEPT_TERMS", "").split(",")]
+    if spec is None or spec.terms is None or source in accepted or cache_dir("models", f"{source}.accepted").exists():
+        return None
+    package, name = spec.terms
+    page = member(fetch(package), name).decode()
+    body = re.sub(r"(?s)<(script|style|head|nav|header|footer|devsite-\w*header)\b.*?</\1>", " ", page)
+    lines = (line.strip() for line in html.unescape(re.sub(r"<[^>]+>", "\n", body)).splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def accept_terms(source: str) -> None:
+    """Remember that the reader accepted a model's terms."""
+    write_text(cache_dir("models", f"{source}.accepted"), "accepted\n")
+
+
+def require_terms(source: str) -> None:
+    """Raise SourceError, with the way to accept, if a model has terms that were not accepted."""
+    if text := terms(source):
+        shown = write_text(cache_dir("models", f"{source}-terms.txt"), text)
+        raise SourceError(
+            f"{source} comes under terms of use of its own, which you must accept once: read {shown}, then run `make repro` in a terminal "
+            f"and answer yes, or set MASKSAE_ACCEPT_TERMS={source}."
+        )
+
+
+def _converted(source: str) -> Path:
+    """Folder with the safetensors form of a GGUF model, made on first use."""
+    from filelock import FileLock
+
+    spec = MODELS[source]
+    folder = cache_dir("models", f"{source}-{spec.sha256[:12]}")
+    if not folder.exists():
+        require("evaluate", "gguf", "accelerate")
+        require_terms(source)
+    ensure_writable(folder.parent)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            pieces = [(fetch(package), name) for package, name in spec.parts]
+            print(f"converting {source} to safetensors (once, about a minute)", file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as tmp:
+                file = Path(tmp) / "model.gguf"
+                with open(file, "wb") as whole:
+                    whole.writelines(member(package, name) for package, name in pieces)
+                if sha256(file) != spec.sha256:
+                    packages = ", ".join(str(package) for package, _ in pieces)
+                    raise SourceError(
+                        f"{source} has sha256 {sha256(file)}, expected {spec.sha256}. Delete {packages} and try again."
+                    )
+                with atomic_dir(folder) as target:
+                    _convert(file, target, source)
+    return folder
+
+
+def _convert(file: Path, target: Path, name: str) -> None:
+    """Dequantise a GGUF file and save it as safetensors, if it can read English."""
+    from transformers import AutoModelForCausalLM
+
+    quantised, tokenizer = _from_pretrained(file.parent, name, gguf_file=file.name, dtype=torch.float32)
+    config = copy.deepcopy(quantised.config)
+    del config.quantization_config  # else save_pretrained refuses
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantised.state_dict())
+    model.tie_weights()
+    check_reads_english(model.eval(), tokenizer, name)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

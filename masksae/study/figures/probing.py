@@ -1,0 +1,97 @@
+"""Pictures of probing, shifts, ablation and of the noise study; the look is that of `masksae.study.figures.all_figures`."""
+
+import pandas as pd
+
+from masksae.study.figures.all_figures import FAMILY, GREY, dots, palette
+
+
+def draw_probing(rows: list[dict], kind: str, score: str = "auc", raw: str = "raw_auc"):
+    """Mean AUC (or another score) over tasks at matched clean L0, one panel per k, one dot per SAE; the dashed line is the probe on raw
+    activations."""
+    table = pd.DataFrame([row for row in rows if row["mode"] == "matched"])
+    start, name = f"{kind}_{score}_", {"auc": "AUC"}.get(score, score)
+    ks = [column.removeprefix(start) for column in table.columns if column.startswith(start)]
+    ks = sorted((k for k in ks if k.isalnum()), key=lambda k: int(k) if k.isdigit() else 10**9)
+    panels = [
+        (table.assign(y=table[start + k]), f"mean {name},\nprobes on {k} latent{'' if k == '1' else 's'}") for k in ks
+    ]
+    return dots(panels, share=True, line=table[f"{kind}_{raw}"].iloc[0])
+
+
+def draw_tasks(rows: list[dict], grid: str, k: int):
+    """AUC task by task at matched clean L0, one dot per SAE and arm, a bar for the probe on raw activations; hardest task below, other families on top."""
+    import matplotlib.pyplot as plt
+
+    part = [row for row in rows if row["mode"] == "matched" and row["grid"] == grid]
+    tasks = sorted(
+        part[0]["tasks"], key=lambda task: (task["family"] != part[0]["tasks"][0]["family"], task["raw_auc"])
+    )
+    names = [task["task"] for task in tasks]
+    figure, axis = plt.subplots(figsize=(7.5, 0.8 + 0.32 * len(names)))
+    axis.scatter(
+        [t["raw_auc"] for t in tasks], range(len(names)), marker="|", s=160, color=GREY, label="raw activations"
+    )
+    colours = palette(dict.fromkeys(row["arm"] for row in part))
+    for place, (arm, colour) in enumerate(colours.items()):
+        shift = (place - (len(colours) - 1) / 2) * 0.25
+        found = [
+            (t["auc"][str(k)], names.index(t["task"]) + shift)
+            for row in part
+            if row["arm"] == arm
+            for t in row["tasks"]
+        ]
+        axis.scatter(*zip(*found), s=14, color=colour, label=arm, alpha=0.8)
+    axis.set(
+        yticks=range(len(names)),
+        yticklabels=[name.replace("_", " ") for name in names],
+        xlabel=f"AUC, probes on {k} latents",
+    )
+    axis.set(title=f"{grid}, one dot per SAE")
+    axis.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def draw_perturbation(rows: list[dict], grid: str):
+    """TPP and SCR against the number of ablated latents, at matched clean L0: a thin line per SAE, a thick one for the mean of an arm."""
+    import matplotlib.pyplot as plt
+
+    table = pd.DataFrame([row for row in rows if row["mode"] == "matched" and row["grid"] == grid])
+    kinds = {
+        "tpp": "TPP",
+        "tpp_intended": "fall of the own probe",
+        "tpp_unintended": "fall of the other probes",
+        "scr": "SCR",
+    }
+    columns = {kind: {int(c.rpartition("_")[2]): c for c in table if c.rpartition("_")[0] == kind} for kind in kinds}
+    columns = {kind: found for kind, found in columns.items() if found}
+    figure, axes = plt.subplots(1, len(columns), figsize=(3.4 * len(columns) + 1.2, 3.4), squeeze=False)
+    for axis, (kind, found) in zip(axes[0], columns.items()):
+        for arm, colour in palette(dict.fromkeys(table["arm"])).items():
+            values = table.loc[table["arm"] == arm, list(found.values())]
+            axis.plot(list(found), values.T, color=colour, linewidth=0.7, alpha=0.5)
+            axis.plot(list(found), values.mean(), color=colour, linewidth=2.5, label=arm)
+        axis.set(xscale="log", xticks=list(found), xticklabels=list(found), title=kinds[kind], xlabel="ablated latents")
+        axis.minorticks_off()
+        axis.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
+    axes[0, 0].set(ylabel="accuracy")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    return figure
+
+
+def draw_noise(table: list[dict]):
+    """Standard deviation of absorption by source, one group of bars for each arm and for their difference. Rows of `report.noise_table`."""
+    import matplotlib.pyplot as plt
+
+    frame = pd.DataFrame(table)
+    names, sources = list(dict.fromkeys(frame["of"])), list(dict.fromkeys(frame["source"]))
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    width = 0.8 / len(sources)
+    for place, (source, colour) in enumerate(zip(sources, (*FAMILY, GREY))):
+        sd = [frame.loc[(frame["of"] == name) & (frame["source"] == source), "sd"].iloc[0] for name in names]
+        x = [i + (place - (len(sources) - 1) / 2) * width for i in range(len(names))]
+        axis.bar(x, sd, width=0.9 * width, color=colour, label=source)
+    axis.set(xticks=range(len(names)), xticklabels=names, ylabel="standard deviation of\nmean full absorption")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), title="source")
+    return figure

@@ -1,0 +1,192 @@
+"""What the SAEs of a profile are made of and scored on: model, text, masks, activations; and where results and pictures go.
+
+Each part is made on first use and kept in the user's cache under an id that covers its configuration, the content of the files that
+the profile names, and the code that makes it, so a notebook may be run alone, again, or after a crash.
+"""
+
+import sys
+from itertools import chain
+
+from torch import Tensor
+
+from masksae import cache, jobs
+from masksae.errors import DataError
+from masksae.files import cache_dir, ensure_writable, read_json, repository, run_id, write_json
+from masksae.parallel import once
+from masksae.study.profile import Arm, load_profile
+from masksae.study.sections import Section
+
+WRITES = {
+    "00_mechanism": ["mechanism"],
+    "01_data": ["data"],
+    "02_train": ["train"],
+    "03_reconstruction": ["reconstruction"],
+    "04_absorption": ["absorption", "contexts", "along", "along_effects", "noise"],
+    "05_probing": ["probing"],
+    "06_perturbation": ["perturbation"],
+    "07_ood": ["ood"],
+    "09_paper": ["claims"],
+}
+"""Results of each notebook."""
+
+
+class Inputs:
+    """One profile's model, text and activations, and its folders `results`, `figures`, `build`."""
+
+    def __init__(self, profile="smoke"):
+        self.profile, self.source = load_profile(profile), str(profile)
+        root, name = repository(), self.profile.name
+        self.results, self.figures, self.build = (root / kind / name for kind in ("results", "figures", "build"))
+        for folder in (self.results, self.figures, self.build):
+            ensure_writable(folder)
+
+    def save_result(self, name: str, value) -> None:
+        """Write results/<profile>/NAME.json."""
+        write_json(self.results / f"{name}.json", value)
+
+    def result(self, name: str):
+        """Read results/<profile>/NAME.json. Raises DataError with the remedy if it is not there."""
+        path = self.results / f"{name}.json"
+        if not path.exists():
+            notebook = next((notebook for notebook, names in WRITES.items() if name in names), "that writes it")
+            raise DataError(f"{path} is missing. {self.remedy(notebook)}")
+        return read_json(path)
+
+    def remedy(self, notebook: str) -> str:
+        """How to get what a notebook makes."""
+        return (
+            f"Run notebook {notebook} with profile {self.profile.name} first. From here, in a cell: "
+            f"!python -m masksae.app.repro run {notebook} {self.source}. Everything: `make repro PROFILE={self.source}`."
+        )
+
+    def identity(self, *sections: Section) -> list:
+        """What some sections of the profile stand for: their values, and the content of the files that they name."""
+        return [[section.model_dump(mode="json"), cache.contents(section.named_data)] for section in sections]
+
+    def scratch(self, kind: str, key, make) -> dict[str, Tensor]:
+        """Tensors of the model that `make()` gives, kept under an id of the model, of `key` and of the code that `make` reaches."""
+        return cache.kept_tensors(kind, [self.identity(self.profile.model), key, cache.code_of(make)], make)
+
+    @once
+    def device(self) -> str:
+        """Where models run: `$MASKSAE_DEVICE`, else a GPU if there is one."""
+        return jobs.chosen_device()
+
+    @once
+    def language_model(self):
+        """The model with its tokenizer; it has the block that the profile names."""
+        from masksae.data.models import load_model
+        from masksae.tracing import hook_point
+
+        loaded = load_model(self.profile.model.source, device=self.device, dtype=self.profile.model.dtype)
+        hook_point(loaded.model, self.profile.model.block)
+        return loaded
+
+    @once
+    def width(self) -> int:
+        """Of the activations at the hook point."""
+        from masksae.tracing import hook_width
+
+        return hook_width(self.language_model.model, self.profile.model.block)
+
+    @once
+    def bos_id(self) -> int | None:
+        """Id of the token that starts every block, or None."""
+        from masksae.data.models import token_id
+
+        text, tokenizer = self.profile.model.bos_token, self.language_model.tokenizer
+        if text is None and tokenizer.bos_token is not None:
+            print(
+                f"masksae: the tokenizer has a BOS token, {tokenizer.bos_token}, and the profile names none in model.bos_token. The first position of a block is "
+                "often an attention sink of many times the usual norm; without a BOS it is a word, and it is trained on.",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        return None if text is None else token_id(tokenizer, text)
+
+    @once
+    def blocks(self) -> dict:
+        """`datasets.Dataset`s of token blocks: train, held_out, and contexts, which is more held-out text."""
+        from masksae.data import blocks, texts
+
+        text, contexts = self.profile.text, self.profile.contexts.tokens
+        streamed = any(source.startswith("hub:") for source in text.sources)
+        code = cache.code_id("corpus", "sources", "models")
+        key = run_id([self.identity(self.profile.model, text), contexts, code])
+        return blocks.build(
+            texts.TextStream(text.sources) if streamed else chain.from_iterable(map(texts.documents, text.sources)),
+            self.language_model.tokenizer,
+            cache_dir("blocks", key),
+            tokens={"train": text.train_tokens, "held_out": text.held_out_tokens, "contexts": contexts},
+            block_length=text.block_length,
+            bos_id=self.bos_id,
+            held_out_share=text.held_out_share,
+            seed=text.seed,
+            ordered=not streamed,
+        )
+
+    def ids(self, split: str, part: slice = slice(None)) -> Tensor:
+        """Token blocks int64 [n, block_length]."""
+        from masksae.data.blocks import Blocks
+
+        return Blocks(self.blocks[split])[part]
+
+    def replacement(self, arm: Arm) -> dict:
+        """What stands at an arm's masked positions, as keywords of `mask_tokens`."""
+        from masksae.data.models import token_id
+
+        if arm.token not in ("rare", "random"):
+            return {"token_id": token_id(self.language_model.tokenizer, arm.token or self.profile.model.mask_token)}
+        text = self.ids("train")[:, 0 if self.bos_id is None else 1 :].flatten()
+        if arm.token == "random":
+            return {"token_id": 0, "replacements": text}
+        found, counts = text.unique(return_counts=True)
+        return {"token_id": found[counts.argmin()].item()}
+
+    def corrupt(self, arm: Arm, ids: Tensor, pair: int = 0) -> tuple[Tensor, Tensor]:
+        """Blocks as an arm's model sees them in one of its pairs, and where they are masked."""
+        from masksae.masking import mask_tokens
+
+        spare = () if self.bos_id is None else (self.bos_id,)
+        return mask_tokens(ids, p=arm.p, seed=arm.mask_seed(pair), spare=spare, **self.replacement(arm))
+
+    def activations(self, ids: Tensor, label: str | None = None) -> Tensor:
+        """Residual stream [tokens, d] at the hook point, BOS left out."""
+        from masksae.tracing import activations
+
+        first = 0 if self.bos_id is None else 1
+        x = activations(self.language_model.model, ids, block=self.profile.model.block, label=label)[:, first:]
+        return x.reshape(-1, x.shape[-1])
+
+    def stream(self, arm: Arm, pair: int = 0):
+        """Training activations of an arm with the masks of one of its pairs."""
+        from masksae.activations import from_model
+        from masksae.data.blocks import Blocks
+
+        training = self.profile.training
+        scratch = self.stream_folder(arm, pair) if training.epochs > 1 else None
+        stream = from_model(
+            self.language_model, Blocks(self.blocks["train"]), block=self.profile.model.block, p=arm.p, mask_seed=arm.mask_seed(pair),
+            bos_id=self.bos_id, batch_size=training.batch_size, seed=self.profile.text.seed, pool_tokens=training.pool_tokens,
+            scratch=scratch, share=arm.tokens, **self.replacement(arm),
+        )  # fmt: skip
+        return stream.with_targets(self.stream(Arm(name="clean", p=0, tokens=arm.tokens))) if arm.denoise else stream
+
+    def stream_id(self, arm: Arm, pair: int = 0) -> str:
+        """Id of an arm's activations: those of an arm without masks are the same in all pairs."""
+        profile = self.profile
+        masks = [arm.p, arm.mask_seed(pair), arm.token] if arm.p else []
+        made_of = [self.identity(profile.model, profile.text), profile.contexts.tokens, profile.training.pool_tokens]
+        return run_id([made_of, masks, cache.code_id("inputs")])
+
+    def stream_folder(self, arm: Arm, pair: int = 0):
+        """Where they are kept."""
+        return cache_dir("activations", self.stream_id(arm, pair))
+
+    @once
+    def held_out(self) -> Tensor:
+        """Clean held-out activations [tokens, d]: every score of every arm is taken on these."""
+        key = [self.identity(self.profile.text), self.profile.contexts.tokens]
+        return self.scratch("held_out", key, self._held_out)["x"]
+
+    def _held_out(self) -> dict[str, Tensor]:
+        return {"x": self.activations(self.ids("held_out"), label="held-out activations")}

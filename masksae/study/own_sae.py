@@ -1,0 +1,173 @@
+"""Somebody's own SAE, scored as a profile scores its own: `Guest("laptop", "path/to/sae")` stands in a run's place.
+
+The profile gives the model, the block, the clean text and the tasks; the SAE comes from a folder of SAELens, dictionary_learning or masksae.
+What does not depend on the SAE (activations, probes) is shared with the profile's runs; scores are kept under an id of the weights.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+
+from masksae import cache
+from masksae.errors import ConfigError, MasksaeError, OutputError, nearest
+from masksae.files import ensure_writable, write_json
+from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
+from masksae.parallel import once
+from masksae.study.profile import load_profile
+from masksae.saes.config import TopK
+from masksae.saes.sae import SAE
+from masksae.study.run import Run
+
+METRICS = ("reconstruction", "absorption", "contexts", "probing", "ood", "perturbation")
+"""What can be scored, in the order of the notebooks."""
+
+
+def load_sae(folder) -> SAE:
+    """Read an SAE in the form of SAELens, dictionary_learning or masksae, told by its files. Raises ConfigError, CheckpointError.
+
+    >>> import tempfile
+    >>> from masksae import SAEConfig, TopK
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     load_sae(SAE(SAEConfig(4, 16, TopK(2))).to_saelens(f"{folder}/sae")).config.n_latents
+    16
+    """
+    from masksae.export import load_dictionary_learning, load_saelens
+
+    folder = Path(folder)
+    readers = {"sae_weights.safetensors": load_saelens, "ae.pt": load_dictionary_learning, "sae.safetensors": SAE.load}
+    for file, read in readers.items():
+        if (folder / file).is_file():
+            return read(folder)
+    raise ConfigError(f"{folder} holds none of {', '.join(readers)}. Give the folder of one SAE.")
+
+
+class Guest(Run):
+    """A profile with one SAE from a folder.
+
+    name  what it is called; None: the folder's name
+    l0    matched clean L0; None: the SAE's own k or target, or else the L0 that it has
+    out   where results go
+
+    Raises ConfigError for an SAE of another width and an l0 that it cannot have, CheckpointError, OutputError.
+    """
+
+    def __init__(self, profile, folder, *, out, name: str | None = None, l0: float | None = None):
+        self.profile, self.source, self.folder = load_profile(profile), str(profile), Path(folder)
+        self.name, self._l0 = name or self.folder.resolve().name, l0
+        self.sae = load_sae(self.folder)
+        self.results = self.figures = self.build = ensure_writable(out)
+        if self.sae.config.d_model != self.width:
+            raise ConfigError(
+                f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has {self.width}. Name the profile of its model."
+            )
+        self._check_l0()
+        self.sae.to(self.device)
+
+    def _check_l0(self) -> None:
+        l0, latents, rule = self._l0, self.sae.config.n_latents, self.sae.config.selection
+        if l0 is not None and not 0 < l0 <= latents:
+            raise ConfigError(
+                f"l0 is {l0}, expected a number above 0, up to the {latents} latents of this SAE. Or leave it out."
+            )
+        if l0 is not None and type(rule) is TopK and l0 != rule.k:
+            raise ConfigError(f"l0 is {l0}, and this SAE keeps its k = {rule.k} latents of every token. Leave l0 out.")
+
+    @once
+    def k(self) -> float:
+        """The clean L0 at which matched scores are taken."""
+        return self._l0 or self.sae.config.selection.goal or round(reconstruction(self.sae, self.held_out).l0, 1)
+
+    def check_reach(self) -> None:
+        """If no threshold gives clean L0 = k: ConfigError if that k was asked for, a line on stderr if it is the SAE's own."""
+        if type(self.sae.config.selection) is TopK:
+            return
+        threshold = calibrated_threshold(self.sae, self.held_out, self.k)
+        reached = reconstruction(self.sae, self.held_out, threshold=threshold).l0
+        if abs(reached / self.k - 1) > 0.01:
+            told = f"no threshold of this SAE gives L0 {self.k:g} on the clean text; the nearest is {reached:.4g}"
+            if self._l0 is not None:
+                raise ConfigError(f"l0 is {self.k:g}, and {told}. Give another, or leave l0 out.")
+            print(f"masksae: {told}, and matched scores are taken there.", file=sys.stderr, flush=True)
+
+    @property
+    def table(self) -> list[dict]:
+        """Its one row."""
+        rule = type(self.sae.config.selection).__name__
+        architecture = ("Matryoshka " if self.sae.config.prefixes else "") + rule
+        row = {"sae": self.name, "arm": self.name, "p": 0.0, "grid": self.name, "k": self.k, "seed": 0}
+        return [row | {"architecture": architecture}]
+
+    def load_saes(self, arms=None) -> dict[str, SAE]:
+        return {self.name: self.sae}
+
+    def latents_of(self, row: dict) -> int:
+        return self.sae.config.n_latents
+
+    def rows(self, kind: str, section, make) -> list[dict]:
+        """As of a run, under an id of the weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.sae.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        made_of = self.identity(self.profile.model, self.profile.text, section)
+        key = [self.table, self.sae.config.to_dict(), digest.hexdigest(), made_of, cache.code_of(make)]
+        return cache.kept_rows(f"guest-{kind}", key, make)
+
+
+def evaluate(guest: Guest, metrics: list[str]) -> dict[str, list[dict]]:
+    """Rows of each metric, as trained and at matched clean L0, each written to `NAME.json` in the guest's folder as it comes.
+
+    A metric that cannot be taken has one row, {"sae": name, "failed": why}, and the others are taken all the same.
+    Raises ConfigError for an unknown metric, and the first reason if no metric can be taken.
+    """
+    from masksae.study.scores import perturbation, all_scores, probing
+
+    scorers = {
+        "reconstruction": all_scores.reconstruction_scores,
+        "absorption": all_scores.absorption_scores,
+        "contexts": all_scores.context_scores,
+        "probing": probing.probing_scores,
+        "ood": probing.ood_scores,
+        "perturbation": perturbation.concept_scores,
+    }
+    for metric in metrics:
+        if metric not in scorers:
+            raise ConfigError(f"There is no metric {metric!r}.{nearest(metric, METRICS)}")
+    guest.check_reach()
+    found, errors = {}, []
+    for metric in METRICS:
+        if metric in metrics:
+            try:
+                found[metric] = scorers[metric](guest)
+            except OutputError:
+                raise
+            except MasksaeError as error:
+                errors.append(error)
+                found[metric] = [{"sae": guest.name, "failed": str(error)}]
+                print(f"masksae: {metric} cannot be taken: {error}", file=sys.stderr, flush=True)
+            write_json(guest.results / f"{metric}.json", found[metric])
+    if len(errors) == len(found):
+        raise errors[0]
+    return found
+
+
+def failed(found: dict[str, list[dict]]) -> dict[str, str]:
+    """Why, for each metric of `evaluate` that could not be taken.
+
+    >>> failed({"reconstruction": [{"sae": "a", "l0": 3}], "absorption": [{"sae": "a", "failed": "too few letters"}]})
+    {'absorption': 'too few letters'}
+    """
+    return {metric: rows[0]["failed"] for metric, rows in found.items() if rows and "failed" in rows[0]}
+
+
+def saebench(guest: Guest, found: dict[str, list[dict]]) -> list[Path]:
+    """Write the scores in SAEBench's schema, one file per evaluation and mode."""
+    from masksae.study.report.saebench import EVALUATIONS, result
+
+    written = []
+    for kind, (source, _) in EVALUATIONS.items():
+        for row in () if source in failed(found) else found.get(source, ()):
+            name = f"{row['sae']}-{row['mode']}_custom_sae_eval_results.json"
+            written.append(write_json(guest.results / "saebench" / kind / name, result(guest, kind, row)))
+    return written

@@ -1,0 +1,196 @@
+"""Absorption along training, told by tables and pictures; the rows are those of `masksae.study.scores.curves.along_scores`."""
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from masksae.study.scores.curves import KINDS
+from masksae.study.figures.all_figures import GREY, palette
+from masksae.study.report.all_report import baseline_arm, change, describe, treated_arms
+from masksae.study.stats import Effect, holm, interpolate, paired_effect, paired_effect_by_item
+
+SHORT = {"letters": "same token", "contexts": "cross-token"}
+
+
+def finished(rows: list[dict]) -> list[dict]:
+    """The rows of each arm's last step."""
+    last = {arm: max(row["step"] for row in rows if row["arm"] == arm) for arm in {row["arm"] for row in rows}}
+    return [row for row in rows if row["step"] == last[row["arm"]]]
+
+
+def effects(rows: list[dict]) -> list[dict]:
+    """What each arm changes against the unmasked one, by kind of absorption and by what is held equal.
+
+    equal "steps"  finished SAEs, paired by seed; intervals over seeds, and over seeds and parents
+    equal "EV"     against the unmasked SAE of the same seed stopped where its clean explained variance was that of the arm's finished SAE
+                   (linear between snapshots); only seeds whose curve reaches it
+    kind "cross-token less same token"  how much more an arm changes the one kind than the other, by steps
+    """
+    done, found = finished(rows), []
+    table = pd.DataFrame(done)
+    base = {row["seed"]: row for row in done if row["arm"] == baseline_arm(table)}
+    for arm in treated_arms(table):
+        pairs = [(base[row["seed"]], row) for row in done if row["arm"] == arm]
+        for kind, name in KINDS.items():
+            entry = {"arm": arm, "kind": name}
+            found.append(entry | {"equal": "steps"} | _by_item(pairs, kind).to_dict())
+            curve = [(_at_ev(rows, a, kind, b["ev_centred"]), b[kind]) for a, b in pairs]
+            curve = [pair for pair in curve if pair[0] is not None]
+            if curve:
+                found.append(entry | {"equal": "EV"} | paired_effect(*zip(*curve)).to_dict())
+        sides = [[row["contexts"] - row["letters"] for row in side] for side in zip(*pairs)]
+        both = paired_effect(*sides).to_dict()
+        found.append({"arm": arm, "kind": "cross-token less same token", "equal": "steps"} | both)
+    return found
+
+
+def _by_item(pairs, kind: str) -> Effect:
+    """Paired effect on one kind, with an interval for other parents too where several seeds allow it."""
+    names = sorted(pairs[0][0][f"{kind}_items"])
+    sides = [[[row[f"{kind}_items"].get(name, math.nan) for name in names] for row in side] for side in zip(*pairs)]
+    return paired_effect_by_item(*sides)
+
+
+def _at_ev(rows: list[dict], row: dict, kind: str, ev: float) -> float | None:
+    """Absorption that the SAE of `row` had when its clean explained variance was `ev`."""
+    curve = [r for r in rows if r["arm"] == row["arm"] and r["seed"] == row["seed"]]
+    return interpolate([r["ev_centred"] for r in curve], [r[kind] for r in curve], ev, log=False)
+
+
+def by_parent(rows: list[dict], arm: str, kind: str = "contexts") -> list[dict]:
+    """What an arm changes parent by parent, finished SAEs paired by seed, the clearest first; `p_holm` holds for all parents at once."""
+    done = finished(rows)
+    base = {row["seed"]: row[f"{kind}_items"] for row in done if row["arm"] == baseline_arm(pd.DataFrame(done))}
+    treated = {row["seed"]: row[f"{kind}_items"] for row in done if row["arm"] == arm}
+    found = {
+        parent: paired_effect([base[seed][parent] for seed in treated], [items[parent] for items in treated.values()])
+        for parent in next(iter(base.values()))
+    }
+    adjusted = holm({parent: e.p_value for parent, e in found.items() if e.p_value is not None})
+    table = [
+        {"arm": arm, "parent": parent, "effect": describe(e), "p": e.p_value, "p_holm": adjusted.get(parent)}
+        for parent, e in found.items()
+    ]
+    return sorted(table, key=lambda row: 1.0 if row["p"] is None else row["p"])
+
+
+def growth(rows: list[dict]) -> list[dict]:
+    """Whether the curves have levelled off: change of absorption over the last stretch of training, per arm and kind, paired by seed."""
+    found = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        steps = sorted({row["step"] for row in rows if row["arm"] == arm})
+        if len(steps) < 2:
+            continue
+        before, after = (
+            sorted((r for r in rows if r["arm"] == arm and r["step"] == step), key=lambda r: r["seed"])
+            for step in steps[-2:]
+        )
+        for kind, name in KINDS.items():
+            effect = paired_effect([row[kind] for row in before], [row[kind] for row in after])
+            found.append({"arm": arm, "kind": name, "from": steps[-2], "to": steps[-1], "change": describe(effect)})
+    return found
+
+
+def quality(letters: list[dict], contexts: list[dict]) -> list[dict]:
+    """How good the main latents are whose silence counts as absorption: per kind, grid and arm at matched clean L0 the mean absorption, the
+    mean F1 of the main latents, and the share of absorbed words credited to a latent that fires on many words."""
+    found = []
+    for kind, rows, items, prefix in (
+        ("letters", letters, "letters", ("mean_full", "dense_absorbers")),
+        ("contexts", contexts, "parents", ("context_full", "context_dense_absorbers")),
+    ):
+        table = pd.DataFrame([row for row in rows if row["mode"] == "matched"])
+        table["f1"] = [np.mean([item["f1"] for item in row]) for row in table[items]]
+        means = table.groupby(["grid", "arm"], sort=False)[[prefix[0], "f1", prefix[1]]].mean().reset_index()
+        means.columns = ["SAEs", "arm", "absorption", "F1 of main latents", "dense absorbers"]
+        found += [{"kind": KINDS[kind]} | row for row in means.to_dict("records")]
+    return found
+
+
+def caption(found: list[dict]) -> str:
+    """The numbers that belong under the headline: each arm less the unmasked one, at equal steps."""
+    parts = []
+    for arm in dict.fromkeys(row["arm"] for row in found):
+        by_kind = {row["kind"]: Effect.from_dict(row) for row in found if row["arm"] == arm and row["equal"] == "steps"}
+        numbers = ", ".join(f"{short} {change(by_kind[KINDS[kind]])}" for kind, short in SHORT.items())
+        parts.append(f"{arm.replace('_', ' ')}: {numbers}")
+    return "Less unmasked, at the last step: " + "; ".join(parts) + "."
+
+
+def effect_table(found: list[dict]) -> pd.DataFrame:
+    """`effects` for a reader: a row per arm and kind, a column per what is held equal."""
+    table = pd.DataFrame([row | {"text": describe(Effect.from_dict(row))} for row in found])
+    wide = table.pivot_table(index=["arm", "kind"], columns="equal", values="text", aggfunc="first", sort=False)
+    wide = wide.rename(columns={"steps": "at equal steps", "EV": "at equal clean EV"})
+    return wide.fillna("the unmasked curve does not reach it").reset_index()
+
+
+def draw_along(rows: list[dict]):
+    """The headline: full absorption at clean L0 = k along training, one row per kind, against steps and against clean explained variance. A
+    thick line is the mean of an arm, bars are its 95 % interval over seeds, thin lines are SAEs."""
+    import matplotlib.pyplot as plt
+
+    table = pd.DataFrame(rows)
+    arms = list(dict.fromkeys(table["arm"]))
+    figure, axes = plt.subplots(len(KINDS), 2, figsize=(10.5, 7.2), sharey="row", sharex="col")
+    for line, (kind, title) in zip(axes, KINDS.items()):
+        for arm, colour in palette(arms).items():
+            part = table[table["arm"] == arm]
+            for _, one in part.sort_values("step").groupby("seed"):
+                for axis, x in zip(line, ("step", "ev_centred")):
+                    axis.plot(one[x], one[kind], color=colour, linewidth=0.6, alpha=0.35)
+            mean = part.groupby("step")[["ev_centred", kind]].mean()
+            for axis, x in zip(line, (mean.index, mean["ev_centred"])):
+                axis.errorbar(x, mean[kind], yerr=_half_interval(part, kind), color=colour, linewidth=2.2, capsize=3,
+                              elinewidth=1, marker="o", markersize=4, label=arm)  # fmt: skip
+        line[0].set(ylabel=f"mean full absorption,\n{title}", ylim=(0, 1.15 * table[kind].max()), xscale="log")
+    axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    ticks = sorted(table["step"].unique())
+    ticks = [t for t, following in zip(ticks, [*ticks[1:], math.inf]) if following > 1.3 * t]
+    axes[-1, 0].set(xlabel="training steps (log scale)", xticks=ticks, xticklabels=ticks)
+    axes[-1, 0].minorticks_off()
+    axes[-1, 1].set(xlabel="clean explained variance at L0 = k")
+    figure.tight_layout()
+    return figure
+
+
+def _half_interval(part: pd.DataFrame, column: str):
+    """Half the 95 % t interval of the mean over seeds at each step; 0 for a single seed."""
+    from scipy import stats
+
+    groups = part.groupby("step")[column]
+    count, error = groups.count(), groups.std().fillna(0) / np.sqrt(groups.count())
+    return [stats.t.ppf(0.975, n - 1) * e if n > 1 else 0.0 for n, e in zip(count, error)]
+
+
+PANELS = {
+    "l0_ratio": "clean L0 / k, as trained",
+    "ev_centred": "explained variance (centred)",
+    "letters": "absorption, same token",
+    "contexts": "absorption, cross-token",
+}
+
+
+def draw_ablations(rows: list[dict]):
+    """Every arm's finished SAEs: L0 as trained, then explained variance and both kinds of absorption at clean L0 = k. A dot per SAE, the same
+    seeds joined, a bar for the mean."""
+    import matplotlib.pyplot as plt
+
+    table = pd.DataFrame(finished(rows))
+    table["l0_ratio"] = table["l0_as_trained"] / table["k"]
+    arms = list(dict.fromkeys(table["arm"]))
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(12.5, 1.2 + 0.45 * len(arms)), sharey=True)
+    for axis, (column, label) in zip(axes, PANELS.items()):
+        for _, part in table.groupby("seed"):
+            axis.plot(part[column], [arms.index(a) for a in part["arm"]], color=GREY, linewidth=0.5, alpha=0.5)
+        for arm, colour in palette(arms).items():
+            values = table.loc[table["arm"] == arm, column]
+            axis.scatter(values, [arms.index(arm)] * len(values), color=colour, s=20, alpha=0.8, zorder=2)
+            axis.scatter(values.mean(), arms.index(arm), color=colour, marker="|", s=420, linewidth=2.5, zorder=3)
+        axis.axvline(table.loc[table["arm"] == arms[0], column].mean(), color=GREY, linestyle=":", linewidth=1)
+        axis.locator_params(axis="x", nbins=4)
+        axis.set(xlabel=label, yticks=range(len(arms)), yticklabels=[arm.replace("_", " ") for arm in arms])
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)
+    figure.tight_layout()
+    return figure

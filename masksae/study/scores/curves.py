@@ -1,0 +1,69 @@
+"""Absorption along training: the same-token kind and the cross-token kind, for every arm and ablation, at matched clean L0.
+
+Absorption grows while an SAE trains, and a masked SAE is further behind on clean text at the same step. So the arms are compared
+against steps and against clean explained variance, at snapshots that are finished SAEs of shorter runs.
+"""
+
+from torch import Tensor
+
+from masksae import cache
+from masksae.metrics.absorption import first_letter
+from masksae.metrics.contexts import context_absorption
+from masksae.metrics.probes import letter_probe
+from masksae.metrics.reconstruction import reconstruction
+from masksae.parallel import in_threads
+from masksae.saes.sae import SAE
+from masksae.study.scores.all_scores import context_probes, matched_threshold, word_activations
+from masksae.study.run import Run
+
+KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what came before)"}
+
+
+def along_scores(run: Run) -> list[dict]:
+    """One row per SAE of the first grid and snapshot, the finished SAE included: step, clean L0 as trained, explained variance at clean
+    L0 = k, and full absorption of first letters and of contexts, parent by parent. All of them from one arm at a time, kept per arm."""
+    return [row for arm in run.arms for row in _arm_rows(run, arm)]
+
+
+def _arm_rows(run: Run, arm) -> list[dict]:
+    def make() -> list[dict]:
+        words, x_words = word_activations(run)
+        shared = words, x_words, letter_probe(x_words, words, seed=run.profile.absorption.seed), *context_probes(run)
+        table = {row["sae"]: row for row in run.rows_of([arm])}
+        cells = [
+            (table[name] | {"step": step}, sae)
+            for step, saes in sorted(run.snapshots(arm).items())
+            for name, sae in saes.items()
+        ]
+        return in_threads(
+            lambda cell: cell[0] | _scores(run, cell[1], cell[0]["k"], *shared),
+            cells, label=f"absorption along training, arm {arm.name}", unit="SAE",
+        )  # fmt: skip
+
+    options = [run.profile.absorption.model_dump(exclude={"draws", "splits"}), run.profile.contexts.model_dump()]
+    return cache.kept_rows("along", [run.rows_of([arm]), run.ids_of([arm]), options, cache.code_of(make)], make)
+
+
+def _scores(run: Run, sae: SAE, k: float, words: list[str], x_words: Tensor, probe, x_contexts: Tensor, probes) -> dict:
+    threshold = matched_threshold(run, sae, k)
+    clean, task = reconstruction(sae, run.held_out, threshold=threshold), run.profile.contexts
+    letters = first_letter(
+        sae, x_words, words, probe=probe, threshold=threshold, seed=run.profile.absorption.seed,
+        min_letters=run.profile.absorption.min_letters,
+    )  # fmt: skip
+    contexts = context_absorption(
+        sae, x_contexts, probes, min_parents=task.min_parents, threshold=threshold, seed=task.seed
+    )
+    return {
+        "l0_as_trained": reconstruction(sae, run.held_out).l0 if sae.threshold >= 0 else None,  # not estimated yet
+        "l0": clean.l0,
+        "ev_centred": clean.ev_centred,
+        "dead_latents": clean.dead_latents,
+        "letters": letters.mean_full,
+        "contexts": contexts.mean_full,
+        "letters_dense_absorbers": letters.dense_absorbers,
+        "contexts_dense_absorbers": contexts.dense_absorbers,
+        "letters_items": {r.letter: r.full for r in letters.letters},
+        "contexts_items": {r.letter: r.full for r in contexts.letters},
+        "contexts_f1": {r.letter: r.probe_f1 for r in contexts.letters},
+    }

@@ -1,0 +1,227 @@
+"""The sections of a profile: every number of a run with its meaning, checked as it is read.
+
+Unknown keys and wrong types are refused; `masksae.study.profile` turns the refusals into one line each.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from masksae.saes.config import AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, Selection, TopK
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+"""Below what every generator takes, and small numbers may still be added to it."""
+
+
+class Section(BaseModel):
+    """A part of a profile: unknown keys are errors, values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @property
+    def named_data(self) -> list[str]:
+        """Names of models, texts and tasks in this section: what they stand for belongs to the results as much as the names do."""
+        return []
+
+
+class Model(Section):
+    """Which language model, and where its activations are read."""
+
+    source: str
+    """A name of `masksae.data.texts`, `hub:owner/name[@revision]`, a folder, or a .gguf file."""
+    block: Annotated[int, Field(ge=0)] | str
+    """Hook point: the residual stream after this block, counted from 0; or the path of any module that gives [batch, tokens, width], such as
+    "model.layers.9.mlp"."""
+    mask_token: str
+    """Text of the special token that replaces masked tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of its weights and activations; bfloat16 halves the memory and suits GPUs, and is slow on most CPUs."""
+    bos_token: str | None = None
+    """Text of the token that starts every block; its own activations are never used. None: no such token."""
+
+    @property
+    def named_data(self) -> list[str]:
+        return [self.source]
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the block that the hook point is, or lies in; None if its path names no block."""
+        found = re.search(r"\.(\d+)(\.|$)", str(self.block))
+        return self.block if isinstance(self.block, int) else int(found[1]) if found else None
+
+    @property
+    def hook_name(self) -> str:
+        """As TransformerLens calls the residual stream after a block; else the module's path."""
+        return f"blocks.{self.block}.hook_resid_post" if isinstance(self.block, int) else self.block
+
+    @property
+    def place(self) -> str:
+        """In words, for captions."""
+        return f"residual stream after block {self.block}" if isinstance(self.block, int) else f"output of {self.block}"
+
+
+class Text(Section):
+    """Which text, cut into which blocks."""
+
+    sources: Annotated[list[str], Field(min_length=1)]
+    """Names of `masksae.data.texts`, `hub:...`, or files. A long .txt file is cut at blank lines into documents."""
+    block_length: Annotated[int, Field(gt=1)] = 128
+    """Tokens of a block, BOS included. A document gives whole blocks only; no block spans two documents."""
+    train_tokens: Positive
+    """Tokens of the training blocks, the same for every arm."""
+    held_out_tokens: Positive | None = None
+    """Tokens of the evaluation blocks, from documents that are never trained on. None: an eighth of train_tokens, 2,048
+    at least and 32,000 at most."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of documents that is held out, by a hash of the document's text. None: what held_out_tokens and
+    contexts.tokens need with a quarter to spare, .05 at least."""
+    seed: Seed = 0
+    """Order of the documents."""
+
+    def sized(self, context_tokens: int | None) -> tuple[int, int, float]:
+        """(held-out tokens, tokens of the context text, held-out share): what is None follows train_tokens.
+
+        >>> Text(sources=["mine.txt"], train_tokens=60_000).sized(None)
+        (7500, 20000, 0.3642)
+        """
+        held_out = self.held_out_tokens or min(32_000, max(2_048, self.train_tokens // 8))
+        contexts = context_tokens or min(160_000, max(16_000, self.train_tokens // 3))
+        spare = 1.25 * (held_out + contexts)
+        share = self.held_out_share or round(max(0.05, spare / (self.train_tokens + spare)), 4)
+        return held_out, contexts, share
+
+    @property
+    def named_data(self) -> list[str]:
+        return self.sources
+
+
+class Arm(Section):
+    """A masking condition."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    p: Share
+    """Probability that an input token is replaced; 0 is the unmasked baseline."""
+    seed: Seed = 0
+    """Of the masks, beside the seed of the pair: arms of one seed mask the same tokens."""
+    token: str | None = None
+    """Text of the token that replaces; None: the model's mask_token; "rare": the rarest token of the training text; "random": for each position
+    a token drawn by its frequency there."""
+    drop_masked: bool = False
+    """Train on ordinary positions only."""
+    denoise: bool = False
+    """Reconstruct the clean activation from the corrupted one, at ordinary positions."""
+    tokens: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training text that is used."""
+    seeds: list[Seed] | None = None
+    """Of an ablation: seeds of its SAEs, some of the first grid's; None: all of them."""
+
+    def mask_seed(self, pair: int) -> int:
+        """Seed of the masks that the SAEs of seed `pair` see: another for every pair."""
+        return self.seed << 32 | pair
+
+
+class Training(Section):
+    """Recipe shared by all SAEs; see `masksae.TrainConfig` for the meaning of each key."""
+
+    epochs: Positive = 1
+    """Passes over the training blocks. Activations are kept in scratch when there is more than one."""
+    batch_size: Positive = 2048
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    warmup: Annotated[int, Field(ge=0)] | None = None
+    """None: a tenth of the steps, 1,000 at most."""
+    decay: Share = 0.2
+    sparsity_warmup: Annotated[int, Field(ge=0)] | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    threshold_start: Annotated[int, Field(ge=0)] | None = None
+    """None: after a third of the steps, or 1,000."""
+    threshold_ema: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """None: .999, or a memory of a tenth of the steps in a shorter run."""
+    pool_tokens: Positive = 131_072
+    """Tokens that are shuffled together."""
+    snapshots: list[Positive] = []
+    """Steps at which the SAEs are also kept, each after a learning-rate decay of its own: absorption along training (notebook 04). Those
+    that an arm does not reach are left out."""
+
+    def config(self, steps: int):
+        """The `TrainConfig` of a run of so many steps; what is None follows them."""
+        from masksae.training.group.config import TrainConfig
+
+        shared = self.model_dump(exclude={"epochs", "batch_size", "pool_tokens", "snapshots"})
+        shared["snapshots"] = tuple(n for n in self.snapshots if n < steps)
+        seldom = {"checkpoint_every": max(200, steps // 100), "log_every": max(20, steps // 1000)}
+        return TrainConfig(steps, **shared, **seldom)
+
+
+RULES = {"topk": TopK, "batch_topk": BatchTopK, "jump_relu": JumpReLU, "relu": ReLU, "gated": Gated}
+
+
+class Rule(Section):
+    """A selection rule by name and its parameters; see `masksae.saes.config`. Every rule states the L0 it aims at."""
+
+    rule: Literal["topk", "batch_topk", "jump_relu", "relu", "gated"]
+    k: Positive | None = None
+    """Of topk and batch_topk."""
+    target_l0: Annotated[float, Field(gt=0)] | None = None
+    """Of jump_relu, relu and gated; for the last two a controller adapts l1 to it."""
+    l1: Annotated[float, Field(gt=0)] | None = None
+    """First L1 coefficient of relu and gated."""
+
+    @property
+    def config(self) -> Selection:
+        """The selection config."""
+        return RULES[self.rule](**self.model_dump(exclude={"rule"}, exclude_none=True))
+
+    @model_validator(mode="after")
+    def _complete(self):
+        wanted = {"topk": {"k"}, "batch_topk": {"k"}, "jump_relu": {"target_l0"}}.get(self.rule, {"l1", "target_l0"})
+        found = set(self.model_dump(exclude={"rule"}, exclude_none=True))
+        if found != wanted:
+            raise ValueError(
+                f"{self.rule} takes exactly {' and '.join(sorted(wanted))}, found {', '.join(sorted(found)) or 'nothing'}."
+            )
+        return self
+
+
+class Grid(Section):
+    """SAEs that differ in their seed only: in the initial weights, the order of the tokens and the masks that are drawn from it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    selection: Rule
+    n_latents: Positive
+    prefixes: tuple[float, ...] = ()
+    """Matryoshka group fractions, summing to 1; empty: one group."""
+    dead_after_tokens: Positive | None = None
+    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (TopK kinds). None: a sixteenth of the run's
+    tokens, 10,000,000 at most."""
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
+
+    def config(self, d_model: int, seed: int, drop_masked: bool = False) -> SAEConfig:
+        """The SAE's configuration for a model of width `d_model`."""
+        aux = AuxK(dead_after_tokens=self.dead_after_tokens) if "topk" in self.selection.rule else None
+        return SAEConfig(
+            d_model,
+            self.n_latents,
+            self.selection.config,
+            self.prefixes,
+            aux=aux,
+            seed=seed,
+            drop_masked=drop_masked,
+            own_order=True,
+        )
+
+    @property
+    def architecture(self) -> str:
+        """Name for figures and tables, such as "Matryoshka BatchTopK".
+
+        >>> Grid(name="a", selection=Rule(rule="jump_relu", target_l0=20), n_latents=64, seeds=[0]).architecture
+        'JumpReLU'
+        """
+        return ("Matryoshka " if self.prefixes else "") + RULES[self.selection.rule].__name__
+
+    @model_validator(mode="after")
+    def _possible(self):
+        self.config(d_model=1, seed=0)
+        return self

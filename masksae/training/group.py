@@ -1,0 +1,312 @@
+"""Train several SAEs on one activation stream; kill it at any moment and it goes on where the last checkpoint was.
+
+The recipe is dictionary_learning's (August 2025): activations divided by their root mean square norm, b_dec from the geometric
+median of the first batch (TopK kinds), loss, decoder gradients without their radial part, gradient clipping, Adam, rows of the
+decoder back to norm 1. The step itself is in `member.py`; here are the schedule, the group, its checkpoints and its snapshots.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from masksae import progress as bars
+from masksae.activations import ActivationStream, differing
+from masksae.errors import CheckpointError, ConfigError, DataError, readable
+from masksae.files import atomic_dir, ensure_writable, read_json, recover, run_id, save_tensors, write_json
+from masksae.training.group.logs import Log
+from masksae.training.group.step import EXPLODED, Member
+from masksae.memory import check_memory
+from masksae.training.group.config import TrainConfig
+from masksae.saes.config import AuxK, BatchTopK, SAEConfig
+from masksae.saes.sae import SAE, SAE_FILES, read_tensors, seal
+
+SCHEMAS = (1, 2, 3)
+"""Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the configs, 3 what
+the stream is made of."""
+
+
+def train(
+    sae_configs: list[SAEConfig],
+    stream: ActivationStream,
+    train_config: TrainConfig,
+    *,
+    checkpoint_dir=None,
+    device=None,
+    progress: bool = True,
+    log: Log | None = None,
+) -> list[SAE]:
+    """Train one SAE per config on the batches of `stream`; every SAE sees the same batches, unless its config says otherwise.
+
+    Training begins at the stream's beginning, whatever was read from it before, or where the checkpoint is.
+
+    checkpoint_dir  where to keep the state (overwritten atomically) and the snapshots; training resumes from it by itself, and the
+                    result is the same bytes as without the interruption on the same device. Other activations are refused, as far as
+                    `ActivationStream.identity` can tell
+    device          of the SAEs; None: the CPU
+    log             called with (number of the SAE, record) as the records of `SAE.history` come; see `masksae.training.logs`. After a kill the records
+                    since the last checkpoint come again
+
+    Returns SAEs for raw activations (scale and decoder norms folded in), with `history`.
+    Raises ConfigError, DataError, CheckpointError, OutputError.
+
+    >>> from masksae import BatchTopK
+    >>> x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    >>> stream = ActivationStream.from_array(x, batch_size=100, seed=0)
+    >>> recipe = TrainConfig(50, warmup=5, threshold_start=20)
+    >>> [sae] = train([SAEConfig(8, 32, BatchTopK(4))], stream, recipe, progress=False)
+    >>> sae.history[-1]["step"], sae.history[-1]["l0"]
+    (49, 4.0)
+    """
+    folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir)
+    device = torch.device(device or "cpu")
+    stream.to(device)  # before anything asks for a pool
+    _check(sae_configs, stream, train_config, folder)
+    sparse = device.type == "cpu" and train_config.precision == "float32"
+    check_memory(sae_configs, stream.batch_size, device, sparse=sparse, branch=bool(train_config.snapshots))
+    group = Group(sae_configs, stream, train_config, device)
+    if folder is not None and recover(folder / "checkpoint").exists():
+        group.load(folder / "checkpoint")
+    else:
+        group.start()
+    label = f"training {len(sae_configs)} SAEs" if progress else None
+    with (
+        bars.bar(total=train_config.steps, initial=group.step, label=label, unit="steps") as bar,
+        stream.until(train_config.steps),
+    ):
+        group.run(train_config, bar.update, folder, log)
+    return [_finish(member.sae, group.scale) for member in group.members]
+
+
+def load_snapshots(checkpoint_dir, *, device=None) -> dict[int, list[SAE]]:
+    """The SAEs that `train` saved along the way, by step, in the order of its configs. Raises CheckpointError for a damaged one, and if there
+    is no such folder.
+
+    >>> import tempfile
+    >>> from masksae import TopK
+    >>> stream = ActivationStream.from_array(torch.randn(100, 4), batch_size=10, seed=0)
+    >>> recipe = TrainConfig(20, warmup=2, threshold_start=5, snapshots=(10,))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = train([SAEConfig(4, 16, TopK(2))], stream, recipe, checkpoint_dir=folder, progress=False)
+    ...     sorted(load_snapshots(folder))
+    [10]
+    """
+    if not Path(checkpoint_dir).is_dir():
+        raise CheckpointError(f"There is no folder {checkpoint_dir}. Give the checkpoint_dir that `train` was given.")
+    folders = sorted(Path(checkpoint_dir).glob("snapshots/step-*"))
+    with readable(checkpoint_dir):
+        return {int(f.name[5:]): [SAE.load(path, device=device) for path in sorted(f.glob("sae-*"))] for f in folders}
+
+
+def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
+    """Point [d] with the smallest summed distance to the rows of x [n, d] (Weiszfeld's iteration)."""
+    guess = x.mean(0)
+    for _ in range(iterations):
+        weight = 1 / (x - guess).norm(dim=1).clamp(min=1e-8)
+        new = (x * weight[:, None]).sum(0) / weight.sum()
+        moved, guess = (new - guess).norm(), new
+        if moved < tolerance:
+            break
+    return guess
+
+
+class Group:
+    """All SAEs of one stream, and the step they have reached."""
+
+    def __init__(self, configs: list[SAEConfig], stream: ActivationStream, config: TrainConfig, device):
+        buffers: dict = {}
+        self.members = [Member(SAE(c), config, device, buffers) for c in configs]
+        self.stream, self.step, self.scale = stream.to(device), 0, 1.0
+        self.saved: int | None = None
+        self.views = list(dict.fromkeys(view_of(c, stream) for c in configs))
+        self.identity = {
+            "saes": [c.to_dict() for c in configs],
+            "train": config.identity(),
+            "batch_size": stream.batch_size,
+            "seed": stream.seed,
+            "stream": stream.identity(),
+        }
+
+    def start(self) -> None:
+        """Scale and b_dec from the first batches."""
+        beginning = {"pool": 0, "batch": 0}
+        self.stream.load_state_dict(beginning)
+        self.scale = self.stream.scale()
+        if not self.scale > 0:
+            raise DataError("The first activations of the stream are all zero. Look at the model and the hook point.")
+        with self.stream.until(1):
+            first = next(self.stream.batches(self.views))
+        self.stream.load_state_dict(beginning)
+        medians = [geometric_median(x / self.scale) for x, *_ in first]
+        with torch.no_grad():
+            for member in self.members:
+                if member.sae.config.selection.median_start:
+                    member.sae.b_dec.copy_(medians[self.views.index(view_of(member.sae.config, self.stream))])
+
+    def run(self, config: TrainConfig, tick=lambda: None, folder: Path | None = None, log: Log | None = None) -> None:
+        """Go on to the last step of `config`, with checkpoints and snapshots if there is a folder."""
+        for member in self.members:
+            member.config = config
+        due = {} if folder is None else self._snapshots(config, folder)
+        batches = self.stream.batches(self.views)
+        while self.step < config.steps:
+            for n, target in due.pop(self.step, []):
+                self._snapshot(config, n, target)
+            views = [[x / self.scale, *(t / self.scale for t in target)] for x, _, *target in next(batches)]
+            record = self.step % config.log_every == 0 or self.step == config.steps - 1
+            for member in self.members:
+                x, *target = views[self.views.index(view_of(member.sae.config, self.stream))]
+                member.step(x, self.step, record, *target)
+            self.step += 1
+            tick()
+            if record:
+                self.check()
+                for i, member in enumerate(self.members if log else ()):
+                    log(i, member.sae.history[-1])
+            if folder is not None and (self.step % config.checkpoint_every == 0 or self.step == config.steps):
+                self.save(folder / "checkpoint")
+        self.check()
+        for n, target in due.pop(self.step, []):
+            self._snapshot(config, n, target)
+
+    def _snapshots(self, config: TrainConfig, folder: Path) -> dict[int, list[tuple[int, Path]]]:
+        """Step at which to leave the trunk -> (step n of the snapshot, where it goes), for those that are not there yet."""
+        due: dict = {}
+        for n in config.snapshot_steps:
+            target = folder / "snapshots" / f"step-{n:08d}"
+            if recover(target).exists():
+                try:
+                    known = read_json(target / "identity.json")
+                except (DataError, FileNotFoundError):
+                    known = None
+                before = {key: value for key, value in self.identity.items() if key != "stream"}  # of schemas 1 and 2
+                if known not in (run_id(self.identity), run_id(before)):
+                    raise CheckpointError(
+                        f"{target} is damaged, or belongs to another configuration. Use another checkpoint_dir, or delete it."
+                    )
+                continue
+            leave = config.leaves(n)
+            if leave < self.step:
+                raise CheckpointError(
+                    f"The snapshot of step {n} would have to leave at step {leave}, and training is at step {self.step} already. "
+                    "Use another checkpoint_dir, or leave this snapshot out."
+                )
+            due.setdefault(leave, []).append((n, target))
+        return due
+
+    def _snapshot(self, config: TrainConfig, n: int, target: Path) -> None:
+        """Save the SAEs of step n, after going there on a branch; the trunk does not notice."""
+        trunk = [{name: value.clone() for name, value in member.tensors().items()} for member in self.members]
+        history = [list(member.sae.history) for member in self.members]
+        step, position = self.step, self.stream.state_dict()
+        if n > step:
+            with self.stream.until(n):
+                self.run(config.branch(n))
+        with atomic_dir(target, ("identity.json", *(f"sae-*/{file}" for file in SAE_FILES))) as tmp:
+            write_json(tmp / "identity.json", run_id(self.identity))
+            for i, member in enumerate(self.members):
+                _finish(copy.deepcopy(member.sae), self.scale).save(tmp / f"sae-{i:04d}")
+        self.step = step
+        self.stream.load_state_dict(position)
+        for member, tensors, records in zip(self.members, trunk, history):
+            member.config = config
+            member.load(tensors)
+            member.sae.history = records
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint, of a sane state only."""
+        self.check()
+        tensors = {
+            f"{i}.{name}": value for i, member in enumerate(self.members) for name, value in member.tensors().items()
+        }
+        record = {"schema": SCHEMAS[-1], "identity": self.identity, "step": self.step, "scale": self.scale}
+        record |= {"stream": self.stream.state_dict(), "history": [member.sae.history for member in self.members]}
+        with atomic_dir(folder, ("state.safetensors", "state.json")) as tmp:
+            save_tensors(tensors, tmp / "state.safetensors")
+            record["sha256"] = seal(record, tmp / "state.safetensors")
+            (tmp / "state.json").write_text(json.dumps(record), encoding="utf-8")
+        self.saved = self.step
+
+    def check(self) -> None:
+        """Raise DataError if the loss of some SAE was NaN, infinite or beyond reason at some step."""
+        for i, member in enumerate(self.members):
+            if (step := member.failed.item()) >= 0:
+                kept = "No checkpoint" if self.saved is None else f"The checkpoint of step {self.saved}"
+                raise DataError(
+                    f"SAE {i} ({member.sae.config}): the loss was NaN or above {EXPLODED:g} at step {step}. {kept} was kept from before. "
+                    "Lower lr, or look at the activations."
+                )
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint. Raises CheckpointError if it is damaged or of another configuration."""
+        record, tensors = read_tensors(folder, "state.safetensors", "state.json", SCHEMAS)
+        with readable(folder):
+            self._take_over(record, tensors, folder)
+
+    def _take_over(self, record: dict, tensors: dict[str, Tensor], folder: Path) -> None:
+        found = {"stream": self.identity["stream"]} | _upgraded(record["identity"])  # schemas 1 and 2 did not know it
+        if run_id(found) != run_id(self.identity):
+            inner = {"stream": f" ({differing(found['stream'], self.identity['stream'])})"}
+            where = [key + inner.get(key, "") for key in self.identity if found.get(key) != self.identity[key]]
+            raise CheckpointError(
+                f"The checkpoint in {folder} belongs to another configuration: {', '.join(where)} differ. Use another checkpoint_dir, or delete this one."
+            )
+        for i, member in enumerate(self.members):
+            prefix = f"{i}."
+            member.load(
+                {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}, folder
+            )
+            member.sae.history = record["history"][i]
+        self.step, self.scale = record["step"], record["scale"]
+        self.saved = self.step
+        self.stream.load_state_dict(record["stream"])
+
+
+def _finish(sae: SAE, scale: float) -> SAE:
+    """Make an SAE in training one for raw activations with unit decoder rows."""
+    sae.requires_grad_(False)
+    return (sae if sae.config.selection.unit_rows else sae.normalise_()).rescale_(scale)
+
+
+def view_of(config: SAEConfig, stream: ActivationStream) -> tuple[int, bool]:
+    """(seed of the order, whether masked positions are dropped): the view of the stream that an SAE trains on."""
+    return (config.seed if config.own_order else stream.seed), config.drop_masked
+
+
+def _upgraded(identity: dict) -> dict:
+    """An identity of any schema with the keys of the present one: what was added later stood at its default."""
+    saes = [SAEConfig.from_dict(values).to_dict() for values in identity["saes"]]
+    return identity | {"saes": saes, "train": TrainConfig(**identity["train"]).identity()}
+
+
+def _check(sae_configs: list[SAEConfig], stream: ActivationStream, config: TrainConfig, folder) -> None:
+    if not sae_configs:
+        raise ConfigError("sae_configs is empty. Give at least one SAEConfig.")
+    if config.snapshots and folder is None:
+        raise ConfigError("Snapshots need a place: give checkpoint_dir, or leave TrainConfig.snapshots empty.")
+    for sae in sae_configs:
+        if not sae.selection.trainable:
+            raise ConfigError(
+                f"{sae.selection} comes from an SAE trained elsewhere and lacks a coefficient: give it to train."
+            )
+        _check_tokens(sae, stream.batch_size, config.steps)
+        if sae.d_model != stream.d_model:
+            raise ConfigError(
+                f"The SAE reads width {sae.d_model}, the stream gives {stream.d_model}. Set d_model to the model's width."
+            )
+
+
+def _check_tokens(sae: SAEConfig, batch: int, steps: int) -> None:
+    """Raise ConfigError for what cannot come about in a run of so many steps and tokens."""
+    tokens, silent = steps * batch, sae.aux and sae.aux.dead_after_tokens
+    if silent and silent >= tokens:
+        raise ConfigError(
+            f"AuxK.dead_after_tokens is {silent:,} and the run sees {tokens:,} tokens: no latent would ever be revived. Leave it out (a "
+            f"sixteenth of the run: {AuxK().dead_after(tokens):,}), lower it, or train without aux."
+        )
+    if isinstance(sae.selection, BatchTopK) and round(sae.selection.k * batch) == 0:
+        raise ConfigError(
+            f"BatchTopK.k = {sae.selection.k:g} keeps no latent in a batch of {batch}. Raise k or batch_size."
+        )
