@@ -21,7 +21,7 @@ import torch
 from peers import dictionary_learning_trainer, saelens_trainer
 
 from masksae import MATRYOSHKA, SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig
-from masksae.training.group.step import Member
+from masksae.training.step import Member
 
 RECIPE = TrainConfig(steps=100_000, lr=1e-6, warmup=10)  # nothing moves, so that a row stays at its L0
 CASES = [

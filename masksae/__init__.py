@@ -27,7 +27,7 @@ _HOME = {
     "load_snapshots": "masksae.training.group",
     "load_saelens": "masksae.export",
     "load_dictionary_learning": "masksae.export",
-    "load_sae": "masksae.study.own_sae",
+    "load_sae": "masksae.export",
     "load_model": "masksae.data.models",
     "mask_dataset": "masksae.plugins",
     "mask_inputs": "masksae.plugins",

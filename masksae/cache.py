@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from masksae.errors import SourceError
 from masksae.files import atomic_dir, cache_dir, read_json, read_safetensors, run_id, save_tensors, sha256, write_json
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parent
 
 NEUTRAL = {
-    "errors", "files", "progress", "parallel", "memory", "logs", "jobs", "cache",  # ground
-    "profile", "sections", "score_sections",  # a profile's values are in an id by themselves
-    "export", "adapter",  # forms of other libraries
+    "errors", "files", "progress", "parallel", "memory", "jobs", "cache", "training.logs",  # ground
+    "study.profile", "study.sections",  # a profile's values are in an id by themselves
+    "export",  # forms of other libraries
 }  # fmt: skip
 """Modules that cannot change a number, at which the walk stops."""
 
@@ -193,10 +194,17 @@ def _hashes(path: Path) -> dict[str, str]:
         stat = file.stat()
         name, stamp = str(file.relative_to(path)), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         same = known.get(name, [None])[:-1] == stamp
-        now[name] = [*stamp, known[name][-1] if same else sha256(file)]
+        now[name] = [*stamp, known[name][-1] if same else _hash(file)]
     if now != known:
         write_json(memory, now)
     return {name: values[-1] for name, values in now.items()}
+
+
+def _hash(file: Path) -> str:
+    try:
+        return sha256(file)
+    except OSError as error:
+        raise SourceError(f"{file} cannot be read ({error.strerror}). Look at its permissions.") from error
 
 
 def _counts(file: Path, root: Path) -> bool:

@@ -20,9 +20,8 @@ from pathlib import Path
 
 from masksae.errors import DataError, OutputError
 
-HERE = Path(__file__).resolve().parent
-PROFILES = next((folder for folder in (HERE / "profiles", HERE.parent / "profiles") if folder.is_dir()), HERE.parent)
-"""The shipped profiles: beside the modules in a wheel, beside the package in a clone."""
+PROFILES = Path(__file__).resolve().parent / "profiles"
+"""The shipped profiles."""
 
 
 def shipped_profiles() -> list[str]:

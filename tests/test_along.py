@@ -4,8 +4,8 @@ import pytest
 from test_stages import profile, project  # noqa: F401
 
 from masksae import Run
+from masksae.study.figures import absorption, style
 from masksae.study.report import curves
-from masksae.study.figures import all_figures
 from masksae.study.stats import paired_effect, pairs_needed
 
 
@@ -51,12 +51,12 @@ def test_tables(rows):
 
 
 def test_pictures_show_every_arm(rows):
-    all_figures.style()
-    along = curves.draw_along(rows)
+    style.style()
+    along = absorption.draw_along(rows)
     assert len(along.axes) == 4 and all(axis.get_ylim()[0] == 0 for axis in along.axes)
     labels = {text.get_text() for text in along.axes[1].get_legend().get_texts()}
     assert labels == {"unmasked", "masked", "worse"}
-    arms = curves.draw_ablations(rows)
+    arms = absorption.draw_ablations(rows)
     assert [t.get_text() for t in arms.axes[0].get_yticklabels()] == ["unmasked", "masked", "worse"]
 
 

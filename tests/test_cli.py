@@ -13,9 +13,9 @@ from browser import CHROMIUM, troubles
 from test_guest import folder, run  # noqa: F401
 from test_stages import project  # noqa: F401
 
+import masksae
 from masksae import SAE
 from masksae.app import cli
-from masksae.study import own_sae
 from masksae.errors import ConfigError
 
 COMMANDS = ("fetch", "plan", "train", "evaluate", "explore", "export")
@@ -108,7 +108,7 @@ def test_a_poor_terminal():
 def test_export(folder, tmp_path, capsys):  # noqa: F811
     text = told(capsys, "export", folder, tmp_path / "dl", "--to", "dictionary_learning", "--json")
     assert json.loads(text) == {"folder": str(tmp_path / "dl")}
-    assert torch.equal(own_sae.load_sae(tmp_path / "dl").W_dec, own_sae.load_sae(folder).W_dec)
+    assert torch.equal(masksae.load_sae(tmp_path / "dl").W_dec, masksae.load_sae(folder).W_dec)
 
 
 def test_fetch_and_plan(run, capsys):  # noqa: F811

@@ -7,11 +7,11 @@ import torch
 from test_stages import profile, project  # noqa: F401
 
 from masksae import Run
-from masksae.study.scores import perturbation, all_scores, probing
-from masksae.study import own_sae
-from masksae.study.report import saebench
 from masksae.errors import DataError
 from masksae.files import read_json
+from masksae.study import own_sae
+from masksae.study.report import saebench
+from masksae.study.scores import absorption, perturbation, probing, reconstruction
 from masksae.tracing import activations
 
 WORDS = "the one two three sat on mat ran past".split()
@@ -103,14 +103,17 @@ def test_every_score_of_every_sae_becomes_a_saebench_file(run, project, monkeypa
     for i, path in enumerate(names):
         write(path, [(f"{t} {'st'[j % 2]}", j % 2) for j, t in enumerate(sentences(160, 20 + i))])
     monkeypatch.setattr("masksae.metrics.absorption.PROBE_GATE", -1.0)  # a random model does not spell
-    saes, results = run.saes, {"reconstruction": all_scores.reconstruction_scores, "probing": probing.probing_scores}
+    saes, results = (
+        run.saes,
+        {"reconstruction": reconstruction.reconstruction_scores, "probing": probing.probing_scores},
+    )
     words, x = (
         [chr(97 + i % 26) + chr(97 + i // 26) + "word" for i in range(520)],
         torch.randn(520, 16, generator=torch.Generator().manual_seed(0)),
     )
-    monkeypatch.setattr(all_scores, "word_activations", lambda run, draw=0: (words, x))
+    monkeypatch.setattr(absorption, "word_activations", lambda run, draw=0: (words, x))
     results |= {
-        "absorption": all_scores.absorption_scores,
+        "absorption": absorption.absorption_scores,
         "ood": probing.ood_scores,
         "perturbation": perturbation.concept_scores,
     }

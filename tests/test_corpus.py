@@ -149,8 +149,8 @@ def test_special_tokens_in_a_text_are_words(tmp_path):
 
     documents = [f"a <mask> and a <bos> number {i:04d} in a text of its own" for i in range(400)]
     options = dict(tokens={"train": 2000, "held_out": 400}, block_length=16, bos_id=0, held_out_share=0.2, seed=0)
-    blocks = blocks.build(documents, byte_tokenizer(), tmp_path / "blocks", progress=False, **options)
-    ids = blocks.Blocks(blocks["train"])[:]
+    found = blocks.build(documents, byte_tokenizer(), tmp_path / "blocks", progress=False, **options)
+    ids = blocks.Blocks(found["train"])[:]
     assert (ids[:, 0] == 0).all() and (ids[:, 1:] > 1).all()
     assert any("<mask>" in byte_tokenizer().decode(row[1:]) for row in ids)
 

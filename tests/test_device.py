@@ -6,7 +6,7 @@ from random_saes import ALL_RULES, random_batch, random_sae
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from masksae import MATRYOSHKA, SAE, AuxK, Gated, ReLU, SAEConfig, TopK, TrainConfig
-from masksae.training.group.step import Member
+from masksae.training.step import Member
 
 
 class OneDevice(TorchDispatchMode):

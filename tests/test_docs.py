@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from masksae.study.report import reliability
 from masksae.files import read_json
 from masksae.study.profile import Profile
+from masksae.study.report import reliability
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}

@@ -7,10 +7,10 @@ import torch
 from test_stages import profile, project  # noqa: F401
 
 from masksae import Run
-from masksae.study import explore
-from masksae.study.figures import all_figures
 from masksae.errors import ConfigError
 from masksae.metrics.absorption import absorbed
+from masksae.study import explore
+from masksae.study.figures import absorption, style
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_story_names_the_missed_word_and_its_absorber():
     assert (full & is_test & positive).sum() == 1
     page = explore.story_html(story)
     assert "word0" in page and "1 of 5 test words absorbed (20%)" in page
-    figure = explore.draw_absorbers(
+    figure = absorption.draw_absorbers(
         {"first letter": {"unmasked": story, "masked": story}, "context": {"unmasked": story}}
     )
     assert "1 words, 1 absorbers" in figure.axes[0].get_legend().get_texts()[0].get_text()
@@ -78,6 +78,6 @@ def test_an_unknown_parent_is_named(look):
 def test_the_style_suits_light_and_dark_pages():
     import matplotlib
 
-    all_figures.style()
+    style.style()
     assert matplotlib.rcParams["figure.facecolor"] == matplotlib.rcParams["axes.facecolor"] == "none"
-    assert all(matplotlib.rcParams[key] == all_figures.GREY for key in ("text.color", "xtick.color", "axes.labelcolor"))
+    assert all(matplotlib.rcParams[key] == style.GREY for key in ("text.color", "xtick.color", "axes.labelcolor"))

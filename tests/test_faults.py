@@ -20,9 +20,9 @@ from conftest import byte_tokenizer, tiny_model
 from fault_table import survived
 
 from masksae import Run, files
-from masksae.study.scores import all_scores
 from masksae.errors import OutputError
 from masksae.files import cache_dir
+from masksae.study.scores import reconstruction
 
 ROOT = Path(__file__).resolve().parents[1]
 FUZZ = bool(os.environ.get("MASKSAE_FUZZ"))
@@ -34,7 +34,7 @@ def whole_run(_=None) -> dict:
     """Text, training with snapshots and checkpoints, scores: everything that the run leaves, by what it is."""
     run = Run("mine.yaml")
     run.saes
-    rows = all_scores.reconstruction_scores(run)
+    rows = reconstruction.reconstruction_scores(run)
     run.save_result("reconstruction", rows)
     weights = {path.parent.name: path.read_bytes() for path in run.build.rglob("sae.safetensors")}
     return {"rows": rows, "result": run.result("reconstruction"), **weights}
@@ -131,6 +131,8 @@ def test_a_home_that_cannot_be_written(new_project, monkeypatch, tmp_path, as_no
     home.chmod(0o555)
     for folder in (tmp_path, tmp_path / "mine", tmp_path / "mine/model"):
         folder.chmod(0o777)
+    for file in (tmp_path / "mine/model").iterdir():
+        file.chmod(0o644)
 
     def run():
         os.environ["HOME"] = str(home)

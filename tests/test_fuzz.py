@@ -16,11 +16,11 @@ import yaml
 from fault_table import survived
 
 from masksae import SAE, ActivationStream, BatchTopK, JumpReLU, SAEConfig, TrainConfig, load_profile, train
-from masksae.errors import CheckpointError, ConfigError, MasksaeError, SourceError
-from masksae.files import PROFILES
-from masksae.study.own_sae import load_sae
-from masksae.data.texts import documents
 from masksae.data.tasks import probe_table
+from masksae.data.texts import documents
+from masksae.errors import CheckpointError, ConfigError, MasksaeError, SourceError
+from masksae.export import load_sae
+from masksae.files import PROFILES
 
 TRIES = int(os.environ.get("MASKSAE_FUZZ", "30"))
 JUNK = [None, -1, True, 0, 10**30, "x", [], {}, [None], [{}], float("nan"), float("inf")]

@@ -16,10 +16,10 @@ from small_training import EVERY, configs, run, same, stream, train_config
 import masksae
 from masksae import MATRYOSHKA, AuxK, BatchTopK, SAEConfig, TopK, TrainConfig
 from masksae.activations import from_model
-from masksae.training.group.step import Member
 from masksae.memory import training_bytes
 from masksae.metrics.reconstruction import reconstruction
 from masksae.saes.sae import SAE
+from masksae.training.step import Member
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from test_stages import profile, project  # noqa: F401
 
+import masksae
 from masksae import SAE, BatchTopK, Run, SAEConfig, TopK
-from masksae.study import own_sae
-from masksae.study.report import own_sae
-from masksae.study.scores import all_scores
 from masksae.errors import ConfigError, MasksaeError
+from masksae.study import own_sae
+from masksae.study.report import own_sae as report
+from masksae.study.report import tables
+from masksae.study.scores import reconstruction
 
 
 @pytest.fixture
@@ -32,13 +34,13 @@ def test_three_forms_are_told_apart(run, tmp_path):
     sae = run.load_saes()["masked-matryoshka-s0"]
     for name, write in {"a": sae.to_saelens, "b": sae.to_dictionary_learning, "c": sae.save}.items():
         write(tmp_path / name)
-        assert torch.equal(own_sae.load_sae(tmp_path / name).W_dec, sae.W_dec)
+        assert torch.equal(masksae.load_sae(tmp_path / name).W_dec, sae.W_dec)
     with pytest.raises(ConfigError, match="holds none of sae_weights.safetensors, ae.pt, sae.safetensors"):
-        own_sae.load_sae(tmp_path)
+        masksae.load_sae(tmp_path)
 
 
 def test_a_guest_scores_what_the_run_scores(run, folder, tmp_path):
-    own = {row["mode"]: row for row in all_scores.reconstruction_scores(run) if row["sae"] == "unmasked-plain-s0"}
+    own = {row["mode"]: row for row in reconstruction.reconstruction_scores(run) if row["sae"] == "unmasked-plain-s0"}
     visitor = own_sae.Guest(run.source, folder, out=tmp_path / "out")
     found = {row["mode"]: row for row in own_sae.evaluate(visitor, ["reconstruction"])["reconstruction"]}
     for mode in ("as_trained", "matched"):
@@ -110,9 +112,9 @@ def test_a_metric_that_fails_leaves_the_others(project, tmp_path, capsys):  # no
     assert list(own_sae.failed(found)) == ["absorption"] and found["reconstruction"][0]["ev_centred"]
     assert json.loads((tmp_path / "out/absorption.json").read_text()) == [{"sae": visitor.name, "failed": why}]
     assert f"masksae: absorption cannot be taken: {why}" in capsys.readouterr().err
-    page = own_sae.write(visitor, found).read_text()
+    page = report.write(visitor, found).read_text()
     assert "absorption: could not be taken" in page and html.escape(why) in page
-    assert dict(own_sae.rows(found))["absorption: could not be taken"] == {"failed": why}
+    assert dict(report.rows(found))["absorption: could not be taken"] == {"failed": why}
     assert {path.parent.name for path in own_sae.saebench(visitor, found)} == {"core"}
     with pytest.raises(MasksaeError, match=re.escape(why)):
         own_sae.evaluate(visitor, ["absorption"])
@@ -121,8 +123,8 @@ def test_a_metric_that_fails_leaves_the_others(project, tmp_path, capsys):  # no
 def test_weak_saes_are_told_in_a_sentence():
     good = {"sae": "a", "mode": "matched", "ev_centred": 0.5, "l0": 20.0, "k": 20}
     good |= {"ce_sae": 1.0, "ce_zero": 2.0, "kl_sae": 1.0, "kl_zero": 2.0}
-    assert all_scores.remarks([good]) == []
-    weak, useless, short = all_scores.remarks([good, good | {"sae": "b", "ev_centred": -0.1, "ce_sae": 3.0, "l0": 9.0}])
+    assert tables.remarks([good]) == []
+    weak, useless, short = tables.remarks([good, good | {"sae": "b", "ev_centred": -0.1, "ce_sae": 3.0, "l0": 9.0}])
     assert weak.startswith("1 of 2 rows reconstruct no better than the mean") and "text.train_tokens" in weak
     assert "no better than zeros" in useless and "do not reach L0 = k" in short and short.endswith(": b (matched).")
 

@@ -7,8 +7,8 @@ import torch
 
 import masksae
 from masksae import ActivationStream, BatchTopK, SAEConfig, TrainConfig
-from masksae.training.group.group import logs
 from masksae.errors import ConfigError, OutputError
+from masksae.training import logs
 
 CONFIGS = [SAEConfig(8, 32, BatchTopK(2), seed=seed) for seed in (0, 1)]
 

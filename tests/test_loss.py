@@ -7,10 +7,10 @@ import torch
 from random_saes import ALL_RULES, random_batch, random_sae
 
 from masksae import MATRYOSHKA, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig
-from masksae.training.group.step import Member
 from masksae.saes.loss import aux_loss, dense_loss, dense_step
 from masksae.saes.rules import largest, rule_of
 from masksae.saes.sparse import sparse_step
+from masksae.training.step import Member
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="sparse products on the CPU need MKL")
 every_rule = pytest.mark.parametrize("rule", ALL_RULES, ids=lambda r: type(r).__name__)

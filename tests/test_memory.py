@@ -16,7 +16,7 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from masksae import *
-from masksae.training.group.step import Member
+from masksae.training.step import Member
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 Member(SAE(SAEConfig(8, 16, BatchTopK(2))), TrainConfig(steps=9, warmup=1, threshold_start=1)).step(torch.randn(64, 8), 5)

@@ -69,8 +69,8 @@ def test_hub_without_network(monkeypatch, tmp_path):
 
 
 def test_terms_are_asked_for_before_the_download(monkeypatch, tmp_path):
-    from masksae.data import packages
     from masksae.app import repro
+    from masksae.data import packages
 
     monkeypatch.setenv("MASKSAE_CACHE", str(tmp_path))
     page = "<html><head><script>x</script></head><body><h1>Terms of use</h1><p>Be kind &amp; fair.</p></body></html>"

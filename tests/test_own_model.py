@@ -8,11 +8,11 @@ import yaml
 from conftest import byte_tokenizer, tiny_model
 
 from masksae import Run, load_profile
-from masksae.data import models
 from masksae.app import plan_text
-from masksae.study.scores import all_scores
-from masksae.errors import ConfigError, DataError, SourceError
 from masksae.app.plan import Plan
+from masksae.data import models
+from masksae.errors import ConfigError, DataError, SourceError
+from masksae.study.scores import absorption, reconstruction
 
 WORDS = "the cat sat on a mat while seven dogs ran past it and nobody saw them".split()
 
@@ -69,7 +69,7 @@ def test_text_without_words_has_no_contexts_and_says_so(project):
     (project / "text.jsonl").write_text("".join(lines))
     assert len(run.held_out) > 0
     with pytest.raises(DataError, match="no word that a parent could be told of"):
-        all_scores.context_sample(run)
+        absorption.context_sample(run)
 
 
 def gpt2():
@@ -87,7 +87,7 @@ def test_a_dozen_lines_train_and_score(project, block):
     assert set(run.saes) == {"unmasked-b4-s0", "masked-b4-s0"}
     assert run.width == 16 and all(sae.history[-1]["explained_variance"] > 0 for sae in run.saes.values())
     if block != "model.embed_tokens":  # zeros there do no harm to a random model, and that is refused
-        row = all_scores.reconstruction_scores(run)[0]
+        row = reconstruction.reconstruction_scores(run)[0]
         assert row["ev_centred"] > 0 and row["ce_original"] > 0
     assert ("layers.1.mlp" in run.profile.model.place) == (block == "model.layers.1.mlp")
 

@@ -9,8 +9,8 @@ import yaml
 from conftest import byte_tokenizer, tiny_model
 
 from masksae import Run, load_profile
-from masksae.study.scores import all_scores
 from masksae.files import PROFILES
+from masksae.study.scores import matched
 
 WORDS = "the cat sat on a mat while seven dogs ran past it and nobody saw them".split()
 
@@ -80,7 +80,7 @@ def test_a_tiny_paper(pile, tmp_path, name, kind, architectures):
     for sae in saes.values():
         first, last = sae.history[0], sae.history[-1]
         assert last["step"] > 40 and last["explained_variance"] > first["explained_variance"]
-    assert all_scores.thresholds(run).keys() == saes.keys()
+    assert matched.thresholds(run).keys() == saes.keys()
 
 
 def test_one_key_adds_the_other_architectures():

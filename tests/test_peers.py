@@ -13,8 +13,8 @@ from peers import dictionary_learning_names, dictionary_learning_trainer, named,
 from random_saes import ALL_RULES, random_batch, random_sae
 
 from masksae import MATRYOSHKA, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, TrainConfig
-from masksae.training.group.step import Member
 from masksae.saes.loss import dense_loss
+from masksae.training.step import Member
 
 RECIPE = TrainConfig(steps=1000, lr=1e-3, warmup=0, decay=0.0, threshold_start=8, threshold_ema=0.9, sparsity_warmup=10)
 AUX = AuxK(dead_after_tokens=200)
@@ -136,7 +136,7 @@ def test_all_rules_are_covered():
 def test_training_logs_reach_the_live_pages(adapter, tmp_path, monkeypatch):
     """Read back with the tools' own readers."""
     pytest.importorskip(adapter)
-    from masksae.training.group.group import logs
+    from masksae.training import logs
 
     monkeypatch.setenv("MASKSAE_LOG", adapter)
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -20,8 +20,8 @@ import datasets
 
 from masksae import activation_batches, mask_dataset, mask_inputs, mask_tokens
 from masksae.activations import from_model
-from masksae.errors import ConfigError
 from masksae.data.models import LanguageModel
+from masksae.errors import ConfigError
 from masksae.tracing import activations
 
 ROOT = Path(__file__).resolve().parents[1]

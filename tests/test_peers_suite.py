@@ -18,11 +18,11 @@ from peers import spelling_model
 from random_saes import ALL_RULES, random_sae
 
 from masksae import ReLU, Run
-from masksae.study.report import saebench
 from masksae.export import saebench_adapter
 from masksae.files import read_json
 from masksae.metrics import absorption, probes
 from masksae.metrics.reconstruction import reconstruction
+from masksae.study.report import saebench
 
 D, F = 24, 96
 ROOT = Path(__file__).resolve().parents[1]

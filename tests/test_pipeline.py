@@ -40,7 +40,7 @@ def test_every_notebook_has_a_stage_and_every_output_is_of_one_profile():
             assert set(params["${profile_values}"]) <= set(Profile.model_fields)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "masksae/profiles").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_profile_has_every_key_that_a_stage_depends_on(path):
     """DVC stops at a key that is not there, even one with a default."""
     keys = {
@@ -64,8 +64,8 @@ def test_default_profile():
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     assert params == {
         "profile": "laptop",
-        "profile_file": "profiles/laptop.yaml",
-        "profile_values": "profiles/laptop.yaml",
+        "profile_file": "masksae/profiles/laptop.yaml",
+        "profile_values": "masksae/profiles/laptop.yaml",
         "root": ".",
     }
     assert repro.DEFAULT == "laptop"
@@ -127,7 +127,7 @@ def test_a_notebook_that_fails_is_kept_for_reading(project):
 
 
 def test_each_profile_has_a_pipeline_of_its_own(project):
-    text = (ROOT / "profiles/smoke.yaml").read_text().replace("name: smoke", "name: mine", 1)
+    text = (ROOT / "masksae/profiles/smoke.yaml").read_text().replace("name: smoke", "name: mine", 1)
     for folder in ("a", "b"):
         (project / folder).mkdir()
         (project / folder / "mine.yaml").write_text(text)
@@ -178,7 +178,9 @@ def test_a_signal_ends_dvc_its_stage_and_the_kernel_in_a_line(number, project):
     (project / "dvc.yaml").write_text("stages: {try: {cmd: python -m masksae.app.repro run 01_try laptop}}")
     busy = "import os, time\nopen('pids', 'w').write(f'{os.getpid()} {os.getppid()}')\nprint('busy', flush=True)\ntime.sleep(99)"
     write_notebook(project, 'profile = "x"', busy)
-    code = "import sys\nfrom masksae import cli, pipeline\nsys.exit(cli.exit_status(lambda: repro.dvc('repro', 'laptop')))"
+    code = (
+        "import sys\nfrom masksae import cli, pipeline\nsys.exit(cli.exit_status(lambda: repro.dvc('repro', 'laptop')))"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from masksae import ActivationStream, activation_batches, mask_dataset, mask_inputs, mask_tokens
-from masksae.errors import ConfigError, DataError
 from masksae.data.models import LanguageModel
+from masksae.errors import ConfigError, DataError
 
 KEYS = {"p": 0.4, "token_id": 1, "seed": 7, "spare": (0,)}
 IDS = torch.randint(2, 100, (20, 9), generator=torch.Generator().manual_seed(0))

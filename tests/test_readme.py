@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from masksae.study.report import all_report
 from masksae.files import read_json
+from masksae.study.report import tables
 from masksae.study.stats import Effect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,7 +18,7 @@ def verdict_rows(claims: dict) -> list[str]:
     for key, claim in claims.items():
         effect = "–"
         if "difference" in claim:
-            effect = all_report.describe(Effect.from_dict(claim))
+            effect = tables.describe(Effect.from_dict(claim))
         elif "grids" in claim:
             cell = lambda verdicts: ", ".join(f"{key} {verdict}" for key, verdict in verdicts.items())
             effect = "; ".join(f"{grid}: {cell(verdicts)}" for grid, verdicts in claim["grids"].items())
@@ -125,5 +125,5 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_profile_is_described():
-    for path in (ROOT / "profiles").glob("*.yaml"):
+    for path in (ROOT / "masksae/profiles").glob("*.yaml"):
         assert f"| `{path.stem}` |" in README or f"| `{path.stem}` (default) |" in README

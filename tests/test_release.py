@@ -46,8 +46,8 @@ def test_the_wheel_holds_the_modules_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "masksae").rglob("*.py")}
-    profiles = {f"masksae/profiles/{path.name}" for path in (ROOT / "profiles").glob("*.yaml")}
-    assert names == modules | profiles | {"masksae/page.txt", "masksae/site.html"}
+    profiles = {f"masksae/profiles/{path.name}" for path in (ROOT / "masksae/profiles").glob("*.yaml")}
+    assert names == modules | profiles | {"masksae/data/page.txt", "masksae/study/report/page.html"}
     assert wheel.name == f"masksae-{masksae.__version__}-py3-none-any.whl" and wheel.stat().st_size < 400_000
 
 
@@ -85,7 +85,7 @@ stream = masksae.ActivationStream.from_array(x, batch_size=100, seed=0)
 config = masksae.SAEConfig(16, 64, masksae.BatchTopK(4))
 [sae] = masksae.train([config], stream, masksae.TrainConfig(60, warmup=5, threshold_start=20), checkpoint_dir="kept", progress=False)
 sae.save("own"); sae.to_saelens("saelens"); sae.to_dictionary_learning("dl")
-from masksae.study.own_sae import load_sae
+from masksae.export import load_sae
 assert all(torch.equal(load_sae(f).W_dec, sae.W_dec) for f in ("own", "saelens", "dl"))
 assert 0 < masksae.metrics.explained_variance(x, sae(x)) < 1
 from transformers import LlamaConfig, LlamaForCausalLM

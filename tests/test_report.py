@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from masksae import load_profile
-from masksae.study.figures import all_figures, probing
-from masksae.study.report import all_report
 from masksae.errors import DataError
+from masksae.study.figures import absorption, probing, reconstruction, style
+from masksae.study.report import claims, noise, tables
 from masksae.study.stats import combine, paired_effect
 
 
@@ -81,15 +81,19 @@ def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2))
 
 
 def test_planted_effects_give_the_right_verdicts():
-    claims = all_report.claims(all_report.merge(*planted(-0.1)), "masked")
-    assert claims["C1"]["verdict"] == "supported" and claims["C1"]["difference"] == pytest.approx(-0.1, abs=0.01)
-    assert claims["C1"]["dense_absorbers"] == pytest.approx({"unmasked": 0.5, "masked": 0.65})  # of those that have any
-    assert claims["C5"]["verdict"] == "supported" and claims["C5"]["difference"] == pytest.approx(-0.05, abs=0.01)
-    assert claims["C4"]["grids"]["batchtopk20"] == {"C1": "inconclusive"} and claims["C4"]["verdict"] == "inconclusive"
-    assert claims["C2"]["verdict"] == claims["C3"]["verdict"] == "not measured"
-    assert all_report.claims(all_report.merge(*planted(+0.1)), "masked")["C1"]["verdict"] == "contradicted"
-    assert all_report.claims(all_report.merge(*planted(0.0)), "masked")["C1"]["verdict"] == "inconclusive"
-    assert all_report.claims(all_report.merge(*planted(grids=("one",))), "masked")["C4"]["verdict"] == "not measured"
+    verdicts = claims.claims(tables.merge(*planted(-0.1)), "masked")
+    assert verdicts["C1"]["verdict"] == "supported" and verdicts["C1"]["difference"] == pytest.approx(-0.1, abs=0.01)
+    assert verdicts["C1"]["dense_absorbers"] == pytest.approx(
+        {"unmasked": 0.5, "masked": 0.65}
+    )  # of those that have any
+    assert verdicts["C5"]["verdict"] == "supported" and verdicts["C5"]["difference"] == pytest.approx(-0.05, abs=0.01)
+    assert (
+        verdicts["C4"]["grids"]["batchtopk20"] == {"C1": "inconclusive"} and verdicts["C4"]["verdict"] == "inconclusive"
+    )
+    assert verdicts["C2"]["verdict"] == verdicts["C3"]["verdict"] == "not measured"
+    assert claims.claims(tables.merge(*planted(+0.1)), "masked")["C1"]["verdict"] == "contradicted"
+    assert claims.claims(tables.merge(*planted(0.0)), "masked")["C1"]["verdict"] == "inconclusive"
+    assert claims.claims(tables.merge(*planted(grids=("one",))), "masked")["C4"]["verdict"] == "not measured"
 
 
 def probed(kind, change):
@@ -110,27 +114,27 @@ def probed(kind, change):
 
 @pytest.mark.parametrize("change, verdict", [(0.05, "supported"), (-0.05, "contradicted"), (0.0, "inconclusive")])
 def test_probing_and_its_gap_are_judged_in_their_own_direction(change, verdict):
-    table = all_report.merge(*planted(), probed("probing", change), probed("ood", change))
-    claims = all_report.claims(table, "masked")
-    assert claims["C2"]["verdict"] == claims["C3"]["verdict"] == verdict
-    assert claims["C2"]["difference"] == pytest.approx(change, abs=0.005) == -claims["C3"]["difference"]
-    assert claims["C2"]["score"] == "mean AUC of probes on 5 latents"
-    assert set(claims["C4"]["grids"]["matryoshka20"]) == {"C1", "C2", "C3"}
-    assert {"probing, AUC", "gap under a shift, AUC"} < set(all_report.comparison(table).columns)
+    table = tables.merge(*planted(), probed("probing", change), probed("ood", change))
+    verdicts = claims.claims(table, "masked")
+    assert verdicts["C2"]["verdict"] == verdicts["C3"]["verdict"] == verdict
+    assert verdicts["C2"]["difference"] == pytest.approx(change, abs=0.005) == -verdicts["C3"]["difference"]
+    assert verdicts["C2"]["score"] == "mean AUC of probes on 5 latents"
+    assert set(verdicts["C4"]["grids"]["matryoshka20"]) == {"C1", "C2", "C3"}
+    assert {"probing, AUC", "gap under a shift, AUC"} < set(tables.comparison(table).columns)
 
 
 def test_arms_with_other_seeds_are_refused():
     reconstruction, absorption = planted()
     keep = lambda rows: [r for r in rows if not (r["arm"] == "masked" and r["seed"] == 2)]
     with pytest.raises(DataError, match=r"\[0, 1, 2\] against \[0, 1\]"):
-        all_report.claims(all_report.merge(keep(reconstruction), keep(absorption)), "masked")
+        claims.claims(tables.merge(keep(reconstruction), keep(absorption)), "masked")
 
 
 def test_comparison_table():
-    table = all_report.comparison(all_report.merge(*planted()))
+    table = tables.comparison(tables.merge(*planted()))
     assert table["SAEs"].tolist() == ["matryoshka20", "batchtopk20"] and (table["pairs"] == 3).all()
     assert "→" in table["absorption"][0] and "95 %" in table["absorption"][0] and "−0.1" in table["absorption"][0]
-    lines = all_report.to_markdown(table).splitlines()
+    lines = tables.to_markdown(table).splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
 
 
@@ -159,7 +163,7 @@ def noisy(seeds=3):
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_noise_table(seeds):
-    rows = {(row["of"], row["source"]): row for row in all_report.noise_table(noisy(seeds))}
+    rows = {(row["of"], row["source"]): row for row in noise.noise_table(noisy(seeds))}
     assert rows["unmasked", "draw"]["sd"] == pytest.approx(0.02 / 2**0.5)
     assert ("unmasked", "seed") in rows or seeds == 1
     if seeds > 1:
@@ -169,7 +173,7 @@ def test_noise_table(seeds):
 
 
 def test_absorption_is_averaged_over_the_noise_study():
-    scores = all_report.merge(*planted(-0.1))
+    scores = tables.merge(*planted(-0.1))
     rows = [
         {
             "sae": sae,
@@ -180,37 +184,37 @@ def test_absorption_is_averaged_over_the_noise_study():
         for sae in ("unmasked-matryoshka20-s0", "masked-matryoshka20-s0")
         for d in (0, 1)
     ]
-    means = all_report.noise_means(rows)
+    means = noise.noise_means(rows)
     assert means[0]["letters"] == pytest.approx({"a": 0.05, "b": 0.3, "c": 0.9}) and means[0]["cells"] == 2
-    table = all_report.averaged(scores, means).set_index("sae")
+    table = noise.averaged(scores, means).set_index("sae")
     assert table.loc["masked-matryoshka20-s0", "mean_full"] == pytest.approx(1.25 / 3)
     assert table.loc["masked-matryoshka20-s0", "mean_full_items"] == means[1]["letters"]
     others = [sae for sae in table.index if not sae.endswith("matryoshka20-s0")]
     assert (table.loc[others, "mean_full"] == scores.set_index("sae").loc[others, "mean_full"]).all()
-    assert all_report.averaged(scores, []).equals(scores)
+    assert noise.averaged(scores, []).equals(scores)
 
 
 def test_items_of_other_letters_widen_a_verdict():
     reconstruction, absorption = planted(-0.1)
-    found = all_report.effect(all_report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+    found = tables.effect(tables.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
     assert found.items == 3 and found.items_low < -0.09 and found.verdict(-1) == "supported"
     for row in absorption:
         if row["arm"] == "masked" and row["grid"] == "matryoshka20":
             row["letters"] = [item | {"full": item["full"] + 0.3 * (item["letter"] == "a")} for item in row["letters"]]
-    found = all_report.effect(all_report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+    found = tables.effect(tables.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
     assert found.items_high > 0 and found.verdict(-1) == "inconclusive"
     for row in absorption:
         if row["seed"] == 1 and row["arm"] == "masked":
             row["letters"] = row["letters"][:2]
     with pytest.raises(DataError, match="NaN"):
-        all_report.effect(all_report.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+        tables.effect(tables.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
 
 
 def test_verdicts_carry_size_and_corrected_p_values():
-    claims = all_report.claims(all_report.merge(*planted(-0.1)), "masked")
-    assert claims["C1"]["p_holm"] >= claims["C1"]["p_value"] > 0 and claims["C1"]["size"] < -1
-    assert "detectable" in all_report.describe(paired_effect([1.0, 2.0], [1.1, 1.9]))
-    assert "detectable" not in all_report.describe(paired_effect([1.0, 2.0], [2.0, 3.001]))
+    verdicts = claims.claims(tables.merge(*planted(-0.1)), "masked")
+    assert verdicts["C1"]["p_holm"] >= verdicts["C1"]["p_value"] > 0 and verdicts["C1"]["size"] < -1
+    assert "detectable" in tables.describe(paired_effect([1.0, 2.0], [1.1, 1.9]))
+    assert "detectable" not in tables.describe(paired_effect([1.0, 2.0], [2.0, 3.001]))
 
 
 def test_matched_sparsity_by_interpolation_over_k():
@@ -222,10 +226,10 @@ def test_matched_sparsity_by_interpolation_over_k():
                 key = {"sae": f"{arm}{k}{seed}", "arm": arm, "p": p, "grid": f"g{k}", "k": k, "seed": seed}
                 ev = 0.5 + 0.1 * np.log(l0 / 20) / np.log(4) - 0.02 * (p > 0) + 0.001 * seed * (p > 0)
                 rows.append(key | {"mode": "as_trained", "architecture": "TopK", "l0": l0, "ev_centred": ev})
-    table = all_report.interpolated(rows)
+    table = tables.interpolated(rows)
     assert table["L0"].tolist() == [40.0] and table["pairs"].tolist() == [3]
     assert table["explained variance"][0].startswith("0.550 → 0.531 (−0.019")
-    assert all_report.interpolated([row for row in rows if row["k"] == 20]).empty
+    assert tables.interpolated([row for row in rows if row["k"] == 20]).empty
 
 
 def history(scale=1, n=5):
@@ -233,20 +237,20 @@ def history(scale=1, n=5):
 
 
 DRAWINGS = {
-    "reconstruction": lambda: all_figures.draw_reconstruction(planted()[0]),
-    "absorption": lambda: all_figures.draw_absorption(planted()[1]),
-    "letters": lambda: all_figures.draw_items(planted()[1], "matryoshka20", "letters"),
-    "fronts": lambda: all_figures.draw_fronts(all_report.merge(*planted()).assign(l0=25.0), all_report.merge(*planted())),
+    "reconstruction": lambda: reconstruction.draw_reconstruction(planted()[0]),
+    "absorption": lambda: absorption.draw_absorption(planted()[1]),
+    "letters": lambda: absorption.draw_items(planted()[1], "matryoshka20", "letters"),
+    "fronts": lambda: absorption.draw_fronts(tables.merge(*planted()).assign(l0=25.0), tables.merge(*planted())),
     "probing": lambda: probing.draw_probing(probed("probing", 0.05), "probing"),
     "tasks": lambda: probing.draw_tasks(probed("probing", 0.05), "matryoshka20", 5),
     "perturbation": lambda: probing.draw_perturbation(ablated(), "matryoshka20"),
-    "noise": lambda: probing.draw_noise(all_report.noise_table(noisy())),
-    "architectures": lambda: all_figures.draw_family(planted()[0]),
-    "summary": lambda: all_figures.draw_summary(all_report.merge(*planted())),
-    "training": lambda: all_figures.draw_training(
+    "noise": lambda: absorption.draw_noise(noise.noise_table(noisy())),
+    "architectures": lambda: reconstruction.draw_family(planted()[0]),
+    "summary": lambda: absorption.draw_summary(tables.merge(*planted())),
+    "training": lambda: reconstruction.draw_training(
         {f"{arm}-{g}": (arm, g, history(scale)) for arm in ("unmasked", "masked") for g, scale in (("a", 1), ("b", 9))}
     ),
-    "norms": lambda: all_figures.draw_norms(
+    "norms": lambda: reconstruction.draw_norms(
         [
             {"arm": a, "masked": m, "norm": 90.0 + i}
             for a, m in (("unmasked", False), ("masked", True))
@@ -261,11 +265,11 @@ def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
     import matplotlib
 
     matplotlib.use("agg")
-    all_figures.style()
+    style.style()
     for folder in ("a", "b"):
         figure = DRAWINGS[name]()
         run = SimpleNamespace(figures=tmp_path / folder, profile=load_profile("smoke"))
-        all_figures.save_figure(run, name, figure, "A caption.")
+        style.save_figure(run, name, figure, "A caption.")
         matplotlib.pyplot.close(figure)
     for suffix in (".svg", ".png", ".txt"):
         first, second = (tmp_path / folder / f"{name}{suffix}" for folder in ("a", "b"))
@@ -285,7 +289,7 @@ def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
 
 
 def test_long_tables_are_folded():
-    short, long = (all_report.show([{"sae": i, "l0": 20.0} for i in range(n)]).data for n in (15, 16))
+    short, long = (tables.show([{"sae": i, "l0": 20.0} for i in range(n)]).data for n in (15, 16))
     assert "<details>" not in short and long.startswith("<details><summary>Table of 16 rows: sae, l0</summary>")
     assert long.count("<tr>") + long.count("<tr ") == 17
 
@@ -297,6 +301,6 @@ def test_masked_text_shows_what_is_masked():
 
     import torch
 
-    html = all_figures.masked_text_html(Tokenizer(), torch.tensor([1, 2, 3]), torch.tensor([False, True, False]))
+    html = reconstruction.masked_text_html(Tokenizer(), torch.tensor([1, 2, 3]), torch.tensor([False, True, False]))
     assert html.count("<span") == 3 and html.count("background") == 1 and "&lt;2&gt;" in html
     assert html.index("background") < html.index("&lt;2&gt;") < html.index("&lt;3&gt;")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from masksae import SAE, BatchTopK, SAEConfig, load_profile
-from masksae.study.figures import all_figures, mechanism
+from masksae.study.figures import mechanism as figures
+from masksae.study.figures import style
 from masksae.study.scores import mechanism
 from masksae.study.scores.mechanism import World
 from masksae.study.stats import Effect
@@ -59,9 +60,7 @@ def test_absorption_of_a_perfect_and_of_a_planted_sae():
 @pytest.fixture(scope="module")
 def rows():
     cells = [{"p": 0.0}, {"p": 0.3}, {"p": 0.3, "drop_masked": True}]
-    return [
-        row for seed in range(3) for cell in cells for row in mechanism.simulate(seed, k=1.2, n_latents=24, **cell)
-    ]
+    return [row for seed in range(3) for cell in cells for row in mechanism.simulate(seed, k=1.2, n_latents=24, **cell)]
 
 
 def test_masking_removes_cross_token_absorption_only(rows):
@@ -87,17 +86,17 @@ def test_pictures_are_byte_stable_and_complete(rows, tmp_path):
     import matplotlib
 
     matplotlib.use("agg")
-    all_figures.style()
+    style.style()
     many = [{**row, "k": k, "l0": row["l0"] + k} for row in rows for k in (1.2, 1.5)]
     draw = {
-        "curves": lambda: mechanism.draw_curves(many, 0.3),
-        "phases": lambda: mechanism.draw_phases(mechanism.effects(many, "masked, dropped"), 0.3),
+        "curves": lambda: figures.draw_curves(many, 0.3),
+        "phases": lambda: figures.draw_phases(mechanism.effects(many, "masked, dropped"), 0.3),
     }
     for name, make in draw.items():
         for folder in ("a", "b"):
             figure = make()
             run = SimpleNamespace(figures=tmp_path / folder, profile=load_profile("smoke"))
-            all_figures.save_figure(run, name, figure, "A caption.", simulated=True)
+            style.save_figure(run, name, figure, "A caption.", simulated=True)
             matplotlib.pyplot.close(figure)
         for suffix in (".svg", ".png", ".txt"):
             assert (tmp_path / "a" / f"{name}{suffix}").read_bytes() == (
@@ -107,4 +106,4 @@ def test_pictures_are_byte_stable_and_complete(rows, tmp_path):
         texts = [text.get_text() for axis in figure.axes for text in axis.texts]
         assert name == "curves" or len(texts) == 4 and all(text[0] in "+−" for text in texts)
         titles = {axis.get_title() for axis in figure.axes if axis.get_title()}
-        assert titles == set(mechanism.PARENTS.values())
+        assert titles == set(figures.PARENTS.values())

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import zstandard
 
-from masksae.data import hub, packages, texts, tasks
-from masksae.errors import ConfigError, SourceError
+from masksae.data import hub, packages, tasks, texts
 from masksae.data.packages import Package
+from masksae.errors import ConfigError, SourceError
 
 FILE = "masksae_tiny_data-1.0-py3-none-any.whl"
 MEMBERS = {

@@ -8,10 +8,10 @@ import yaml
 from conftest import byte_tokenizer, tiny_model
 
 from masksae import SAE, Run
-from masksae.study.scores import all_scores
-from masksae.study import run
 from masksae.errors import ConfigError, DataError
 from masksae.files import read_json
+from masksae.study import run
+from masksae.study.scores import reconstruction
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_from_text_to_scores(project):
     saes = run.saes
     assert [row["sae"] for row in run.table] == list(saes) and len(saes) == 6
     assert list(saes)[0] == "unmasked-plain-s0" and (run.build / "saes/masked/masked-matryoshka-s0").is_dir()
-    rows = all_scores.reconstruction_scores(run)
+    rows = reconstruction.reconstruction_scores(run)
     assert len(rows) == 12
     for row in rows:
         assert row["ev_centred"] > 0 and row["ce_zero"] > 0
@@ -139,18 +139,18 @@ def test_what_is_finished_is_read_back_and_what_is_missing_is_made(project, monk
 def test_scores_are_made_once(project, monkeypatch):
     run = Run(profile(project))
     run.saes
-    rows = all_scores.reconstruction_scores(run)
-    monkeypatch.setattr(all_scores, "_reconstruction_scores", lambda _: pytest.fail("scored again"))
-    assert all_scores.reconstruction_scores(Run(project / "tiny.yaml")) == rows
+    rows = reconstruction.reconstruction_scores(run)
+    monkeypatch.setattr(reconstruction, "_reconstruction_scores", lambda _: pytest.fail("scored again"))
+    assert reconstruction.reconstruction_scores(Run(project / "tiny.yaml")) == rows
 
 
 def test_an_arm_may_be_renamed(project):
     first = Run(profile(project))
-    rows = first.saes and all_scores.reconstruction_scores(first)
+    rows = first.saes and reconstruction.reconstruction_scores(first)
     arms = [{"name": "clean", "p": 0.0}, {"name": "corrupted", "p": 0.3}]
     second = Run(profile(project, "renamed", arms=arms))
     assert [name.split("-")[0] for name in second.saes] == 3 * ["clean"] + 3 * ["corrupted"]
-    renamed = all_scores.reconstruction_scores(second)
+    renamed = reconstruction.reconstruction_scores(second)
     assert [r["arm"] for r in renamed] == [{"unmasked": "clean", "masked": "corrupted"}[r["arm"]] for r in rows]
     assert [r["ev_centred"] for r in renamed] == [r["ev_centred"] for r in rows]
 

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from masksae.errors import DataError
-from masksae.study.stats import crossed_interval, holm, interpolate, paired_effect, paired_effect_by_item, variance_components
+from masksae.study.stats import (
+    crossed_interval,
+    holm,
+    interpolate,
+    paired_effect,
+    paired_effect_by_item,
+    variance_components,
+)
 
 
 @settings(max_examples=30, deadline=None)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from test_stages import profile, project  # noqa: F401
 
 from masksae import Run
+from masksae.data.tasks import Shift, typos
+from masksae.errors import ConfigError, DataError
 from masksae.study import own_sae
 from masksae.study.scores import probing
-from masksae.errors import ConfigError, DataError
-from masksae.data.shifts import Shift, typos
 from masksae.tracing import activations
 
 

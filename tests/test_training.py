@@ -19,10 +19,10 @@ from masksae import (
     logs,
 )  # fmt: skip
 from masksae.errors import ConfigError, DataError
-from masksae.training.group.step import Member
 from masksae.saes.sae import SAE
 from masksae.study.sections import Training
-from masksae.training.group.group import geometric_median
+from masksae.training.group import geometric_median
+from masksae.training.step import Member
 
 
 def test_recovers_the_directions_that_made_the_data():

@@ -34,15 +34,15 @@ def test_the_released_saes_are_found_by_their_k(run):
 def test_released_saes_are_scored_on_the_reference_text(run, project, monkeypatch):  # noqa: F811
     from types import SimpleNamespace
 
-    from masksae.study.scores import all_scores
     from masksae.metrics import absorption, probes
+    from masksae.study.scores import absorption as scores
 
     monkeypatch.setattr(verify, "TEXT", str(project / "text.jsonl"))
     monkeypatch.setattr(verify, "TOKENS", 640)
     monkeypatch.setattr(
         verify, "ce_score", lambda original, zero, sae: sae / original
     )  # a random model knows nothing to lose
-    monkeypatch.setattr(all_scores, "word_activations", lambda run: (["a", "b"], torch.zeros(2, 16)))
+    monkeypatch.setattr(scores, "word_activations", lambda run: (["a", "b"], torch.zeros(2, 16)))
     monkeypatch.setattr(probes, "letter_probe", lambda *_, **__: None)
     monkeypatch.setattr(absorption, "first_letter", lambda *_, **__: SimpleNamespace(mean_full=0.25))
     found = verify.score_released(run, verify.SUITES[run.profile.model.source])

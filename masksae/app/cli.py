@@ -262,18 +262,18 @@ def evaluate_sae(options) -> None:
     require("evaluate", "matplotlib", "seaborn", "zstandard")
     from masksae import progress
     from masksae.study import own_sae
-    from masksae.study.report import own_sae
+    from masksae.study.report import own_sae as report
 
     visitor = own_sae.Guest(options.profile, options.sae, out=options.out, l0=options.l0)
     progress.say(f"scoring {options.sae} on {options.profile}: {', '.join(options.metrics)}")
     found = own_sae.evaluate(visitor, options.metrics)
     own_sae.saebench(visitor, found)
-    report, rows = own_sae.write(visitor, found), own_sae.rows(found)
+    page, rows = report.write(visitor, found), report.rows(found)
     lines = [f"{'':44}{'as trained':>12}{'matched':>12}"]
     for words, values in rows:
-        cells = "".join(f"{own_sae.number(values.get(m)):>12}" for m in ("as_trained", "matched"))
+        cells = "".join(f"{report.number(values.get(m)):>12}" for m in ("as_trained", "matched"))
         lines.append(f"{words[:43]:44}{cells}")
-    _show(options, dict(rows), "\n".join([*lines, f"\n{report}"]))
+    _show(options, dict(rows), "\n".join([*lines, f"\n{page}"]))
 
 
 def explore_sae(options) -> None:
@@ -281,8 +281,8 @@ def explore_sae(options) -> None:
     from dataclasses import asdict
 
     from masksae import progress
-    from masksae.study import explore, own_sae
     from masksae.files import write_text
+    from masksae.study import explore, own_sae
 
     visitor = own_sae.Guest(options.profile, options.sae, out=options.out)
     progress.say(f"looking at {options.sae} on {options.profile}")
@@ -296,7 +296,7 @@ def explore_sae(options) -> None:
 def _story_page(sae: str, story, contexts: str) -> str:
     """HTML page about one parent of the SAE named `sae`, which is the reader's own text; `contexts` is HTML already."""
     from masksae.study.explore import story_html
-    from masksae.app.site import page
+    from masksae.study.report.page import page
 
     heading = f"<h1>{html.escape(sae)}</h1>{story_html(story)}<h2>Where its first main latent fires most</h2>"
     return page(f"{story.parent}, {sae}", heading + contexts)
@@ -313,7 +313,7 @@ def _file_name(*parts: str) -> str:
 
 def export_sae(options) -> None:
     """An SAE in another form."""
-    from masksae.study.own_sae import load_sae
+    from masksae.export import load_sae
 
     sae = load_sae(options.sae)
     writers = {"saelens": sae.to_saelens, "dictionary_learning": sae.to_dictionary_learning, "masksae": sae.save}

@@ -6,10 +6,10 @@ from collections import Counter
 
 import torch
 
-from masksae.training.group.step import Member
 from masksae.app.plan import Plan, step_flop
 from masksae.saes.sae import SAE
 from masksae.tracing import activations
+from masksae.training.step import Member
 
 BLOCKS = 2
 """Blocks of the language model that are built and timed; its others are alike."""

@@ -18,8 +18,8 @@ from masksae.errors import ConfigError, SourceError
 from masksae.files import cache_dir
 from masksae.memory import ADAM_AND_WEIGHTS, available_bytes, parameters, training_bytes
 from masksae.parallel import LARGEST
-from masksae.study.profile import Profile
 from masksae.saes.config import SAEConfig
+from masksae.study.profile import Profile
 
 SHAPES = {
     "hub:EleutherAI/pythia-70m": ("gpt_neox", dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048, vocab_size=50304)),

@@ -1,8 +1,8 @@
 """A plan as text that fits 80 columns: `make plan PROFILE=paper`."""
 
+from masksae.app.plan import GPUS, SHARE, Plan, peers
 from masksae.errors import ConfigError
 from masksae.memory import ADAM_AND_WEIGHTS, parameters
-from masksae.app.plan import GPUS, SHARE, Plan, peers
 from masksae.study.profile import Profile
 
 
@@ -140,7 +140,7 @@ def beyond(profile: Profile) -> str:
         plan = Plan(case)
         harvest, training, _ = plan.work
         one = 4 * ADAM_AND_WEIGHTS * parameters(plan.saes[0])
-        stored = 2 * case.text.train_tokens * plan.width * len(plan.arms)
+        stored = 2 * case.text.train_tokens * plan.width * plan.streams
         cells = [
             amount(harvest.flop, "FLOP"),
             amount(training.sae_flop, "FLOP"),

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from masksae.cache import contents
 from masksae.app.cli import exit_status
+from masksae.cache import contents
 from masksae.errors import ConfigError
 from masksae.files import PROFILES, ensure_writable, read_json, repository, write_json, write_text
 from masksae.study.profile import Profile, load_profile, profile_path
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     verify = commands.add_parser("verify", help="published numbers beside ours; exit status 1 if some differ")
     verify.add_argument("profile", nargs="?", default="paper")
     verify.set_defaults(run=lambda a: print_verification(a.profile))
-    share = commands.add_parser("share", help="SAEs of a finished profile in SAELens' form, with a model card")
+    upload = commands.add_parser("share", help="SAEs of a finished profile in SAELens' form, with a model card")
     upload.add_argument("profile", nargs="?", default=DEFAULT)
     upload.add_argument("--to", metavar="OWNER/NAME", help="push them to this repository of the hub")
     upload.set_defaults(run=lambda a: share_saes(a.profile, a.to))

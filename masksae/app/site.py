@@ -1,9 +1,3 @@
-"""Static pages of what was run: `python -m masksae.app.site` turns build/, figures/, results/ and the docstrings into build/site/.
-
-One page per executed notebook, one per profile with every figure beside its caption, its notebook and its parameters, and the API
-reference. Plain HTML and CSS: it opens from the disk, needs no network, and follows the reader's light or dark setting.
-"""
-
 import html
 import re
 import shutil
@@ -11,13 +5,16 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
+import yaml
+
 from masksae.errors import DataError
 from masksae.files import ANYTHING, PROFILES, atomic_dir, read_json, repository, write_text
 from masksae.study.profile import load_profile
-from masksae.study.report.all_report import CLAIMS, describe
+from masksae.study.report.claims import CLAIMS
+from masksae.study.report.page import page
+from masksae.study.report.tables import describe
 from masksae.study.stats import Effect
 
-TEMPLATE = Path(__file__).with_name("site.html")
 ORDER = ("laptop", "overnight", "gemma", "paper", "architectures", "smoke")
 """Profiles in the order in which a reader wants them; others follow."""
 
@@ -57,14 +54,6 @@ def _link(to: str, text: str) -> str:
     return f'<a href="{html.escape(quote(to))}">{html.escape(text)}</a>'
 
 
-def page(title: str, body: str, menu: str = "", here: str = "", code_style: str = "") -> str:
-    """HTML of one page in the project's look."""
-    text = TEMPLATE.read_text(encoding="utf-8")
-    for key, value in {"TITLE": html.escape(title), "MENU": menu, "HERE": here, "CODE_STYLE": code_style}.items():
-        text = text.replace(f"@{key}@", value)
-    return text.replace("@BODY@", body)
-
-
 def _code_style() -> str:
     """Pygments' colours for both settings."""
     from pygments.formatters import HtmlFormatter
@@ -79,13 +68,19 @@ def _front(root: Path, names: list[str]) -> str:
         '(<a href="https://arxiv.org/abs/2604.06495">arXiv 2604.06495</a>): its claims, tested, with the controls that they need.</p>'
     ]
     for name in names:
-        profile = load_profile(root / "profiles" / f"{name}.yaml" if not (PROFILES / f"{name}.yaml").exists() else name)
+        profile = load_profile(_source(root, name))
         parts.append(f"<h2>{_link(f'{name}/index.html', name)}</h2><p>{html.escape(profile.description)}</p>")
         headline = root / "figures" / name / "04_absorption" / "along.svg"
         if headline.exists():
             parts.append(_figure(headline, f"{name}/figures/04_absorption/along.svg", f"{name}/"))
         parts.append(verdicts(root / "results" / name / "claims.json"))
     return "\n".join(parts)
+
+
+def _source(root: Path, name: str) -> Path:
+    """The YAML file of a profile that was run: a shipped one, or that which its pipeline was made for."""
+    shipped, pipeline = PROFILES / f"{name}.yaml", root / "build" / name / "params.yaml"
+    return shipped if shipped.exists() else root / yaml.safe_load(pipeline.read_text(encoding="utf-8"))["profile_file"]
 
 
 def verdicts(path: Path) -> str:
@@ -112,7 +107,7 @@ def _profile(root: Path, executed: Path, name: str, links: list[tuple[str, str]]
     here = f"<nav>{_link('index.html', name)} {menu}</nav>"
     for path in notebooks:
         _page(target / f"{path.stem}.html", f"{path.stem}, {name}", _notebook(path), links, "../", here)
-    source = next(p for p in (PROFILES / f"{name}.yaml", root / "profiles" / f"{name}.yaml") if p.exists())
+    source = _source(root, name)
     _page(
         target / "parameters.html",
         f"parameters, {name}",
@@ -125,11 +120,11 @@ def _profile(root: Path, executed: Path, name: str, links: list[tuple[str, str]]
     figures = root / "figures" / name
     if figures.exists():
         shutil.copytree(figures, target / "figures")
-    for page in pages:
-        pictures = sorted((figures / page).glob("*.svg"))
-        parts += [f"<h2>{_link(f'{page}.html', page)}</h2>"] if pictures else []
-        parts += [_figure(svg, f"figures/{page}/{svg.name}", "") for svg in pictures]
-        parts += [_markdown(table) for table in sorted((figures / page).glob("*.md"))]
+    for notebook in pages:
+        pictures = sorted((figures / notebook).glob("*.svg"))
+        parts += [f"<h2>{_link(f'{notebook}.html', notebook)}</h2>"] if pictures else []
+        parts += [_figure(svg, f"figures/{notebook}/{svg.name}", "") for svg in pictures]
+        parts += [_markdown(table) for table in sorted((figures / notebook).glob("*.md"))]
     _page(target / "index.html", name, "\n".join(parts), links, "../", here)
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from masksae.app.plan import Plan
 from masksae.errors import ConfigError, DataError, SourceError
 from masksae.export import to_saelens
 from masksae.files import ANYTHING, atomic_dir
-from masksae.app.plan import Plan
 from masksae.study.run import Run
 from masksae.tracing import hook_point
 

@@ -147,10 +147,10 @@ def _reason(act: Callable) -> str:
 def score_released(run: Run, suite: Suite) -> dict[int, dict[str, float]]:
     """k -> scores of the released SAEs, by our metrics, on the text that SAEBench took."""
     from masksae.data import blocks, texts
-    from masksae.study.scores import all_scores
     from masksae.export import load_dictionary_learning
     from masksae.metrics.absorption import first_letter
     from masksae.metrics.probes import letter_probe
+    from masksae.study.scores import absorption
     from masksae.tracing import spliced_losses
 
     saes = {
@@ -167,7 +167,7 @@ def score_released(run: Run, suite: Suite) -> dict[int, dict[str, float]]:
     splices = {str(k): lambda y, sae=sae: sae.decode(sae.encode(y)) for k, sae in saes.items()}
     options = dict(block=run.profile.model.block, keep_first=run.bos_id is not None, label="CE with the released SAEs")
     losses = spliced_losses(run.language_model.model, ids, splices, **options)
-    words, acts = all_scores.word_activations(run)
+    words, acts = absorption.word_activations(run)
     probe = letter_probe(acts, words, seed=run.profile.absorption.seed)
     letters = dict(probe=probe, min_letters=run.profile.absorption.min_letters)
     return {

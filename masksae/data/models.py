@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from masksae.data.packages import fetch, member
+from masksae.data.texts import MODELS
 from masksae.errors import ConfigError, SourceError, nearest, require
 from masksae.files import atomic_dir, cache_dir, ensure_writable, sha256, write_text
 from masksae.memory import available_bytes
-from masksae.data.packages import fetch, member
-from masksae.data.texts import MODELS
 
 PAGE = Path(__file__).with_name("page.txt")
 """A page of English written for this purpose, so no model has seen it."""

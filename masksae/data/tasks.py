@@ -1,14 +1,62 @@
-"""Labelled tasks by name: prompts and targets out of registry packages, hub data sets, or local files."""
-
+import hashlib
 import io
+import random
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from masksae.data import hub
-from masksae.errors import ConfigError, SourceError, nearest
 from masksae.data.packages import fetch, member
 from masksae.data.texts import hub_shards, matches, options_of, read_rows, reading
+from masksae.errors import ConfigError, SourceError, nearest
+
+TYPO_SHARE = 0.25
+
+
+def typos(text: str) -> str:
+    """Two neighbouring inner letters swapped in a quarter of the words of four letters or more; the same text, the same typos.
+
+    >>> typos("These words are spelt correctly, aren't they?")
+    "These words are spelt correctly, aren't thye?"
+    """
+    draw = random.Random(hashlib.sha256(text.encode()).digest())
+    words = text.split(" ")
+    for i, word in enumerate(words):
+        if len(word) >= 4 and draw.random() < TYPO_SHARE:
+            at = draw.randrange(1, len(word) - 2)
+            words[i] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return " ".join(words)
+
+
+CHANGES: dict[str, Callable[[str], str]] = {"typos": typos, "upper case": str.upper}
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Where probes are trained and tested."""
+
+    family: str
+    """"ood" (published sets, which decide C3), "domain" or "invariance"."""
+    task: str
+    table: str | None = None
+    """Of the test rows; None: the task's own."""
+    change: Callable[[str], str] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Shift":
+        """From the form above. Raises ConfigError."""
+        task, arrow, target = (part.strip() for part in text.partition("->"))
+        if arrow:
+            if target in CHANGES:
+                return cls("invariance", task, change=CHANGES[target])
+            return cls("domain", task, table=target)
+        if "_OOD" not in task:
+            raise ConfigError(
+                f"probing.shifted: {text!r} names no training task. Write NAME_OOD, 'TASK -> TABLE', or 'TASK -> {' | '.join(CHANGES)}'."
+            )
+        return cls("ood", task.replace("_OOD", ""), table=task)
 
 
 def probe_table(source: str):

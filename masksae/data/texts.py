@@ -24,8 +24,8 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from masksae.data import hub
-from masksae.errors import ConfigError, MasksaeError, SourceError, nearest
 from masksae.data.packages import fetch, member
+from masksae.errors import ConfigError, MasksaeError, SourceError, nearest
 
 
 @dataclass(frozen=True)

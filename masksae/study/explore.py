@@ -1,8 +1,3 @@
-"""Look at latents: what the main latents of a parent ("starts with S", "follows *the*") fire on, where they miss it, and who absorbed it.
-
-Works for any SAE of the profile's model and block, the reader's own too: `Explorer(run).letter(sae, "s")`.
-"""
-
 import html
 from dataclasses import dataclass
 
@@ -10,14 +5,13 @@ import torch
 from torch import Tensor
 
 from masksae.errors import ConfigError, nearest
-from masksae.study.figures.all_figures import palette
 from masksae.metrics.absorption import AbsorptionResult, LetterResult, absorbed, first_letter
 from masksae.metrics.contexts import context_absorption
 from masksae.metrics.probes import first_letters, letter_probe
 from masksae.parallel import once
 from masksae.saes.sae import SAE, at_least_single
-from masksae.study.scores.all_scores import context_probes, context_sample, vocabulary, word_activations
 from masksae.study.run import Run
+from masksae.study.scores.absorption import context_probes, context_sample, vocabulary, word_activations
 
 BEFORE, AFTER = 8, 4
 """Tokens shown around the one that fires."""
@@ -161,28 +155,3 @@ def story_html(story: Story, rows: int = 8) -> str:
         return head
     table = pd.DataFrame(story.missed).sort_values("share", ascending=False).head(rows)
     return head + table.to_html(index=False, border=0, float_format="{:.2f}".format)
-
-
-def draw_absorbers(stories: dict[str, dict[str, Story]]):
-    """A panel per kind of parent, a dot per absorber, larger the more words it absorbed: on which share of all words it fires, and how far it
-    points along the parent. Kind -> arm -> story."""
-    import matplotlib.pyplot as plt
-    import pandas as pd
-
-    figure, axes = plt.subplots(1, len(stories), figsize=(4.4 * len(stories) + 1.4, 3.6), sharey=True, squeeze=False)
-    for axis, (kind, by_arm) in zip(axes[0], stories.items()):
-        for arm, colour in palette(by_arm).items():
-            keys, missed = ["fires on", "cosine with parent"], by_arm[arm].missed
-            counts = (
-                pd.DataFrame(missed, columns=["absorber", *keys])
-                .groupby(["absorber", *keys])
-                .size()
-                .reset_index(name="n")
-            )
-            label = f"{arm}: {len(missed)} words, {len(counts)} absorbers"
-            axis.scatter(counts[keys[0]], counts[keys[1]], color=colour, s=12 + 6 * counts["n"], alpha=0.6, label=label)
-        axis.set(title=kind, xlabel="share of words on which the absorber fires", xlim=(-0.03, 1.03))
-        axis.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.1), markerscale=0.7)
-    axes[0, 0].set(ylabel="decoder cosine of the absorber\nwith the parent's direction")
-    figure.tight_layout()
-    return figure

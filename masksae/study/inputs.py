@@ -110,7 +110,7 @@ class Inputs:
 
         text, contexts = self.profile.text, self.profile.contexts.tokens
         streamed = any(source.startswith("hub:") for source in text.sources)
-        code = cache.code_id("corpus", "sources", "models")
+        code = cache.code_id("data.blocks", "data.texts", "data.models")
         key = run_id([self.identity(self.profile.model, text), contexts, code])
         return blocks.build(
             texts.TextStream(text.sources) if streamed else chain.from_iterable(map(texts.documents, text.sources)),
@@ -176,7 +176,7 @@ class Inputs:
         profile = self.profile
         masks = [arm.p, arm.mask_seed(pair), arm.token] if arm.p else []
         made_of = [self.identity(profile.model, profile.text), profile.contexts.tokens, profile.training.pool_tokens]
-        return run_id([made_of, masks, cache.code_id("inputs")])
+        return run_id([made_of, masks, cache.code_id("study.inputs")])
 
     def stream_folder(self, arm: Arm, pair: int = 0):
         """Where they are kept."""

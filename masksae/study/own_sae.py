@@ -1,9 +1,3 @@
-"""Somebody's own SAE, scored as a profile scores its own: `Guest("laptop", "path/to/sae")` stands in a run's place.
-
-The profile gives the model, the block, the clean text and the tasks; the SAE comes from a folder of SAELens, dictionary_learning or masksae.
-What does not depend on the SAE (activations, probes) is shared with the profile's runs; scores are kept under an id of the weights.
-"""
-
 import hashlib
 import sys
 from pathlib import Path
@@ -12,35 +6,17 @@ import torch
 
 from masksae import cache
 from masksae.errors import ConfigError, MasksaeError, OutputError, nearest
+from masksae.export import load_sae
 from masksae.files import ensure_writable, write_json
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import once
-from masksae.study.profile import load_profile
 from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
+from masksae.study.profile import load_profile
 from masksae.study.run import Run
 
 METRICS = ("reconstruction", "absorption", "contexts", "probing", "ood", "perturbation")
 """What can be scored, in the order of the notebooks."""
-
-
-def load_sae(folder) -> SAE:
-    """Read an SAE in the form of SAELens, dictionary_learning or masksae, told by its files. Raises ConfigError, CheckpointError.
-
-    >>> import tempfile
-    >>> from masksae import SAEConfig, TopK
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     load_sae(SAE(SAEConfig(4, 16, TopK(2))).to_saelens(f"{folder}/sae")).config.n_latents
-    16
-    """
-    from masksae.export import load_dictionary_learning, load_saelens
-
-    folder = Path(folder)
-    readers = {"sae_weights.safetensors": load_saelens, "ae.pt": load_dictionary_learning, "sae.safetensors": SAE.load}
-    for file, read in readers.items():
-        if (folder / file).is_file():
-            return read(folder)
-    raise ConfigError(f"{folder} holds none of {', '.join(readers)}. Give the folder of one SAE.")
 
 
 class Guest(Run):
@@ -121,12 +97,12 @@ def evaluate(guest: Guest, metrics: list[str]) -> dict[str, list[dict]]:
     A metric that cannot be taken has one row, {"sae": name, "failed": why}, and the others are taken all the same.
     Raises ConfigError for an unknown metric, and the first reason if no metric can be taken.
     """
-    from masksae.study.scores import perturbation, all_scores, probing
+    from masksae.study.scores import absorption, perturbation, probing, reconstruction
 
     scorers = {
-        "reconstruction": all_scores.reconstruction_scores,
-        "absorption": all_scores.absorption_scores,
-        "contexts": all_scores.context_scores,
+        "reconstruction": reconstruction.reconstruction_scores,
+        "absorption": absorption.absorption_scores,
+        "contexts": absorption.context_scores,
         "probing": probing.probing_scores,
         "ood": probing.ood_scores,
         "perturbation": perturbation.concept_scores,

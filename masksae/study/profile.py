@@ -13,8 +13,20 @@ from pydantic import Field, ValidationError, model_validator
 
 from masksae.errors import ConfigError, nearest
 from masksae.files import PROFILES, shipped_profiles
-from masksae.study.score_sections import Absorption, Contexts, Evaluation, Perturbation, Probing, Simulation
-from masksae.study.sections import Arm, Grid, Model, Section, Text, Training
+from masksae.study.sections import (
+    Absorption,
+    Arm,
+    Contexts,
+    Evaluation,
+    Grid,
+    Model,
+    Perturbation,
+    Probing,
+    Section,
+    Simulation,
+    Text,
+    Training,
+)
 
 ARMS = [Arm(name="unmasked", p=0.0), Arm(name="masked", p=0.3)]
 

@@ -14,15 +14,15 @@ from pathlib import Path
 from filelock import FileLock
 
 from masksae import cache, jobs
-from masksae.training.group.group import logs
 from masksae.errors import DataError
 from masksae.files import ANYTHING, atomic_dir, cache_dir, ensure_writable, read_json, run_id, write_json
-from masksae.study.inputs import Inputs
 from masksae.parallel import once
-from masksae.study.profile import Arm, Grid
 from masksae.saes.sae import SAE
+from masksae.study.inputs import Inputs
+from masksae.study.profile import Arm, Grid
 from masksae.study.sections import Section
-from masksae.training.group.group import load_snapshots, train
+from masksae.training import logs
+from masksae.training.group import load_snapshots, train
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Run(Inputs):
         arm, training = group.arm, self.profile.training
         saes = [grid.config(1, seed).to_dict() for _, grid, seed in group.members]  # the width is the model's
         how = [arm.tokens, arm.drop_masked, arm.denoise, training.model_dump(), training.config(10_000).identity()]
-        return run_id([self.stream_id(arm, group.pair or 0), how, saes, cache.code_id("stages")])
+        return run_id([self.stream_id(arm, group.pair or 0), how, saes, cache.code_id("study.run")])
 
     def ids_of(self, arms: list[Arm]) -> list[str]:
         """Ids of the groups of some arms."""
@@ -144,11 +144,14 @@ class Run(Inputs):
         return train(configs, stream, config, checkpoint_dir=folder, device=self.device, log=log)
 
     def _show(self, arm: Arm) -> None:
-        """Copy the finished SAEs of an arm to build/, with the ids of what they are made of."""
+        """Copy the finished SAEs of an arm to build/, and beside them the ids of what they are made of."""
         with atomic_dir(self.build / "saes" / arm.name, ANYTHING) as tmp:
             for group in self.groups([arm]):
                 shutil.copytree(self.folder_of(group) / "saes", tmp, dirs_exist_ok=True)
-            write_json(tmp / "made_of.json", {group.name: self.id_of(group) for group in self.groups([arm])})
+        write_json(self._made_of(arm), {group.name: self.id_of(group) for group in self.groups([arm])})
+
+    def _made_of(self, arm: Arm) -> Path:
+        return self.build / "saes" / f"{arm.name}.json"
 
     def load_saes(self, arms: list[Arm] | None = None) -> dict[str, SAE]:
         """Trained SAEs by name out of build/, those of the arms or of the arms given. Raises DataError if they are not there, or were made
@@ -156,7 +159,7 @@ class Run(Inputs):
         found = {}
         for arm in self.profile.arms if arms is None else arms:
             folder = self.build / "saes" / arm.name
-            made_of = read_json(folder / "made_of.json") if (folder / "made_of.json").exists() else None
+            made_of = read_json(self._made_of(arm)) if self._made_of(arm).exists() else None
             if made_of != {group.name: self.id_of(group) for group in self.groups([arm])}:
                 what = (
                     "is missing"

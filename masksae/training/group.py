@@ -16,12 +16,12 @@ from masksae import progress as bars
 from masksae.activations import ActivationStream, differing
 from masksae.errors import CheckpointError, ConfigError, DataError, readable
 from masksae.files import atomic_dir, ensure_writable, read_json, recover, run_id, save_tensors, write_json
-from masksae.training.group.logs import Log
-from masksae.training.group.step import EXPLODED, Member
 from masksae.memory import check_memory
-from masksae.training.group.config import TrainConfig
 from masksae.saes.config import AuxK, BatchTopK, SAEConfig
 from masksae.saes.sae import SAE, SAE_FILES, read_tensors, seal
+from masksae.training.config import TrainConfig
+from masksae.training.logs import Log
+from masksae.training.step import EXPLODED, Member
 
 SCHEMAS = (1, 2, 3)
 """Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the configs, 3 what

@@ -1,8 +1,8 @@
-"""Pictures of the simulated world; the look is that of `masksae.study.figures.all_figures`."""
+"""Pictures of the simulated world; the look is that of `masksae.study.figures.style`."""
 
 import pandas as pd
 
-from masksae.study.figures.all_figures import COLOURS, GREY, OTHER_COLOURS
+from masksae.study.figures.style import COLOURS, GREY, OTHER_COLOURS
 
 PARENTS = {"same": "parent set by the same token", "cross": "parent set by the context token"}
 ARMS = {"unmasked": COLOURS["unmasked"], "masked, kept": COLOURS["masked"], "masked, dropped": OTHER_COLOURS[0]}

@@ -1,8 +1,6 @@
-"""Pictures of probing, shifts, ablation and of the noise study; the look is that of `masksae.study.figures.all_figures`."""
-
 import pandas as pd
 
-from masksae.study.figures.all_figures import FAMILY, GREY, dots, palette
+from masksae.study.figures.style import GREY, dots, palette
 
 
 def draw_probing(rows: list[dict], kind: str, score: str = "auc", raw: str = "raw_auc"):
@@ -77,21 +75,4 @@ def draw_perturbation(rows: list[dict], grid: str):
     axes[0, 0].set(ylabel="accuracy")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
-    return figure
-
-
-def draw_noise(table: list[dict]):
-    """Standard deviation of absorption by source, one group of bars for each arm and for their difference. Rows of `report.noise_table`."""
-    import matplotlib.pyplot as plt
-
-    frame = pd.DataFrame(table)
-    names, sources = list(dict.fromkeys(frame["of"])), list(dict.fromkeys(frame["source"]))
-    figure, axis = plt.subplots(figsize=(8, 3.6))
-    width = 0.8 / len(sources)
-    for place, (source, colour) in enumerate(zip(sources, (*FAMILY, GREY))):
-        sd = [frame.loc[(frame["of"] == name) & (frame["source"] == source), "sd"].iloc[0] for name in names]
-        x = [i + (place - (len(sources) - 1) / 2) * width for i in range(len(names))]
-        axis.bar(x, sd, width=0.9 * width, color=colour, label=source)
-    axis.set(xticks=range(len(names)), xticklabels=names, ylabel="standard deviation of\nmean full absorption")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), title="source")
     return figure

@@ -1,13 +1,10 @@
-"""Absorption along training, told by tables and pictures; the rows are those of `masksae.study.scores.curves.along_scores`."""
-
 import math
 
 import numpy as np
 import pandas as pd
 
+from masksae.study.report.tables import baseline_arm, change, describe, treated_arms
 from masksae.study.scores.curves import KINDS
-from masksae.study.figures.all_figures import GREY, palette
-from masksae.study.report.all_report import baseline_arm, change, describe, treated_arms
 from masksae.study.stats import Effect, holm, interpolate, paired_effect, paired_effect_by_item
 
 SHORT = {"letters": "same token", "contexts": "cross-token"}
@@ -124,73 +121,3 @@ def effect_table(found: list[dict]) -> pd.DataFrame:
     wide = table.pivot_table(index=["arm", "kind"], columns="equal", values="text", aggfunc="first", sort=False)
     wide = wide.rename(columns={"steps": "at equal steps", "EV": "at equal clean EV"})
     return wide.fillna("the unmasked curve does not reach it").reset_index()
-
-
-def draw_along(rows: list[dict]):
-    """The headline: full absorption at clean L0 = k along training, one row per kind, against steps and against clean explained variance. A
-    thick line is the mean of an arm, bars are its 95 % interval over seeds, thin lines are SAEs."""
-    import matplotlib.pyplot as plt
-
-    table = pd.DataFrame(rows)
-    arms = list(dict.fromkeys(table["arm"]))
-    figure, axes = plt.subplots(len(KINDS), 2, figsize=(10.5, 7.2), sharey="row", sharex="col")
-    for line, (kind, title) in zip(axes, KINDS.items()):
-        for arm, colour in palette(arms).items():
-            part = table[table["arm"] == arm]
-            for _, one in part.sort_values("step").groupby("seed"):
-                for axis, x in zip(line, ("step", "ev_centred")):
-                    axis.plot(one[x], one[kind], color=colour, linewidth=0.6, alpha=0.35)
-            mean = part.groupby("step")[["ev_centred", kind]].mean()
-            for axis, x in zip(line, (mean.index, mean["ev_centred"])):
-                axis.errorbar(x, mean[kind], yerr=_half_interval(part, kind), color=colour, linewidth=2.2, capsize=3,
-                              elinewidth=1, marker="o", markersize=4, label=arm)  # fmt: skip
-        line[0].set(ylabel=f"mean full absorption,\n{title}", ylim=(0, 1.15 * table[kind].max()), xscale="log")
-    axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    ticks = sorted(table["step"].unique())
-    ticks = [t for t, following in zip(ticks, [*ticks[1:], math.inf]) if following > 1.3 * t]
-    axes[-1, 0].set(xlabel="training steps (log scale)", xticks=ticks, xticklabels=ticks)
-    axes[-1, 0].minorticks_off()
-    axes[-1, 1].set(xlabel="clean explained variance at L0 = k")
-    figure.tight_layout()
-    return figure
-
-
-def _half_interval(part: pd.DataFrame, column: str):
-    """Half the 95 % t interval of the mean over seeds at each step; 0 for a single seed."""
-    from scipy import stats
-
-    groups = part.groupby("step")[column]
-    count, error = groups.count(), groups.std().fillna(0) / np.sqrt(groups.count())
-    return [stats.t.ppf(0.975, n - 1) * e if n > 1 else 0.0 for n, e in zip(count, error)]
-
-
-PANELS = {
-    "l0_ratio": "clean L0 / k, as trained",
-    "ev_centred": "explained variance (centred)",
-    "letters": "absorption, same token",
-    "contexts": "absorption, cross-token",
-}
-
-
-def draw_ablations(rows: list[dict]):
-    """Every arm's finished SAEs: L0 as trained, then explained variance and both kinds of absorption at clean L0 = k. A dot per SAE, the same
-    seeds joined, a bar for the mean."""
-    import matplotlib.pyplot as plt
-
-    table = pd.DataFrame(finished(rows))
-    table["l0_ratio"] = table["l0_as_trained"] / table["k"]
-    arms = list(dict.fromkeys(table["arm"]))
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(12.5, 1.2 + 0.45 * len(arms)), sharey=True)
-    for axis, (column, label) in zip(axes, PANELS.items()):
-        for _, part in table.groupby("seed"):
-            axis.plot(part[column], [arms.index(a) for a in part["arm"]], color=GREY, linewidth=0.5, alpha=0.5)
-        for arm, colour in palette(arms).items():
-            values = table.loc[table["arm"] == arm, column]
-            axis.scatter(values, [arms.index(arm)] * len(values), color=colour, s=20, alpha=0.8, zorder=2)
-            axis.scatter(values.mean(), arms.index(arm), color=colour, marker="|", s=420, linewidth=2.5, zorder=3)
-        axis.axvline(table.loc[table["arm"] == arms[0], column].mean(), color=GREY, linestyle=":", linewidth=1)
-        axis.locator_params(axis="x", nbins=4)
-        axis.set(xlabel=label, yticks=range(len(arms)), yticklabels=[arm.replace("_", " ") for arm in arms])
-    axes[0].set_ylim(len(arms) - 0.5, -0.5)
-    figure.tight_layout()
-    return figure

@@ -5,11 +5,11 @@ import html
 import io
 from pathlib import Path
 
-from masksae.study.figures import all_figures, probing
-from masksae.study.figures.all_figures import scale_note
 from masksae.files import write_text
+from masksae.study.figures import absorption, probing, style
+from masksae.study.figures.style import scale_note
 from masksae.study.own_sae import Guest, failed
-from masksae.app.site import page
+from masksae.study.report.page import page
 
 SCORES = {
     "reconstruction": {
@@ -86,14 +86,14 @@ def table(found: dict[str, list[dict]]) -> str:
 
 def _drawings(guest: Guest, found: dict[str, list[dict]]):
     """(figure, caption) of each picture that the scores allow."""
-    all_figures.style()
+    style.style()
     if "absorption" in found:
         caption = (
             "Full absorption by first letter: how often the letter's main latents are silent and another carries it."
         )
-        yield all_figures.draw_items(found["absorption"], guest.name, "letters"), caption
+        yield absorption.draw_items(found["absorption"], guest.name, "letters"), caption
     if "contexts" in found:
-        yield all_figures.draw_items(found["contexts"], guest.name, "parents"), "The same for what came before the word."
+        yield absorption.draw_items(found["contexts"], guest.name, "parents"), "The same for what came before the word."
     if "probing" in found:
         ks = guest.profile.probing.ks
         yield (

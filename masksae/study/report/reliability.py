@@ -12,7 +12,7 @@ import pandas as pd
 
 from masksae.files import read_json, repository
 from masksae.study.profile import load_profile
-from masksae.study.report.all_report import to_markdown
+from masksae.study.report.tables import to_markdown
 from masksae.study.stats import paired_effect
 
 SCORES = {

@@ -13,8 +13,9 @@ from masksae.metrics.probes import letter_probe
 from masksae.metrics.reconstruction import reconstruction
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
-from masksae.study.scores.all_scores import context_probes, matched_threshold, word_activations
 from masksae.study.run import Run
+from masksae.study.scores.absorption import context_probes, word_activations
+from masksae.study.scores.matched import matched_threshold
 
 KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what came before)"}
 

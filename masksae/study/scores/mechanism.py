@@ -21,12 +21,12 @@ from masksae.activations import ActivationStream
 from masksae.metrics.absorption import absorbed
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import in_threads
-from masksae.training.group.config import TrainConfig
 from masksae.saes.config import BatchTopK, SAEConfig
 from masksae.saes.sae import SAE
-from masksae.study.score_sections import Simulation
+from masksae.study.sections import Simulation
 from masksae.study.stats import paired_effect
-from masksae.training.group.group import train
+from masksae.training.config import TrainConfig
+from masksae.training.group import train
 
 WORDS, RARE, WIDTH = 16, 400, 64
 PARENT, NOISE = 0.7, 0.02

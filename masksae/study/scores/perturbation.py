@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from masksae.data.tasks import probe_table
 from masksae.errors import DataError
 from masksae.metrics.perturbation import Probe, Texts, fit_probe, scr, tpp
 from masksae.metrics.sparse_probing import probe, sparse_probing
 from masksae.saes.sae import at_least_single
-from masksae.study.scores.all_scores import score_saes
 from masksae.study.run import Run
-from masksae.data.tasks import probe_table
+from masksae.study.scores.matched import score_saes
 from masksae.study.scores.probing import labels, text_batches
 
 ROOM = 0.1

@@ -12,13 +12,12 @@ from torch import Tensor
 from masksae import progress
 from masksae.cache import contents
 from masksae.data.blocks import tokenise
+from masksae.data.tasks import Shift, binary_tasks, probe_table
 from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads
-from masksae.study.scores.all_scores import score_saes
-from masksae.data.shifts import Shift
 from masksae.study.run import Run
-from masksae.data.tasks import binary_tasks, probe_table
+from masksae.study.scores.matched import score_saes
 from masksae.tracing import activations
 
 BATCH = 64

@@ -1,4 +1,4 @@
-"""Tables, paired effects and verdicts from small results; nothing is computed here that a result file does not hold."""
+"""Tables and paired effects from small results; nothing is computed here that a result file does not hold."""
 
 import math
 from pathlib import Path
@@ -6,18 +6,38 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from masksae.study import stats
 from masksae.errors import DataError
 from masksae.files import write_text
+from masksae.study import stats
 from masksae.study.stats import Effect, paired_effect, paired_effect_by_item
 
-CLAIMS = {
-    "C1": "Masking reduces feature absorption",
-    "C2": "Masking improves probing",
-    "C3": "Masking narrows the out-of-distribution gap",
-    "C4": "C1 to C3 hold across architectures and sparsity levels",
-    "C5": "Explained variance falls slightly",
+REMARKS = {
+    "reconstruct no better than the mean activation (explained variance 0 or less); other scores say little of such an "
+    "SAE: train on more tokens (text.train_tokens, training.epochs) or with another training.lr": (
+        lambda row: row["ev_centred"] <= 0
+    ),
+    "serve the language model no better than zeros in the activation's place": (
+        lambda row: row["ce_sae"] >= row["ce_zero"] or row["kl_sae"] >= row["kl_zero"]
+    ),
+    "do not reach L0 = k at any threshold, so they are not compared at equal L0: train longer": (
+        lambda row: row["mode"] == "matched" and row["l0"] < 0.99 * row["k"]
+    ),
 }
+"""What can be wrong with an SAE's row of reconstruction scores."""
+
+
+def remarks(rows: list[dict]) -> list[str]:
+    """What must be known of some SAEs before their scores are compared, a sentence each; [] if all is well.
+
+    rows  of `reconstruction_scores`
+    """
+    found = []
+    for what, holds in REMARKS.items():
+        names = [f"{row['sae']} ({row['mode'].replace('_', ' ')})" for row in rows if holds(row)]
+        if names:
+            shown = ", ".join([*names[:6], *(["..."] if len(names) > 6 else [])])
+            found.append(f"{len(names)} of {len(rows)} rows {what}: {shown}.")
+    return found
 
 
 def merge(*results: list[dict], mode: str = "matched") -> pd.DataFrame:
@@ -79,6 +99,7 @@ COLUMNS = {
     "dead_latents": "dead latents",
 }
 """Scores of the comparison: columns, or beginnings of columns of which the first counts."""
+
 DIGITS = {"dead_latents": 0}
 """Digits after the point, where they are not 3."""
 
@@ -128,67 +149,6 @@ def change(e: Effect, digits: int = 3) -> str:
     return number(e.difference) + ("" if e.low is None else f" (95 % {number(e.low)} to {number(e.high)})")
 
 
-def caption(scores: pd.DataFrame, grid: str, arm: str) -> str:
-    """What an arm changes in one grid, as a sentence for a caption."""
-    named = {"absorption of first letters": "mean_full", "explained variance": "ev_centred"}
-    return (
-        f"{grid}, {arm}: "
-        + ", ".join(f"{name} {change(effect(scores, s, grid, arm))}" for name, s in named.items())
-        + "."
-    )
-
-
-def decided_by(scores: pd.DataFrame) -> dict[str, tuple[str, str, int]]:
-    """Claim -> (column that decides it, its name, direction that supports it), for the claims that this run measured."""
-    probing, gap = first_column(scores, "probing_auc_"), first_column(scores, "ood_gap_")
-    found = {"C1": ("mean_full", "mean full absorption", -1)}
-    if probing:
-        found["C2"] = (probing, f"mean AUC of probes on {probing.split('_')[-1]} latents", +1)
-    if gap:
-        found["C3"] = (
-            gap,
-            f"mean AUC of raw probes less that of probes on {gap.split('_')[-1]} latents, under a shift",
-            -1,
-        )
-    return found | {"C5": ("ev_centred", "explained variance (centred)", -1)}
-
-
-def claims(scores: pd.DataFrame, arm: str) -> dict:
-    """The verdicts, keyed C1 to C5. Decided at matched clean L0, each on the first grid, C4 by C1 to C3 on all grids.
-
-    Each verdict has its own 5 %. `p_holm` is the p-value of its t test that holds for all of them at once. `pairs_needed`: pairs that would
-    settle an inconclusive one four times out of five, were the true effect the one found. C1 is about first letters, which the paper
-    measures; `cross_token` is the same for parents that another token sets.
-    """
-    grids, decided = list(dict.fromkeys(scores["grid"])), decided_by(scores)
-    result = {}
-    for key, (column, name, direction) in decided.items():
-        found = effect(scores, column, grids[0], arm)
-        result[key] = {"verdict": found.verdict(direction), "score": name, "grid": grids[0], **found.to_dict()}
-        if result[key]["verdict"] == "inconclusive" and found.size:
-            result[key]["pairs_needed"] = stats.pairs_needed(found.size)
-    adjusted = stats.holm({key: value["p_value"] for key, value in result.items() if value["p_value"] is not None})
-    for key, value in result.items():
-        value["p_holm"] = adjusted.get(key)
-    result["C1"]["dense_absorbers"] = dense_absorbers(scores, grids[0])
-    if "context_full" in scores:
-        cross = effect(scores, "context_full", grids[0], arm)
-        result["C1"]["cross_token"] = {"verdict": cross.verdict(-1), **cross.to_dict()}
-    for key in ("C2", "C3"):
-        result.setdefault(key, {"verdict": "not measured", "reason": "No result of this profile speaks to it."})
-    across = {
-        grid: {
-            key: effect(scores, decided[key][0], grid, arm).verdict(decided[key][2])
-            for key in ("C1", "C2", "C3")
-            if key in decided
-        }
-        for grid in grids
-    }
-    verdicts = [verdict for cell in across.values() for verdict in cell.values()]
-    result["C4"] = {"verdict": stats.combine(verdicts) if len(grids) > 1 else "not measured", "grids": across}
-    return {key: {"claim": claim, **result[key]} for key, claim in CLAIMS.items()}
-
-
 def interpolated(*results: list[dict]) -> pd.DataFrame:
     """The comparison at a common clean L0 by interpolating over k, SAEs as trained: another way to matched sparsity than recalibrated
     thresholds, which takes no SAE off its own threshold. One row per architecture that has several k, at their geometric mean; no row
@@ -214,55 +174,6 @@ def at_l0(scores: pd.DataFrame, score: str, l0: float) -> dict[int, float]:
     at = lambda part: stats.interpolate(part["l0"].tolist(), part[score].tolist(), l0)
     found = {seed: at(part) for seed, part in scores.groupby("seed")}
     return {seed: value for seed, value in found.items() if value is not None}
-
-
-def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
-    """Where the variance of absorption comes from, per arm and for the difference of each later arm to the first: standard deviations by
-    source, and their shares of the variance. Rows of the noise study."""
-    table = pd.DataFrame(rows)
-    axes = ["seed", "draw", "split"]
-    values = {
-        arm: part.set_index(axes)[score].sort_index().to_numpy().reshape([part[axis].nunique() for axis in axes])
-        for arm, part in table.groupby("arm", sort=False)
-    }
-    first, *others = values
-    values |= {f"{arm} less {first}": values[arm] - values[first] for arm in others}
-    found = []
-    for name, array in values.items():
-        used = [axis for axis, size in zip(axes, array.shape) if size > 1]
-        parts = stats.variance_components(array.squeeze(), used)
-        total = sum(parts.values()) or 1.0
-        found += [
-            {"of": name, "mean": float(array.mean()), "source": source, "sd": v**0.5, "share": v / total}
-            for source, v in parts.items()
-        ]
-    return found
-
-
-def noise_means(rows: list[dict]) -> list[dict]:
-    """Per SAE of the noise study, absorption of each letter averaged over draws and splits."""
-    found = []
-    for sae, part in pd.DataFrame(rows).groupby("sae", sort=False):
-        letters = pd.DataFrame(part["letters"].tolist()).mean().sort_index()
-        found.append({"sae": sae, "cells": len(part), "letters": letters.to_dict()})
-    return found
-
-
-def averaged(scores: pd.DataFrame, means: list[dict]) -> pd.DataFrame:
-    """`scores` with the absorption of the SAEs of the noise study averaged over its draws and splits, so that less noise is left in C1."""
-    scores = scores.copy()
-    for row in means:
-        here = scores.index[scores["sae"] == row["sae"]]
-        scores.loc[here, "mean_full"] = sum(row["letters"].values()) / len(row["letters"])
-        for index in here:
-            scores.at[index, "mean_full_items"] = row["letters"]
-    return scores
-
-
-def dense_absorbers(scores: pd.DataFrame, grid: str) -> dict[str, float | None]:
-    """Per arm, the mean share of absorbed words that are credited to a latent of no particular word; None if none is absorbed."""
-    means = scores[scores["grid"] == grid].groupby("arm", sort=False)["dense_absorbers"].mean()
-    return {arm: None if pd.isna(mean) else mean for arm, mean in means.items()}
 
 
 def to_markdown(table: pd.DataFrame) -> str:

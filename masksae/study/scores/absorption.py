@@ -1,11 +1,4 @@
-"""The scores of a run, one table per notebook: thin drivers that feed the pure functions of `metrics/`.
-
-Every SAE of every arm is scored on the same clean held-out text, with the same prompts and probes, twice: as trained (its own
-inference threshold) and at matched sparsity (the threshold recalibrated so that clean L0 is exactly k). Only the second compares
-arms fairly, since masking moves the threshold.
-"""
-
-from collections.abc import Callable
+"""Scores of notebook 04: absorption of first letters, and of parents that another token sets; the noise study."""
 
 import torch
 from torch import Tensor
@@ -14,45 +7,10 @@ from masksae.errors import DataError
 from masksae.metrics.absorption import first_letter, icl_prefixes, single_token_words
 from masksae.metrics.contexts import context_absorption
 from masksae.metrics.probes import letter_probe
-from masksae.metrics.reconstruction import calibrated_threshold, ce_score, kl_score, reconstruction
 from masksae.parallel import in_threads
-from masksae.saes.config import TopK
-from masksae.saes.sae import SAE
 from masksae.study.run import Run
-from masksae.tracing import activations_after, spliced_losses
-
-
-def norms(run: Run, sequences: int = 32) -> list[dict]:
-    """Norm of the residual stream at every position of some training blocks, by arm and by whether the position is masked."""
-    rows = []
-    first = 0 if run.bos_id is None else 1
-    for arm in run.profile.arms:
-        ids, is_masked = run.corrupt(arm, run.ids("train", slice(sequences)))
-        norm = run.activations(ids).norm(dim=1)
-        rows += [
-            {"arm": arm.name, "masked": m, "norm": round(v, 4)}
-            for m, v in zip(is_masked[:, first:].flatten().tolist(), norm.tolist())
-        ]
-    return rows
-
-
-def thresholds(run: Run) -> dict[str, dict[str, float | None]]:
-    """Inference thresholds of every SAE in each mode; TopK needs none, it keeps k latents of every token anyway."""
-
-    def make() -> dict:
-        saes, ks = run.load_saes(), {row["sae"]: row["k"] for row in run.table}
-        matched = in_threads(lambda name: matched_threshold(run, saes[name], ks[name]), ks, label="thresholds")
-        return {
-            name: {"as_trained": None if t is None else saes[name].threshold.item(), "matched": t}
-            for name, t in zip(ks, matched)
-        }
-
-    return run.rows("thresholds", run.profile.text, make)
-
-
-def matched_threshold(run: Run, sae: SAE, k: float) -> float | None:
-    """The threshold at which clean L0 is k; None for TopK, which keeps k latents of every token anyway."""
-    return None if type(sae.config.selection) is TopK else calibrated_threshold(sae, run.held_out, k)
+from masksae.study.scores.matched import score_saes, thresholds
+from masksae.tracing import activations_after
 
 
 def vocabulary(tokenizer) -> list[str]:
@@ -107,69 +65,6 @@ def _context_row(found) -> dict:
     renamed = {"mean_full": "context_full", "mean_fraction": "context_fraction", "letters": "parents"}
     renamed |= {"dense_absorbers": "context_dense_absorbers", "excluded": "excluded"}
     return {new: value for old, value in found.to_dict().items() if (new := renamed.get(old))}
-
-
-def score_saes(run: Run, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
-    """One row per SAE and mode with what `score(sae, threshold)` finds."""
-    saes, at = run.load_saes(), thresholds(run)
-    cells = [(row, mode, at[row["sae"]][mode]) for row in run.table for mode in ("as_trained", "matched")]
-
-    def one(cell) -> dict:
-        row, mode, threshold = cell
-        return row | {"mode": mode, "threshold": threshold} | score(saes[row["sae"]], threshold)
-
-    return in_threads(one, cells, label=label, unit="score")
-
-
-def reconstruction_scores(run: Run) -> list[dict]:
-    """One row per SAE and mode: explained variance in three definitions, L0, CE score, dead latents, ..."""
-    return run.rows("reconstruction", run.profile.evaluation, lambda: _reconstruction_scores(run))
-
-
-def _reconstruction_scores(run: Run) -> list[dict]:
-    saes, spliced = run.load_saes(), {}
-    rows = score_saes(run, "reconstruction", lambda sae, t: reconstruction(sae, run.held_out, threshold=t).to_dict())
-    for row in rows:
-        splice = lambda x, sae=saes[row["sae"]], threshold=row["threshold"]: sae.decode(sae.encode(x, threshold))
-        spliced[row["sae"], row["mode"]] = splice
-    ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
-    options = dict(block=run.profile.model.block, keep_first=run.bos_id is not None, label="CE and KL with all SAEs")
-    losses = spliced_losses(run.language_model.model, ids, spliced, **options)
-    original, zero = losses["original"], losses["zero"]
-    for row in rows:
-        sae = losses[row["sae"], row["mode"]]
-        row |= {"ce_original": original.ce, "ce_zero": zero.ce, "ce_sae": sae.ce, "kl_zero": zero.kl, "kl_sae": sae.kl}
-        row |= {"ce_score": ce_score(original.ce, zero.ce, sae.ce), "kl_score": kl_score(zero.kl, sae.kl)}
-    return rows
-
-
-REMARKS = {
-    "reconstruct no better than the mean activation (explained variance 0 or less); other scores say little of such an "
-    "SAE: train on more tokens (text.train_tokens, training.epochs) or with another training.lr": (
-        lambda row: row["ev_centred"] <= 0
-    ),
-    "serve the language model no better than zeros in the activation's place": (
-        lambda row: row["ce_sae"] >= row["ce_zero"] or row["kl_sae"] >= row["kl_zero"]
-    ),
-    "do not reach L0 = k at any threshold, so they are not compared at equal L0: train longer": (
-        lambda row: row["mode"] == "matched" and row["l0"] < 0.99 * row["k"]
-    ),
-}
-"""What can be wrong with an SAE's row of reconstruction scores."""
-
-
-def remarks(rows: list[dict]) -> list[str]:
-    """What must be known of some SAEs before their scores are compared, a sentence each; [] if all is well.
-
-    rows  of `reconstruction_scores`
-    """
-    found = []
-    for what, holds in REMARKS.items():
-        names = [f"{row['sae']} ({row['mode'].replace('_', ' ')})" for row in rows if holds(row)]
-        if names:
-            shown = ", ".join([*names[:6], *(["..."] if len(names) > 6 else [])])
-            found.append(f"{len(names)} of {len(rows)} rows {what}: {shown}.")
-    return found
 
 
 def word_activations(run: Run, draw: int = 0) -> tuple[list[str], Tensor]:

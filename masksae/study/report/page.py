@@ -1,0 +1,14 @@
+"""One HTML page in the project's look."""
+
+import html
+from pathlib import Path
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def page(title: str, body: str, menu: str = "", here: str = "", code_style: str = "") -> str:
+    """HTML of one page in the project's look."""
+    text = TEMPLATE.read_text(encoding="utf-8")
+    for key, value in {"TITLE": html.escape(title), "MENU": menu, "HERE": here, "CODE_STYLE": code_style}.items():
+        text = text.replace(f"@{key}@", value)
+    return text.replace("@BODY@", body)

@@ -1,0 +1,44 @@
+"""At which threshold an SAE is scored: as trained (its own), and at matched sparsity (clean L0 exactly k).
+
+Every SAE of every arm is scored on the same clean held-out text, with the same prompts and probes, twice. Masking moves the threshold, so
+only the second compares arms at equal sparsity.
+"""
+
+from collections.abc import Callable
+
+from masksae.metrics.reconstruction import calibrated_threshold
+from masksae.parallel import in_threads
+from masksae.saes.config import TopK
+from masksae.saes.sae import SAE
+from masksae.study.run import Run
+
+
+def thresholds(run: Run) -> dict[str, dict[str, float | None]]:
+    """Inference thresholds of every SAE in each mode; TopK needs none, it keeps k latents of every token anyway."""
+
+    def make() -> dict:
+        saes, ks = run.load_saes(), {row["sae"]: row["k"] for row in run.table}
+        matched = in_threads(lambda name: matched_threshold(run, saes[name], ks[name]), ks, label="thresholds")
+        return {
+            name: {"as_trained": None if t is None else saes[name].threshold.item(), "matched": t}
+            for name, t in zip(ks, matched)
+        }
+
+    return run.rows("thresholds", run.profile.text, make)
+
+
+def matched_threshold(run: Run, sae: SAE, k: float) -> float | None:
+    """The threshold at which clean L0 is k; None for TopK, which keeps k latents of every token anyway."""
+    return None if type(sae.config.selection) is TopK else calibrated_threshold(sae, run.held_out, k)
+
+
+def score_saes(run: Run, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
+    """One row per SAE and mode with what `score(sae, threshold)` finds."""
+    saes, at = run.load_saes(), thresholds(run)
+    cells = [(row, mode, at[row["sae"]][mode]) for row in run.table for mode in ("as_trained", "matched")]
+
+    def one(cell) -> dict:
+        row, mode, threshold = cell
+        return row | {"mode": mode, "threshold": threshold} | score(saes[row["sae"]], threshold)
+
+    return in_threads(one, cells, label=label, unit="score")
