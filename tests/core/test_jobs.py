@@ -73,6 +73,7 @@ def test_one_process_per_device_and_a_failure_that_loses_nothing(here, monkeypat
     assert {(here / "a").read_text(), (here / "b").read_text()} <= {"cpu:0", "cpu:1"}
 
 
+@pytest.mark.slow
 def test_groups_of_two_devices_are_those_of_one(new_project, monkeypatch):
     """Both arms at once, each in a process of its own; and nothing is started for what is finished."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

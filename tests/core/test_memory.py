@@ -32,8 +32,13 @@ print(json.dumps(status("VmHWM") - before))
 """
 
 CASES = [
-    (BatchTopK(32), (0.25, 0.25, 0.5), 1), (BatchTopK(32), (), 3), (TopK(32), (), 1), (JumpReLU(32.0), (), 1), (ReLU(0.1), (), 1),
-    (Gated(0.1), (), 2),
+    (BatchTopK(32), (0.25, 0.25, 0.5), 1),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)  # a process each
+        for case in (
+            (BatchTopK(32), (), 3), (TopK(32), (), 1), (JumpReLU(32.0), (), 1), (ReLU(0.1), (), 1), (Gated(0.1), (), 2),
+        )
+    ),
 ]  # fmt: skip
 
 

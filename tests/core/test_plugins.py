@@ -96,6 +96,7 @@ def test_the_masks_of_a_stream_do_not_depend_on_who_reads_it(reader):
     assert by_row(*parts) == by_row(mask_dataset(stream(), **KEYS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lazy", [False, True], ids=["Dataset", "IterableDataset"])
 def test_spawned_workers_load_the_same_masks_in_every_epoch(lazy):
     masked = mask_dataset(stream() if lazy else datasets.Dataset.from_list(list(stream())), **KEYS)

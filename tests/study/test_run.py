@@ -42,12 +42,11 @@ def test_the_masked_arm_is_trained_on_what_the_model_makes_of_masked_text(projec
 def test_what_is_finished_is_read_back_and_what_is_missing_is_made(new_project, monkeypatch):
     path = profile(new_project)
     before = {name: sae.W_dec.clone() for name, sae in Run(path).saes.items()}
-    monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
-    again = Run(path)
-    assert all(torch.equal(again.saes[name].W_dec, w) for name, w in before.items())
-    assert all(torch.equal(again.load_saes()[name].W_dec, w) for name, w in before.items())
-    monkeypatch.undo()
-    monkeypatch.setenv("MASKSAE_CACHE", str(new_project / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
+        again = Run(path)
+        assert all(torch.equal(again.saes[name].W_dec, w) for name, w in before.items())
+        assert all(torch.equal(again.load_saes()[name].W_dec, w) for name, w in before.items())
     for group in again.groups(again.arms):
         left = {p.name for p in again.folder_of(group).iterdir()}
         assert left == {"saes", ".lock", "log.jsonl"}  # the checkpoint is gone once the SAEs are there
