@@ -34,7 +34,9 @@ def end(files: list[str]) -> str:
 
 
 def test_every_path_exists():
-    quoted = [path for line in PAGE.splitlines() for path in re.findall(r"`([\w./-]+/[\w./-]*|Makefile|[\w-]+\.yaml)`", line)]
+    quoted = [
+        path for line in PAGE.splitlines() for path in re.findall(r"`([\w./-]+/[\w./-]*|Makefile|[\w-]+\.yaml)`", line)
+    ]
     assert len(quoted) > 15
     missing = [path for path in quoted if not (ROOT / path).exists()]
     tree = re.search(r"(?s)    masksae/ .*?\n\n", PAGE)[0]
@@ -72,7 +74,17 @@ def test_a_walk_ends_where_it_happens(question, tmp_path):
     file = tmp_path / end(files)
     file.write_text(emptied(file.read_text(), name))
     others = [path for room, path in ELSEWHERE.items() if room != Path(tests).parts[1]]
-    options = ["-q", "-m", "not slow", "--tb=no", "-rfE", "-p", "no:cacheprovider", f"--rootdir={ROOT}", f"-c{ROOT}/pyproject.toml"]
+    options = [
+        "-q",
+        "-m",
+        "not slow",
+        "--tb=no",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={ROOT}",
+        f"-c{ROOT}/pyproject.toml",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *(str(ROOT / path) for path in [tests, *others])], cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
