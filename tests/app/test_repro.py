@@ -1,5 +1,6 @@
 """dvc.yaml names what its stages use, notebooks are projected and executed without a trace of when, errors come without a traceback."""
 
+import itertools
 import json
 import os
 import signal
@@ -183,7 +184,7 @@ def test_a_signal_ends_dvc_its_stage_and_the_kernel_in_a_line(number, project):
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    begun = [line for line in iter(process.stdout.readline, "busy\n") if line]
+    begun = list(itertools.takewhile("busy\n".__ne__, process.stdout))  # or all it says, if it ends before
     assert process.poll() is None, begun
     process.send_signal(number)
     said, _ = process.communicate(timeout=40)
