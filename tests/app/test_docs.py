@@ -23,7 +23,9 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_files_that_are_named_are_there(name):
-    named = set(re.findall(r"\b(?:masksae|tests|benchmarks|notebooks|tools)/[\w./]+\.(?:py|sh|ipynb|yaml|html)\b", PAGES[name]))
+    named = set(
+        re.findall(r"\b(?:masksae|tests|benchmarks|notebooks|tools)/[\w./]+\.(?:py|sh|ipynb|yaml|html)\b", PAGES[name])
+    )
     assert not [path for path in named if not (ROOT / path).exists()]
 
 

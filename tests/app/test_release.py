@@ -17,9 +17,15 @@ from packaging.utils import canonicalize_name
 import masksae
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT_OUT = shutil.ignore_patterns(
-    ".git", ".venv*", "build", "results", "figures", ".dvc", "__pycache__", "*.egg-info", ".pytest_cache", ".hypothesis"
+NEVER = shutil.ignore_patterns("__pycache__", "*.egg-info")
+AT_THE_TOP = shutil.ignore_patterns(
+    ".git", ".venv*", "build", "results", "figures", ".dvc", ".pytest_cache", ".hypothesis"
 )
+
+
+def kept_out(folder: str, names: list[str]) -> set[str]:
+    """What a copy of the tree leaves out; the package has a folder `figures` of its own."""
+    return NEVER(folder, names) | (AT_THE_TOP(folder, names) if Path(folder) == ROOT else set())
 
 
 def build(source: Path, target: Path, kind: str) -> Path:
@@ -48,7 +54,7 @@ def test_every_folder_and_file_of_the_package_is_declared():
 def wheel(tmp_path_factory):
     """The wheel that is built from the sdist."""
     folder = tmp_path_factory.mktemp("release")
-    shutil.copytree(ROOT, folder / "tree", ignore=KEPT_OUT)
+    shutil.copytree(ROOT, folder / "tree", ignore=kept_out)
     sdist = build(folder / "tree", folder, "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "unpacked", filter="data")
