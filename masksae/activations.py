@@ -419,8 +419,8 @@ def from_model(
     """
     from masksae.tracing import hook_point, hook_width
 
-    model, first = language_model.model, 0 if bos_id is None else 1
-    _check_options(blocks, first, share=share, pool_tokens=pool_tokens, sequences=sequences)
+    model, start = language_model.model, () if bos_id is None else (bos_id,)
+    _check_options(blocks, len(start), share=share, pool_tokens=pool_tokens, sequences=sequences)
     vocabulary = model.get_input_embeddings().num_embeddings if p else None
     masking = {"p": p, "token_id": token_id, "seed": mask_seed, "replacements": replacements}
     mask_tokens(blocks[:1], vocab_size=vocabulary, **masking)  # refuses bad values now, not in the middle
@@ -429,13 +429,13 @@ def from_model(
         width = hook_width(model, block)
     ahead = model.device.type == "cuda" if overlap is None else overlap
     pools = _ModelPools(
-        language_model, blocks, block, masking, bos_id, int(pool_tokens), None if scratch is None else Path(scratch),
+        language_model, blocks, block, masking, start, int(pool_tokens), None if scratch is None else Path(scratch),
         sequences or (16 if model.device.type == "cpu" else 256), progress and not ahead,
     )  # fmt: skip
     if scratch is not None:
         _claim(ensure_writable(scratch), pools.identity())
-    used, kept = max(1, round(share * len(blocks))), blocks.shape[1] - first
-    sizes = [min(pools.rows, used - start) * kept for start in range(0, used, pools.rows)] if len(blocks) else []
+    used, kept = max(1, round(share * len(blocks))), blocks.shape[1] - len(start)
+    sizes = [min(pools.rows, used - row) * kept for row in range(0, used, pools.rows)] if len(blocks) else []
 
     def load(number: int) -> Pool:
         return tuple(values[: sizes[number]] for values in pools(number))
@@ -454,21 +454,17 @@ class _ModelPools:
     blocks: Any
     block: int | str
     masking: dict
-    bos_id: int | None
+    start: tuple[int, ...]
+    """What every block begins with and is left out: the BOS, or nothing."""
     pool_tokens: int
     scratch: Path | None
     sequences: int
     shown: bool
 
     @property
-    def first(self) -> int:
-        """Position of a block from which on it is used."""
-        return 0 if self.bos_id is None else 1
-
-    @property
     def rows(self) -> int:
         """Blocks of a pool."""
-        return -(-self.pool_tokens // (self.blocks.shape[1] - self.first))
+        return -(-self.pool_tokens // (self.blocks.shape[1] - len(self.start)))
 
     def __call__(self, number: int) -> Pool:
         """A pool; of scratch it is read back even if it was made now, so that every run has the same half precision."""
@@ -480,12 +476,12 @@ class _ModelPools:
         return _read_pool(file)
 
     def _make(self, number: int, where: dict) -> Pool:
-        start, spare = number * self.rows, () if self.bos_id is None else (self.bos_id,)
-        ids = self.blocks[start : start + self.rows]
-        corrupted, is_masked = mask_tokens(ids, first_sequence=start, spare=spare, **self.masking)
+        row, first = number * self.rows, len(self.start)
+        ids = self.blocks[row : row + self.rows]
+        corrupted, is_masked = mask_tokens(ids, first_sequence=row, spare=self.start, **self.masking)
         label = f"activations, pool {number + 1} of {-(-len(self.blocks) // self.rows)}" if self.shown else None
-        x = _forward(self.language_model.model, corrupted, self.block, self.first, self.sequences, label, where)
-        return x, is_masked[:, self.first :].reshape(-1)
+        x = _forward(self.language_model.model, corrupted, self.block, first, self.sequences, label, where)
+        return x, is_masked[:, first:].reshape(-1)
 
     def identity(self) -> dict:
         """Of the whole: runs that use a share, another order or other batches have the same scratch."""
@@ -502,7 +498,7 @@ class _ModelPools:
             "model": _model_fingerprint(self.language_model.model),
             "blocks": _blocks_fingerprint(self.blocks),
             "block": self.block if isinstance(self.block, str) else int(self.block),
-            "bos_id": None if self.bos_id is None else int(self.bos_id),
+            "bos_id": int(self.start[0]) if self.start else None,
             "pool_tokens": self.pool_tokens,
             "p": p,
         } | (masks if p else dict.fromkeys(masks))
