@@ -12,11 +12,10 @@ language model never run it at the same time. The thread ends with its pool, and
 """
 
 import contextlib
-import hashlib
 import json
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from masksae import progress as bars
+from masksae.cache import fingerprint, spaced
 from masksae.errors import ConfigError, DataError
 from masksae.files import atomic_file, ensure_writable, read_json, read_safetensors, run_id, save_tensors, write_json
 from masksae.masking import check_natural, mask_tokens
@@ -37,9 +37,6 @@ Pool = tuple[Tensor, ...]
 
 LARGEST_MOVED = 2**31
 """A pool of more bytes stays on the device that it is on, and its batches are moved: a memory map is never copied to a GPU whole."""
-
-SAMPLED = 4096
-"""Fingerprints look at all rows (or entries, or blocks) up to about twice as many, and at evenly spaced ones of more."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -364,23 +361,9 @@ def _check_pool(pool: Pool, shape: tuple[int, int], where: str) -> None:
 def _content(pool: Pool) -> dict:
     """Identity of a pool that is there: shape, type, evenly spaced rows and the whole mask."""
     x, is_masked, *targets = pool
-    found = {"rows": len(x), "d_model": x.shape[1], "dtype": str(x.dtype), "content": _fingerprint([_spaced(x)])}
-    found["is_masked"] = _fingerprint([is_masked])
-    return found | ({"targets": _fingerprint(map(_spaced, targets))} if targets else {})
-
-
-def _spaced(values: Tensor) -> Tensor:
-    """At most 2 x SAMPLED evenly spaced entries along the first dimension."""
-    return values[:: max(1, len(values) // SAMPLED)]
-
-
-def _fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Hash of the types, shapes and bytes of some tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    found = {"rows": len(x), "d_model": x.shape[1], "dtype": str(x.dtype), "content": fingerprint([spaced(x)])}
+    found["is_masked"] = fingerprint([is_masked])
+    return found | ({"targets": fingerprint(map(spaced, targets))} if targets else {})
 
 
 def _model_fingerprint(model: torch.nn.Module) -> str:
@@ -389,13 +372,13 @@ def _model_fingerprint(model: torch.nn.Module) -> str:
     told = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
     weights = [(name, v) for name, v in model.state_dict().items() if isinstance(v, Tensor) and not v.is_meta]
     names = json.dumps([told, [name for name, _ in weights]], sort_keys=True, default=str)
-    return run_id([names, _fingerprint(_spaced(value.reshape(-1)) for _, value in weights)])
+    return run_id([names, fingerprint(spaced(value.reshape(-1)) for _, value in weights)])
 
 
 def _blocks_fingerprint(blocks) -> str:
     """Hash of the token blocks, or of evenly spaced stretches of many."""
     stretches, length = range(0, len(blocks), max(64, len(blocks) // 64)), 64
-    return run_id([list(blocks.shape), _fingerprint(blocks[start : start + length] for start in stretches)])
+    return run_id([list(blocks.shape), fingerprint(blocks[start : start + length] for start in stretches)])
 
 
 def from_model(
@@ -492,7 +475,7 @@ class _ModelPools:
             "replacements": None,
         }
         if drawn is not None:
-            masks |= {"token_id": None, "replacements": _fingerprint([_spaced(drawn)])}
+            masks |= {"token_id": None, "replacements": fingerprint([spaced(drawn)])}
         return {
             "kind": "model",
             "model": _model_fingerprint(self.language_model.model),
