@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from masksae.files import read_json
-from masksae.study.report import tables
+from masksae.study.report import effects
 from masksae.study.stats import Effect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +18,7 @@ def verdict_rows(claims: dict) -> list[str]:
     for key, claim in claims.items():
         effect = "–"
         if "difference" in claim:
-            effect = tables.describe(Effect.from_dict(claim))
+            effect = effects.describe(Effect.from_dict(claim))
         elif "grids" in claim:
             cell = lambda verdicts: ", ".join(f"{key} {verdict}" for key, verdict in verdicts.items())
             effect = "; ".join(f"{grid}: {cell(verdicts)}" for grid, verdicts in claim["grids"].items())
@@ -89,9 +89,9 @@ def test_what_is_said_of_the_second_model_is_what_was_measured():
     ]
     assert told == [".72", ".77", ".25", ".32"] and all(number in README for number in told)
     assert [f"{ev[key]:.3f}" for key in ("baseline", "treated")] == ["0.868", "0.852"]
-    effects = {(e["arm"], e["kind"], e["equal"]): e for e in read_json(ROOT / "results/gemma/along_effects.json")}
-    assert f"{effects['dropped', 'cross-token (what came before)', 'steps']['treated']:.2f}" == "0.27"
-    assert all(e["low"] < 0 < e["high"] for (_, _, equal), e in effects.items() if equal == "EV")
+    along = {(e["arm"], e["kind"], e["equal"]): e for e in read_json(ROOT / "results/gemma/along_effects.json")}
+    assert f"{along['dropped', 'cross-token (what came before)', 'steps']['treated']:.2f}" == "0.27"
+    assert all(e["low"] < 0 < e["high"] for (_, _, equal), e in along.items() if equal == "EV")
     matched = lambda name: [r for r in read_json(ROOT / f"results/gemma/{name}.json") if r["mode"] == "matched"]
     f1 = [letter["f1"] for row in matched("absorption") for letter in row["letters"]]
     assert 0.005 < sum(f1) / len(f1) < 0.025
