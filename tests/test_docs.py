@@ -13,6 +13,7 @@ from masksae.study.report import reliability, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_generated_pages_are_those_that_the_code_writes():
@@ -151,10 +152,18 @@ def test_the_code_on_the_page_of_the_module_runs():
 
 
 def test_what_is_said_of_the_pitfalls_is_what_was_measured():
-    page = PAGES["pitfalls"]
+    page = " ".join(PAGES["pitfalls"].split())
     rows = read_json(ROOT / "results/laptop/reconstruction.json")
     l0 = [r["l0"] for r in rows if (r["mode"], r["arm"], r["grid"]) == ("as_trained", "masked", "matryoshka20")]
     assert f"{sum(l0) / len(l0):.0f} instead of 20" in page
+    dead = lambda arm: [
+        r["dead_latents"] for r in rows if (r["mode"], r["arm"], r["grid"]) == ("matched", arm, "matryoshka20")
+    ]
+    assert f"{sum(dead('masked')) / 5:.0f} of 2,048 latents of the masked arm are silent" in page
+    assert f"{sum(dead('unmasked')) / 5:.0f} of the unmasked one's" in page
+    last = [r for r in read_json(ROOT / "results/laptop/train.json") if r["grid"] == "matryoshka20"]
+    count = lambda arm: sum(r["silent"] for r in last if r["arm"] == arm) / 5
+    assert f"last hundred batches {count('masked'):.0f} and {count('unmasked'):.0f} latents" in page
     claims = read_json(ROOT / "results/gemma/claims.json")["C1"]
     assert 0.65 < claims["baseline"] < 0.8 and '"absorption" of .7' in page
     from masksae.data.blocks import REPEAT
@@ -168,6 +177,13 @@ def test_the_profile_of_the_page_is_one():
     profile = Profile(**yaml.safe_load(text))
     assert profile.name == "mine" and len(text.splitlines()) <= 16
     assert [arm.p for arm in profile.arms] == [0.0, 0.3]
+
+
+def test_as_many_families_are_told_as_are_tested():
+    [file] = (ROOT / "tests").rglob("test_families.py")
+    [families] = re.findall(r"(?s)^FAMILIES = \{(.*?)^\}", file.read_text(), re.MULTILINE)
+    n = len(re.findall(r'^    "\w+": ', families, re.MULTILINE))
+    assert f"{n} families" in PAGES["own"] and f"| {n} work;" in PAGES["faults"] and f"{n} families" in CHANGELOG
 
 
 def test_the_fault_table_is_of_a_full_run():

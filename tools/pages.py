@@ -216,6 +216,11 @@ def silent(mode: str, arm: str) -> str:
     return f"{average('laptop', mode, 'matryoshka20', arm, 'dead_latents'):.0f}"
 
 
+def unfired(arm: str) -> str:
+    rows = [row for row in result("laptop", "train") if (row["grid"], row["arm"]) == ("matryoshka20", arm)]
+    return f"{mean(row['silent'] for row in rows):.0f}"
+
+
 def scale(profile: str) -> str:
     run = load_profile(profile)
     return f"{run.text.train_tokens:,} tokens an arm × {run.training.epochs} epochs"
@@ -248,7 +253,8 @@ Until then:
   without firing, and a run sees {seen:,}: it never ran, in either arm. Of 2,048 latents {silent("matched", "masked")}
   of the masked arm are silent on the clean held-out text once its threshold is moved, against
   {silent("matched", "unmasked")} of the unmasked one (as trained {silent("as_trained", "masked")} and
-  {silent("as_trained", "unmasked")}; Matryoshka BatchTopK, L0 20). A word whose parent has no latent counts as
+  {silent("as_trained", "unmasked")}; Matryoshka BatchTopK, L0 20). In the last hundred batches of training
+  {unfired("masked")} and {unfired("unmasked")} did not fire. A word whose parent has no latent counts as
   absorbed as soon as another latent carries its direction.
 * **SAEs short of training.** {steps} steps, and main latents that tell first letters with a mean F1 of
   {number(f1, 2)} (Matryoshka, L0 20, unmasked). Much of such a score is a latent that is missing rather than one that
