@@ -1,11 +1,10 @@
 """The pages of docs/ whose numbers come from results and code: `python tools/pages.py` writes them, a test holds the
 committed ones to it.
 
-docs/results.md and docs/data.md are written whole; of docs/metrics.md and docs/scale.md what stands between `<!--
-NAME: written by
-tools/pages.py -->` and `<!-- end -->`. The numbers are read from results/, from plans and from the lists of packages;
-the words about a
-difference follow its interval (`moved`). What else the prose says of results is held to them by tests/test_docs.py.
+docs/results.md and docs/data.md are written whole; of metrics.md, scale.md and reproduce.md what stands between
+`<!-- NAME: written by tools/pages.py -->` and `<!-- end -->`. The numbers are read from results/, from plans and from
+the lists of packages; the words about a difference follow its interval (`moved`). What else the prose says of results
+is held to them by tests/test_docs.py.
 """
 
 import re
@@ -54,6 +53,7 @@ def pages() -> dict[Path, str]:
         "metrics": {"noise": reliability.page_table(reliability.reliability("laptop")).strip()},
         "scale": {name: f"```\n{costs(Plan(load_profile(name)))}\n```" for name in ("paper", "paper-gemma")}
         | {"beyond": beyond(load_profile("paper-gemma"))},
+        "reproduce": {"profiles": profiles()},
     }
     whole = {docs / "results.md": results(), docs / "data.md": data()}
     return whole | {docs / f"{page}.md": filled(docs / f"{page}.md", found) for page, found in parts.items()}
@@ -432,6 +432,17 @@ All scores of all arms: [laptop](../figures/laptop/09_paper/table.md), [gemma](.
 [architectures](../figures/architectures/09_paper/table.md); ablations:
 [laptop](../figures/laptop/08_ablations/table.md). Every figure lies in `figures/<profile>/` with its caption, every
 number in `results/<profile>/`."""
+
+
+def profiles() -> str:
+    """What each shipped profile holds, and its plan."""
+    rows = []
+    for name in shipped_profiles():
+        plan = Plan(load_profile(name))
+        space = [f"{sum(parts.values()) / 1e9:.1f} GB" for parts in (plan.memory("cpu"), plan.disk())]
+        rows.append([f"`{name}`", plan.profile.description, len(plan.saes), plan.streams, *space])
+    table = pd.DataFrame(rows, columns=["profile", "what", "SAEs, with ablations", "streams", "memory", "disk"])
+    return tables.to_markdown(table).strip()
 
 
 def packages_of(name: str) -> list[str]:
