@@ -502,7 +502,8 @@ yours may name hub models and texts, or files ([own](own.md)).
 
 The code is MIT. Models and data keep their own licences, above; "texts of their publishers" and the like means that
 the package's licence covers the package and not the texts in it. SAEs trained on them may come under the model's
-terms: read Gemma's; this repository holds no weights."""
+terms: read Gemma's; this repository holds no weights.
+"""
 
 
 if __name__ == "__main__":
