@@ -97,9 +97,8 @@ def paired_effect_by_item(baseline: Sequence[Sequence[float]], treated: Sequence
     if len({len(row) for row in (*baseline, *treated)}) != 1:
         raise DataError("Every SAE needs a value for the same items (letters, tasks); some are missing.")
     means = [[sum(row) / len(row) for row in side] for side in (baseline, treated)]
-    found = paired_effect(*means)
     low, high = crossed_interval(np.asarray(treated) - np.asarray(baseline))
-    return replace(found, items=len(baseline[0]), items_low=low, items_high=high)
+    return replace(paired_effect(*means), items=len(baseline[0]), items_low=low, items_high=high)
 
 
 def crossed_interval(values, *, draws: int = 10_000, seed: int = 0) -> tuple[float, float] | tuple[None, None]:
@@ -149,14 +148,13 @@ def variance_components(values, names: Sequence[str]) -> dict[str, float]:
     axes = range(values.ndim)
     subsets = [s for size in range(1, values.ndim + 1) for s in combinations(axes, size)]
     square = {subset: _mean_square(values, subset) for subset in subsets}
-    found = {}
+    components = {}
     for subset in subsets:
-        signed = sum(
-            (-1) ** (len(other) - len(subset)) * square[other] for other in subsets if set(subset) <= set(other)
-        )
+        wider = [other for other in subsets if set(subset) <= set(other)]
+        signed = sum((-1) ** (len(other) - len(subset)) * square[other] for other in wider)
         cells = math.prod(values.shape[axis] for axis in axes if axis not in subset)
-        found[" x ".join(names[axis] for axis in subset)] = max(0.0, float(signed / cells))
-    return found
+        components[" x ".join(names[axis] for axis in subset)] = max(0.0, float(signed / cells))
+    return components
 
 
 def _mean_square(values: np.ndarray, subset: tuple[int, ...]) -> float:
@@ -192,8 +190,10 @@ def pairs_needed(size: float) -> int | None:
     """
     from scipy import stats
 
-    quantiles = lambda n: stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) + stats.t.ppf(POWER, n - 1)
-    return next((n for n in range(2, 1001) if quantiles(n) <= abs(size) * n**0.5), None)
+    for n in range(2, 1001):
+        if stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) + stats.t.ppf(POWER, n - 1) <= abs(size) * n**0.5:
+            return n
+    return None
 
 
 def combine(verdicts: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from tiny_project import byte_tokenizer, tiny_model
 from masksae.app.notebooks import execute, save_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-GUIDE = ROOT / "guides/own_model.ipynb"
+GUIDE = ROOT / "docs/own_model.ipynb"
 WORDS = "the cat sat on a mat while seven dogs ran past it and nobody saw them in the garden".split()
 
 

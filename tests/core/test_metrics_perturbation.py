@@ -5,7 +5,8 @@ import torch
 from random_saes import ALL_RULES, random_sae
 
 from masksae.errors import DataError
-from masksae.metrics.perturbation import Probe, Texts, fit_probe, pooled, scr, scr_effects, strongest, tpp, tpp_effects
+from masksae.metrics.perturbation import Probe, Texts, fit_probe, scr, scr_effects, strongest, tpp, tpp_effects
+from masksae.saes.sae import at_least_single
 
 D, F = 24, 96
 
@@ -15,6 +16,11 @@ def sequences(n=40, s=6, seed=0):
     x = torch.randn(n, s, D, generator=generator).double()
     is_token = torch.arange(s) < torch.randint(1, s + 1, (n, 1), generator=generator)
     return x, is_token, torch.arange(n) % 2 == 0
+
+
+def pooled(values, is_token):
+    """Mean over the tokens of each text: [n, s, m] -> [n, m]."""
+    return torch.stack([value[mine].mean(0) for value, mine in zip(at_least_single(values), is_token)])
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda r: type(r).__name__)
@@ -34,14 +40,6 @@ def test_the_identity_equals_ablating_in_the_sae(rule):
         identity = texts.x @ probe.weight + probe.bias - texts.f[:, chosen] @ (sae.W_dec[chosen] @ probe.weight)
         torch.testing.assert_close(identity, logits, rtol=1e-9, atol=1e-10)
         assert probe.accuracy(texts, chosen, sae.W_dec) == ((logits > 0) == y).double().mean().item()
-
-
-def test_padding_takes_no_part():
-    x, is_token, _ = sequences()
-    spoilt = torch.where(is_token[..., None], x, 1e9)
-    assert torch.equal(pooled(x, is_token), pooled(spoilt, is_token))
-    with pytest.raises(DataError, match="1 texts have no token"):
-        pooled(x[:1], torch.zeros(1, 6, dtype=torch.bool))
 
 
 def world(n=210, seed=0):

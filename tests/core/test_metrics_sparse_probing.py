@@ -27,7 +27,7 @@ def planted(n=400, n_latents=40, seed=0, strength=3.0):
 def test_a_concept_told_by_one_latent_scores_one():
     f, y = planted()
     result = sparse_probing(f[:300], y[:300], f[300:], y[300:], ks=(1, 2, 5))
-    assert result.latents[0] == 7
+    assert rank_latents(f[:300], y[:300])[0] == 7
     assert [score.auc for score in result.scores.values()] == [1, 1, 1] and result.scores[1].accuracy == 1
     assert result.to_dict()["2"]["auc"] == 1
 
@@ -36,7 +36,7 @@ def test_latents_in_half_precision():
     f, y = planted()
     half = f.bfloat16()
     found, exact = (sparse_probing(v[:300], y[:300], v[300:], y[300:], ks=(1, 5)) for v in (half, half.float()))
-    assert found == exact and found.latents[0] == 7
+    assert found == exact and rank_latents(half, y)[0] == 7
     assert rank_latents(half, y).tolist() == rank_latents(half.float(), y).tolist()
 
 
@@ -122,8 +122,6 @@ def test_splits_are_balanced_and_share_no_prompt(seed, copies):
     assert len(train) == 10 and y[train].sum() == 5 and y[test].float().mean() == 0.5
     assert not {prompts[i] for i in train} & {prompts[i] for i in test}
     assert len({prompts[i] for i in [*train, *test]}) == len(train) + len(test)
-    leaky = split(prompts, y, train=10, seed=seed, deduplicate=False)
-    assert len(leaky[0]) + len(leaky[1]) == 120
 
 
 @pytest.mark.parametrize(

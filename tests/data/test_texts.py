@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import zstandard
 
-from masksae.data import hub, packages, tasks, texts
+from masksae.data import hub, models, packages, tasks, texts
 from masksae.data.packages import Package
 from masksae.errors import ConfigError, SourceError
 
@@ -368,7 +368,7 @@ def test_probe_tables_with_marks_and_nul(tmp_path):
 def test_every_text_source_and_model_has_its_package():
     for package, _ in texts.TEXTS.values():
         assert package in packages.PACKAGES
-    for model in texts.MODELS.values():
+    for model in models.MODELS.values():
         assert all(package in packages.PACKAGES for package, _ in model.parts)
         assert model.terms is None or model.terms[0] in packages.PACKAGES
     for package in packages.PACKAGES.values():

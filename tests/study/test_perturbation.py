@@ -50,7 +50,7 @@ def run(project):
 
 def test_a_mean_is_over_the_texts_own_tokens(run):
     texts = ["the cat sat", "a", "seven dogs ran past it and nobody saw them ever again"]
-    pool = perturbation.pool(run, texts, "texts")
+    pool = perturbation.text_pool(run, texts, "texts")
     for text, found in zip(texts, pool.averaged()):
         ids = [run.bos_id, *run.language_model.tokenizer(text, add_special_tokens=False)["input_ids"][:16]]
         alone = activations(run.language_model.model, torch.tensor([ids]), block=1)[0, 1:].mean(0)
@@ -60,7 +60,7 @@ def test_a_mean_is_over_the_texts_own_tokens(run):
 @pytest.mark.parametrize("tokens", [1, 7, 50])
 def test_pieces_do_not_matter(monkeypatch, tokens):
     lengths = torch.tensor([3, 1, 9, 2, 2, 5])
-    pool = perturbation.Pool(torch.randn(22, 4, generator=torch.Generator().manual_seed(0)), lengths)
+    pool = perturbation.TextPool(torch.randn(22, 4, generator=torch.Generator().manual_seed(0)), lengths)
     expected = torch.stack([part.relu().mean(0) for part in pool.x.split(lengths.tolist())])
     monkeypatch.setattr(perturbation, "TOKENS", tokens)
     torch.testing.assert_close(pool.averaged(torch.relu), expected)
@@ -79,7 +79,7 @@ def test_one_against_rest_is_balanced_and_keeps_the_sides_apart():
 def test_an_sae_in_half_precision(run, tmp_path):
     sae = next(iter(run.saes.values()))
     [row, *_] = perturbation.concept_scores(run)
-    visitor = own_sae.Guest(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
+    visitor = own_sae.OwnSAE(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
     [found, _] = own_sae.evaluate(visitor, ["perturbation"])["perturbation"]
     assert found.keys() == row.keys()
     assert found["pooled_accuracy_5"] == pytest.approx(row["pooled_accuracy_5"], abs=0.1)
@@ -143,7 +143,7 @@ def test_quadrants_are_balanced_and_probes_know_their_side(run):
 
 def test_what_cannot_be_used_is_named(run, project):
     with pytest.raises(DataError, match="has 80 texts of its own, 90 are wanted"):
-        perturbation.group(
+        perturbation.class_group(
             Run(profile(project, perturbation=run.profile.perturbation.model_dump() | {"train": 70})), "marks"
         )
     write(project / "other.csv", [(f"{t}!", i % 2) for i, t in enumerate(sentences(40, 9))])

@@ -63,7 +63,7 @@ def test_rows_of_both_kinds(run):
 def test_an_sae_in_half_precision(run, tmp_path):
     sae = next(iter(run.saes.values()))
     row = next(row for row in probing.probing_scores(run) if row["mode"] == "as_trained")
-    visitor = own_sae.Guest(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
+    visitor = own_sae.OwnSAE(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
     for kind, rows in own_sae.evaluate(visitor, ["probing", "ood"]).items():
         assert rows[0][f"{kind}_auc_5"] == pytest.approx(row["probing_auc_5"], abs=0.1)
 

@@ -10,8 +10,8 @@ from scipy import stats as scipy_stats
 
 from masksae import load_profile
 from masksae.errors import DataError
-from masksae.study.figures import absorption, probing, reconstruction, style
-from masksae.study.report import claims, noise, tables
+from masksae.study.figures import absorption, data, probing, reconstruction, style
+from masksae.study.report import claims, effects, noise, tables
 from masksae.study.stats import combine, paired_effect
 
 
@@ -81,7 +81,7 @@ def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2))
 
 
 def test_planted_effects_give_the_right_verdicts():
-    verdicts = claims.claims(tables.merge(*planted(-0.1)), "masked")
+    verdicts = claims.claims(effects.merge(*planted(-0.1)), "masked")
     assert verdicts["C1"]["verdict"] == "supported" and verdicts["C1"]["difference"] == pytest.approx(-0.1, abs=0.01)
     assert verdicts["C1"]["dense_absorbers"] == pytest.approx(
         {"unmasked": 0.5, "masked": 0.65}
@@ -91,9 +91,9 @@ def test_planted_effects_give_the_right_verdicts():
         verdicts["C4"]["grids"]["batchtopk20"] == {"C1": "inconclusive"} and verdicts["C4"]["verdict"] == "inconclusive"
     )
     assert verdicts["C2"]["verdict"] == verdicts["C3"]["verdict"] == "not measured"
-    assert claims.claims(tables.merge(*planted(+0.1)), "masked")["C1"]["verdict"] == "contradicted"
-    assert claims.claims(tables.merge(*planted(0.0)), "masked")["C1"]["verdict"] == "inconclusive"
-    assert claims.claims(tables.merge(*planted(grids=("one",))), "masked")["C4"]["verdict"] == "not measured"
+    assert claims.claims(effects.merge(*planted(+0.1)), "masked")["C1"]["verdict"] == "contradicted"
+    assert claims.claims(effects.merge(*planted(0.0)), "masked")["C1"]["verdict"] == "inconclusive"
+    assert claims.claims(effects.merge(*planted(grids=("one",))), "masked")["C4"]["verdict"] == "not measured"
 
 
 def probed(kind, change):
@@ -114,27 +114,27 @@ def probed(kind, change):
 
 @pytest.mark.parametrize("change, verdict", [(0.05, "supported"), (-0.05, "contradicted"), (0.0, "inconclusive")])
 def test_probing_and_its_gap_are_judged_in_their_own_direction(change, verdict):
-    table = tables.merge(*planted(), probed("probing", change), probed("ood", change))
+    table = effects.merge(*planted(), probed("probing", change), probed("ood", change))
     verdicts = claims.claims(table, "masked")
     assert verdicts["C2"]["verdict"] == verdicts["C3"]["verdict"] == verdict
     assert verdicts["C2"]["difference"] == pytest.approx(change, abs=0.005) == -verdicts["C3"]["difference"]
     assert verdicts["C2"]["score"] == "mean AUC of probes on 5 latents"
     assert set(verdicts["C4"]["grids"]["matryoshka20"]) == {"C1", "C2", "C3"}
-    assert {"probing, AUC", "gap under a shift, AUC"} < set(tables.comparison(table).columns)
+    assert {"probing, AUC", "gap under a shift, AUC"} < set(effects.comparison(table).columns)
 
 
 def test_arms_with_other_seeds_are_refused():
     reconstruction, absorption = planted()
     keep = lambda rows: [r for r in rows if not (r["arm"] == "masked" and r["seed"] == 2)]
     with pytest.raises(DataError, match=r"\[0, 1, 2\] against \[0, 1\]"):
-        claims.claims(tables.merge(keep(reconstruction), keep(absorption)), "masked")
+        claims.claims(effects.merge(keep(reconstruction), keep(absorption)), "masked")
 
 
 def test_comparison_table():
-    table = tables.comparison(tables.merge(*planted()))
+    table = effects.comparison(effects.merge(*planted()))
     assert table["SAEs"].tolist() == ["matryoshka20", "batchtopk20"] and (table["pairs"] == 3).all()
     assert "→" in table["absorption"][0] and "95 %" in table["absorption"][0] and "−0.1" in table["absorption"][0]
-    lines = tables.to_markdown(table).splitlines()
+    lines = tables.to_markdown(tables.cells(table)).splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
 
 
@@ -173,7 +173,7 @@ def test_noise_table(seeds):
 
 
 def test_absorption_is_averaged_over_the_noise_study():
-    scores = tables.merge(*planted(-0.1))
+    scores = effects.merge(*planted(-0.1))
     rows = [
         {
             "sae": sae,
@@ -196,25 +196,25 @@ def test_absorption_is_averaged_over_the_noise_study():
 
 def test_items_of_other_letters_widen_a_verdict():
     reconstruction, absorption = planted(-0.1)
-    found = tables.effect(tables.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+    found = effects.effect(effects.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
     assert found.items == 3 and found.items_low < -0.09 and found.verdict(-1) == "supported"
     for row in absorption:
         if row["arm"] == "masked" and row["grid"] == "matryoshka20":
             row["letters"] = [item | {"full": item["full"] + 0.3 * (item["letter"] == "a")} for item in row["letters"]]
-    found = tables.effect(tables.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+    found = effects.effect(effects.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
     assert found.items_high > 0 and found.verdict(-1) == "inconclusive"
     for row in absorption:
         if row["seed"] == 1 and row["arm"] == "masked":
             row["letters"] = row["letters"][:2]
     with pytest.raises(DataError, match="NaN"):
-        tables.effect(tables.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+        effects.effect(effects.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
 
 
 def test_verdicts_carry_size_and_corrected_p_values():
-    verdicts = claims.claims(tables.merge(*planted(-0.1)), "masked")
+    verdicts = claims.claims(effects.merge(*planted(-0.1)), "masked")
     assert verdicts["C1"]["p_holm"] >= verdicts["C1"]["p_value"] > 0 and verdicts["C1"]["size"] < -1
-    assert "detectable" in tables.describe(paired_effect([1.0, 2.0], [1.1, 1.9]))
-    assert "detectable" not in tables.describe(paired_effect([1.0, 2.0], [2.0, 3.001]))
+    assert "detectable" in effects.describe(paired_effect([1.0, 2.0], [1.1, 1.9]))
+    assert "detectable" not in effects.describe(paired_effect([1.0, 2.0], [2.0, 3.001]))
 
 
 def test_matched_sparsity_by_interpolation_over_k():
@@ -226,10 +226,10 @@ def test_matched_sparsity_by_interpolation_over_k():
                 key = {"sae": f"{arm}{k}{seed}", "arm": arm, "p": p, "grid": f"g{k}", "k": k, "seed": seed}
                 ev = 0.5 + 0.1 * np.log(l0 / 20) / np.log(4) - 0.02 * (p > 0) + 0.001 * seed * (p > 0)
                 rows.append(key | {"mode": "as_trained", "architecture": "TopK", "l0": l0, "ev_centred": ev})
-    table = tables.interpolated(rows)
+    table = effects.interpolated(rows)
     assert table["L0"].tolist() == [40.0] and table["pairs"].tolist() == [3]
     assert table["explained variance"][0].startswith("0.550 → 0.531 (−0.019")
-    assert tables.interpolated([row for row in rows if row["k"] == 20]).empty
+    assert effects.interpolated([row for row in rows if row["k"] == 20]).empty
 
 
 def history(scale=1, n=5):
@@ -240,17 +240,17 @@ DRAWINGS = {
     "reconstruction": lambda: reconstruction.draw_reconstruction(planted()[0]),
     "absorption": lambda: absorption.draw_absorption(planted()[1]),
     "letters": lambda: absorption.draw_items(planted()[1], "matryoshka20", "letters"),
-    "fronts": lambda: absorption.draw_fronts(tables.merge(*planted()).assign(l0=25.0), tables.merge(*planted())),
+    "fronts": lambda: absorption.draw_fronts(effects.merge(*planted()).assign(l0=25.0), effects.merge(*planted())),
     "probing": lambda: probing.draw_probing(probed("probing", 0.05), "probing"),
     "tasks": lambda: probing.draw_tasks(probed("probing", 0.05), "matryoshka20", 5),
     "perturbation": lambda: probing.draw_perturbation(ablated(), "matryoshka20"),
     "noise": lambda: absorption.draw_noise(noise.noise_table(noisy())),
     "architectures": lambda: reconstruction.draw_family(planted()[0]),
-    "summary": lambda: absorption.draw_summary(tables.merge(*planted())),
+    "summary": lambda: absorption.draw_summary(effects.merge(*planted())),
     "training": lambda: reconstruction.draw_training(
         {f"{arm}-{g}": (arm, g, history(scale)) for arm in ("unmasked", "masked") for g, scale in (("a", 1), ("b", 9))}
     ),
-    "norms": lambda: reconstruction.draw_norms(
+    "norms": lambda: data.draw_norms(
         [
             {"arm": a, "masked": m, "norm": 90.0 + i}
             for a, m in (("unmasked", False), ("masked", True))
@@ -301,6 +301,6 @@ def test_masked_text_shows_what_is_masked():
 
     import torch
 
-    html = reconstruction.masked_text_html(Tokenizer(), torch.tensor([1, 2, 3]), torch.tensor([False, True, False]))
+    html = data.masked_text_html(Tokenizer(), torch.tensor([1, 2, 3]), torch.tensor([False, True, False]))
     assert html.count("<span") == 3 and html.count("background") == 1 and "&lt;2&gt;" in html
     assert html.index("background") < html.index("&lt;2&gt;") < html.index("&lt;3&gt;")

@@ -1,4 +1,4 @@
-"""Pictures of absorption, drawn from rows of results."""
+"""Pictures of notebooks 04 and 08 to 10: absorption, along training, against what it costs, and by whom."""
 
 import math
 
@@ -65,8 +65,7 @@ def draw_fronts(trained: pd.DataFrame, matched: pd.DataFrame):
     axes[0].invert_yaxis()
     handles = [plt.Line2D([], [], color=colour, linewidth=5, label=arm) for arm, colour in colours.items()]
     handles += [
-        plt.Line2D([], [], color=GREY, marker=marker, linestyle="", label=grid)
-        for grid, marker in zip(grids, MARKERS * len(grids))
+        plt.Line2D([], [], color=GREY, marker=m, linestyle="", label=g) for g, m in zip(grids, MARKERS * len(grids))
     ]
     axes[1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     figure.tight_layout()
@@ -156,18 +155,13 @@ def draw_absorbers(stories: dict[str, dict[str, Story]]):
     """A panel per kind of parent, a dot per absorber, larger the more words it absorbed: on which share of all words it fires, and how far it
     points along the parent. Kind -> arm -> story."""
     import matplotlib.pyplot as plt
-    import pandas as pd
 
     figure, axes = plt.subplots(1, len(stories), figsize=(4.4 * len(stories) + 1.4, 3.6), sharey=True, squeeze=False)
     for axis, (kind, by_arm) in zip(axes[0], stories.items()):
         for arm, colour in palette(by_arm).items():
             keys, missed = ["fires on", "cosine with parent"], by_arm[arm].missed
-            counts = (
-                pd.DataFrame(missed, columns=["absorber", *keys])
-                .groupby(["absorber", *keys])
-                .size()
-                .reset_index(name="n")
-            )
+            columns = ["absorber", *keys]
+            counts = pd.DataFrame(missed, columns=columns).groupby(columns).size().reset_index(name="n")
             label = f"{arm}: {len(missed)} words, {len(counts)} absorbers"
             axis.scatter(counts[keys[0]], counts[keys[1]], color=colour, s=12 + 6 * counts["n"], alpha=0.6, label=label)
         axis.set(title=kind, xlabel="share of words on which the absorber fires", xlim=(-0.03, 1.03))
@@ -178,7 +172,7 @@ def draw_absorbers(stories: dict[str, dict[str, Story]]):
 
 
 def draw_noise(table: list[dict]):
-    """Standard deviation of absorption by source, one group of bars for each arm and for their difference. Rows of `report.noise_table`."""
+    """Standard deviation of absorption by source, one group of bars for each arm and for their difference. Rows of `noise_table`."""
     import matplotlib.pyplot as plt
 
     frame = pd.DataFrame(table)

@@ -1,3 +1,5 @@
+"""Pictures of notebooks 05 to 07: probes, task by task and in the mean, and the ablation of concepts."""
+
 import pandas as pd
 
 from masksae.study.figures.style import GREY, dots, palette
@@ -32,13 +34,9 @@ def draw_tasks(rows: list[dict], grid: str, k: int):
     colours = palette(dict.fromkeys(row["arm"] for row in part))
     for place, (arm, colour) in enumerate(colours.items()):
         shift = (place - (len(colours) - 1) / 2) * 0.25
-        found = [
-            (t["auc"][str(k)], names.index(t["task"]) + shift)
-            for row in part
-            if row["arm"] == arm
-            for t in row["tasks"]
-        ]
-        axis.scatter(*zip(*found), s=14, color=colour, label=arm, alpha=0.8)
+        mine = [task for row in part if row["arm"] == arm for task in row["tasks"]]
+        places = [(task["auc"][str(k)], names.index(task["task"]) + shift) for task in mine]
+        axis.scatter(*zip(*places), s=14, color=colour, label=arm, alpha=0.8)
     axis.set(
         yticks=range(len(names)),
         yticklabels=[name.replace("_", " ") for name in names],
@@ -55,21 +53,17 @@ def draw_perturbation(rows: list[dict], grid: str):
     import matplotlib.pyplot as plt
 
     table = pd.DataFrame([row for row in rows if row["mode"] == "matched" and row["grid"] == grid])
-    kinds = {
-        "tpp": "TPP",
-        "tpp_intended": "fall of the own probe",
-        "tpp_unintended": "fall of the other probes",
-        "scr": "SCR",
-    }
+    kinds = {"tpp": "TPP", "tpp_intended": "fall of the own probe"}
+    kinds |= {"tpp_unintended": "fall of the other probes", "scr": "SCR"}
     columns = {kind: {int(c.rpartition("_")[2]): c for c in table if c.rpartition("_")[0] == kind} for kind in kinds}
-    columns = {kind: found for kind, found in columns.items() if found}
+    columns = {kind: by_n for kind, by_n in columns.items() if by_n}
     figure, axes = plt.subplots(1, len(columns), figsize=(3.4 * len(columns) + 1.2, 3.4), squeeze=False)
-    for axis, (kind, found) in zip(axes[0], columns.items()):
+    for axis, (kind, by_n) in zip(axes[0], columns.items()):
         for arm, colour in palette(dict.fromkeys(table["arm"])).items():
-            values = table.loc[table["arm"] == arm, list(found.values())]
-            axis.plot(list(found), values.T, color=colour, linewidth=0.7, alpha=0.5)
-            axis.plot(list(found), values.mean(), color=colour, linewidth=2.5, label=arm)
-        axis.set(xscale="log", xticks=list(found), xticklabels=list(found), title=kinds[kind], xlabel="ablated latents")
+            values = table.loc[table["arm"] == arm, list(by_n.values())]
+            axis.plot(list(by_n), values.T, color=colour, linewidth=0.7, alpha=0.5)
+            axis.plot(list(by_n), values.mean(), color=colour, linewidth=2.5, label=arm)
+        axis.set(xscale="log", xticks=list(by_n), xticklabels=list(by_n), title=kinds[kind], xlabel="ablated latents")
         axis.minorticks_off()
         axis.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
     axes[0, 0].set(ylabel="accuracy")

@@ -6,9 +6,13 @@ from masksae.files import write_text
 
 COLOURS = {"unmasked": "#0072b2", "masked": "#d55e00"}
 
+"""Of the two arms of every profile."""
+
 OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7fff", "#5e5e5e", "#b2182b")
+"""Of further arms, in their order."""
 
 FAMILY = (*COLOURS.values(), *OTHER_COLOURS)
+"""Of what is no arm: architectures, sources of variance."""
 
 GREY = "#808080"
 
@@ -24,23 +28,12 @@ def style() -> None:
     import matplotlib
     import seaborn as sns
 
-    grey = {key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
-    sns.set_theme(
-        style="ticks", context="notebook", font="DejaVu Sans", rc={"axes.spines.top": False, "axes.spines.right": False}
-    )
-    matplotlib.rcParams.update(
-        grey
-        | {
-            "svg.hashsalt": "masksae",
-            "svg.fonttype": "path",
-            "figure.dpi": 110,
-            "figure.facecolor": "none",
-            "axes.facecolor": "none",
-            "savefig.facecolor": "none",
-            "legend.frameon": False,
-            "grid.color": GREY,
-        }
-    )
+    spines = {"axes.spines.top": False, "axes.spines.right": False}
+    sns.set_theme(style="ticks", context="notebook", font="DejaVu Sans", rc=spines)
+    greys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    fixed = {"svg.hashsalt": "masksae", "svg.fonttype": "path", "figure.dpi": 110, "legend.frameon": False}
+    matplotlib.rcParams.update(dict.fromkeys(greys, GREY) | dict.fromkeys(clear, "none") | fixed)
 
 
 def save_figure(run, name: str, figure, caption: str, *, simulated: bool = False) -> None:
