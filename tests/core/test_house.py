@@ -30,6 +30,8 @@ MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def wing(module: str) -> str:
+    if module == "masksae.__main__":
+        return "app"  # `python -m masksae`
     second = f"{module}.".split(".")[1]
     return second if second in WINGS else "core"
 
