@@ -46,8 +46,8 @@ site: setup  ## static pages of all that was run: build/site/index.html
 status: setup  ## what `make repro` would do for PROFILE
 	@python -m masksae.app.repro status "$(PROFILE)"
 
-test: setup  ## unit and property tests, the smoke pipeline, every notebook
-	@python -m pytest -q -n 2 --dist loadfile
+test: setup  ## unit and property tests, the smoke pipeline, every notebook; minutes
+	@python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 lint: setup  ## style
 	@ruff format --check masksae tests benchmarks tools && ruff check

@@ -29,6 +29,14 @@ def test_links_lead_somewhere(name):
     assert f"(docs/{name}.md)" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_are_named_are_there(name):
+    named = set(
+        re.findall(r"\b(?:masksae|tests|benchmarks|notebooks|tools)/[\w./]+\.(?:py|sh|ipynb|yaml|html)\b", PAGES[name])
+    )
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_what_is_said_of_the_metrics_is_what_was_measured():
     table = reliability.reliability("laptop").set_index("score")
     assert reliability.page_table(table.reset_index()) in PAGES["metrics"]

@@ -113,6 +113,7 @@ def test_a_fault_at_every_write(fault, new_project, monkeypatch, tmp_path):
     survived("write", what, len(range(1, writes + 1, step)), "said in a line; the next run ended in the same bytes")
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_profile_at_once(new_project):
     """They share cache and project: the second waits for the first where it must, and finds its work done."""
     new_project("whole")
@@ -149,6 +150,7 @@ def weights() -> dict:
     return {path.parent.name: path.read_bytes() for path in Path("build/mine").rglob("sae.safetensors")}
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_the_command(new_project):
     """The real signal, to a real process, at moments spread over its life."""
     command = [sys.executable, "-m", "masksae.app.cli", "train", "mine.yaml"]
@@ -183,6 +185,7 @@ def test_ctrl_c_of_the_command(new_project):
     survived("interrupt", "SIGINT to `masksae train`, at moments over its whole life", len(moments), outcome)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FUZZ, reason="many minutes; set MASKSAE_FUZZ")
 def test_ctrl_c_in_every_stage_of_the_pipeline(tmp_path, monkeypatch):
     """Ctrl-C, as a terminal sends it, a few seconds into every stage of `make repro PROFILE=smoke`; then to the end, to the same results."""

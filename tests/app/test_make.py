@@ -66,6 +66,7 @@ def tiny(project) -> str:
     return subprocess.run([project / ".venv/bin/tiny"], capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 def test_an_environment_works_until_its_successor_does(project):
     wheels = project.parent / "wheels"
     (project / ".venv").mkdir()  # of a setup that was broken off, by a version that made a folder

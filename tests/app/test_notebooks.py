@@ -97,6 +97,7 @@ def server(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_jupyterlab_saves_without_outputs(server, tmp_path):
     """Saved as JupyterLab does it, after a run; the file on the disk has the bytes of the commit."""
     model = server("GET", "contents/a.ipynb?content=1")

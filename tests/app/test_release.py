@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -16,9 +17,15 @@ from packaging.utils import canonicalize_name
 import masksae
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT_OUT = shutil.ignore_patterns(
-    ".git", ".venv*", "build", "results", "figures", ".dvc", "__pycache__", "*.egg-info", ".pytest_cache", ".hypothesis"
+NEVER = shutil.ignore_patterns("__pycache__", "*.egg-info")
+AT_THE_TOP = shutil.ignore_patterns(
+    ".git", ".venv*", "build", "results", "figures", ".dvc", ".pytest_cache", ".hypothesis"
 )
+
+
+def kept_out(folder: str, names: list[str]) -> set[str]:
+    """What a copy of the tree leaves out; the package has a folder `figures` of its own."""
+    return NEVER(folder, names) | (AT_THE_TOP(folder, names) if Path(folder) == ROOT else set())
 
 
 def build(source: Path, target: Path, kind: str) -> Path:
@@ -29,11 +36,25 @@ def build(source: Path, target: Path, kind: str) -> Path:
     return target / result.stdout.split()[-1]
 
 
+def test_every_folder_and_file_of_the_package_is_declared():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files = [p.relative_to(ROOT) for p in (ROOT / "masksae").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert {".".join(file.parent.parts) for file in files} == {*declared["packages"]}
+    data = {file for file in files if file.suffix != ".py"}
+    told = {
+        path.relative_to(ROOT)
+        for package, patterns in declared["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    assert data == told
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel that is built from the sdist."""
     folder = tmp_path_factory.mktemp("release")
-    shutil.copytree(ROOT, folder / "tree", ignore=KEPT_OUT)
+    shutil.copytree(ROOT, folder / "tree", ignore=kept_out)
     sdist = build(folder / "tree", folder, "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "unpacked", filter="data")
@@ -42,6 +63,7 @@ def wheel(tmp_path_factory):
     return build(source, folder, "wheel")
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_modules_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -116,14 +138,16 @@ def outside(wheel, tmp_path, code: str):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_library_needs_only_its_own_dependencies(wheel, tmp_path):
     result = outside(wheel, tmp_path, LIBRARY)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Space:" in result.stdout and '"folder": "again"' in result.stdout
 
 
+@pytest.mark.slow
 def test_what_needs_an_extra_names_it(wheel, tmp_path):
-    code = "import sys\nfrom masksae import cli\nsys.exit(cli.main(['evaluate', 'nowhere']))"
+    code = "import sys\nfrom masksae.app import cli\nsys.exit(cli.main(['evaluate', 'nowhere']))"
     result = outside(wheel, tmp_path, code)
     assert result.returncode == 2, result.stderr[-3000:]
     assert "masksae: This needs matplotlib, seaborn, not installed here." in result.stderr

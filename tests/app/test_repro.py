@@ -1,5 +1,6 @@
 """dvc.yaml names what its stages use, notebooks are projected and executed without a trace of when, errors come without a traceback."""
 
+import itertools
 import json
 import os
 import signal
@@ -178,14 +179,12 @@ def test_a_signal_ends_dvc_its_stage_and_the_kernel_in_a_line(number, project):
     (project / "dvc.yaml").write_text("stages: {try: {cmd: python -m masksae.app.repro run 01_try laptop}}")
     busy = "import os, time\nopen('pids', 'w').write(f'{os.getpid()} {os.getppid()}')\nprint('busy', flush=True)\ntime.sleep(99)"
     write_notebook(project, 'profile = "x"', busy)
-    code = (
-        "import sys\nfrom masksae import cli, pipeline\nsys.exit(cli.exit_status(lambda: repro.dvc('repro', 'laptop')))"
-    )
+    code = "import sys\nfrom masksae.app import cli, repro\nsys.exit(cli.exit_status(lambda: repro.dvc('repro', 'laptop')))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    begun = [line for line in iter(process.stdout.readline, "busy\n") if line]
+    begun = list(itertools.takewhile("busy\n".__ne__, process.stdout))  # or all it says, if it ends before
     assert process.poll() is None, begun
     process.send_signal(number)
     said, _ = process.communicate(timeout=40)

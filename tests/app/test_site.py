@@ -74,6 +74,7 @@ def test_without_a_run_it_says_what_to_do(tmp_path):
         site.build(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_finds_no_fault(project):
     folder = site.build().parent
@@ -81,6 +82,7 @@ def test_a_browser_finds_no_fault(project):
     assert len(pages) > 20 and troubles(folder, pages) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_no_page_is_wider_than_a_phone(project):
     """With a word of code that does not break by itself, as in the guide."""

@@ -16,9 +16,10 @@ from masksae.errors import ConfigError, JobError
 
 SUPPORT = str(Path(__file__).resolve().parents[1] / "support")
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("MASKSAE_TEST_SLURM"), reason="starts daemons; run `make test-slurm`"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.environ.get("MASKSAE_TEST_SLURM"), reason="starts daemons; run `make test-slurm`"),
+]
 
 
 @pytest.fixture(scope="module")

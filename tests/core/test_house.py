@@ -41,7 +41,9 @@ def imported(node) -> list[str]:
     if isinstance(node, ast.ImportFrom):
         assert node.level == 0, "imports are absolute"
         names = [f"{node.module}.{alias.name}" for alias in node.names]
-        home = [masksae._HOME.get(alias.name) for alias in node.names] if node.module == "masksae" else [None] * len(names)
+        home = (
+            [masksae._HOME.get(alias.name) for alias in node.names] if node.module == "masksae" else [None] * len(names)
+        )
         return [found for name, lazy in zip(names, home) if (found := lazy or _module(name)) in MODULES]
     if isinstance(node, ast.Constant) and re.fullmatch(r"masksae(\.\w+)+(:\w+)?", str(node.value)):
         return [found for found in [_module(node.value.partition(":")[0])] if found != "masksae"]
@@ -96,4 +98,8 @@ def f():
 """
     found = sorted(each for node in ast.walk(ast.parse(code)) for each in imported(node))
     assert found == ["masksae.app.cli", "masksae.app.plan", "masksae.study.figures", *["masksae.study.run"] * 4]
-    assert [wing(name) for name in ("masksae.masking", "masksae.saes.sae", "masksae.app.cli")] == ["core", "saes", "app"]
+    assert [wing(name) for name in ("masksae.masking", "masksae.saes.sae", "masksae.app.cli")] == [
+        "core",
+        "saes",
+        "app",
+    ]

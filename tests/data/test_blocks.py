@@ -36,11 +36,11 @@ def texts(dataset):
 
 def test_blocks(tmp_path):
     documents = make_documents()
-    blocks = build(tmp_path, documents)
+    made = build(tmp_path, documents)
     for split, wanted in (("train", 125), ("held_out", 25)):
-        ids = blocks.Blocks(blocks[split])[:]
+        ids = blocks.Blocks(made[split])[:]
         assert ids.shape == (wanted, 16) and ids.dtype == torch.int64 and (ids[:, 0] == 1).all()
-        for text in texts(blocks[split]):
+        for text in texts(made[split]):
             homes = [d for d in documents if text in d and d.index(text) % 15 == 0]
             assert any(blocks.is_held_out(d, 0.2) == (split == "held_out") for d in homes)
 
@@ -70,8 +70,8 @@ def test_an_endless_stream_is_read_only_as_far_as_needed(tmp_path):
             taken.append(i)
             yield f"document number {i:06d} is here"
 
-    blocks = build(tmp_path, endless(), ordered=False)
-    assert len(blocks["train"]) == 125 and len(taken) < 1000
+    made = build(tmp_path, endless(), ordered=False)
+    assert len(made["train"]) == 125 and len(taken) < 1000
 
 
 def test_made_once(tmp_path):
@@ -85,8 +85,8 @@ def test_made_once(tmp_path):
 
 
 def test_without_bos_every_position_is_text(tmp_path):
-    blocks = build(tmp_path, make_documents(), bos_id=None)
-    assert (blocks.Blocks(blocks["train"])[:] > 1).all()
+    made = build(tmp_path, make_documents(), bos_id=None)
+    assert (blocks.Blocks(made["train"])[:] > 1).all()
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_bad_text(tmp_path, documents, changes, words):
 @given(seed=st.integers(0, 10**6), run=st.integers(1, 6), n=st.integers(1, 6), m=st.integers(1, 6))
 def test_repeats_against_brute_force(seed, run, n, m):
     rng = np.random.default_rng(seed)
-    blocks, others = rng.integers(0, 4, (n, 5)), rng.integers(0, 4, (m, 5))
+    mine, others = rng.integers(0, 4, (n, 5)), rng.integers(0, 4, (m, 5))
     run_ = min(run, 5)
     stretches = lambda rows: [{tuple(row[i : i + run_]) for i in range(5 - run_ + 1)} for row in rows.tolist()]
     everything = set().union(*stretches(others))
-    expected = [bool(mine & everything) for mine in stretches(blocks)]
-    assert blocks.repeats(blocks, others[:1], others[1:], run=run).tolist() == expected
+    expected = [bool(those & everything) for those in stretches(mine)]
+    assert blocks.repeats(mine, others[:1], others[1:], run=run).tolist() == expected
 
 
 def test_held_out_blocks_that_quote_training_text_are_dropped(tmp_path, monkeypatch):

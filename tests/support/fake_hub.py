@@ -184,11 +184,11 @@ def tokens_of(folder: Path) -> str:
     """Hash of the token blocks that come out of the hub's data set."""
     from masksae.data import blocks, texts
 
-    blocks = blocks.build(
+    made = blocks.build(
         texts.TextStream([SOURCE]), bytes_as_tokens, folder, tokens={"train": 700_000, "held_out": 400_000}, block_length=64,
         bos_id=1, held_out_share=0.05, seed=0, ordered=False, progress=False,
     )  # fmt: skip
-    parts = [blocks.Blocks(blocks[split])[:].numpy().tobytes() for split in ("train", "held_out")]
+    parts = [blocks.Blocks(made[split])[:].numpy().tobytes() for split in ("train", "held_out")]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
