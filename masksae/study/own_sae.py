@@ -1,7 +1,8 @@
-"""Somebody's own SAE in a run's place: `sae = OwnSAE("laptop", "MY_SAE", out="report")`, then `evaluate(sae, ["absorption"])`.
+"""Somebody's own SAE in a run's place: `sae = OwnSAE("laptop", "MY_SAE", out="report")`, then `evaluate(sae,
+["absorption"])`.
 
-The profile says whose activations the SAE reads and on which text and tasks it is scored; it is scored by the very functions that
-score a run's SAEs, as trained and at matched clean L0. Nothing is trained here.
+The profile says whose activations the SAE reads and on which text and tasks it is scored; it is scored by the very
+functions that score a run's SAEs, as trained and at matched clean L0. Nothing is trained here.
 """
 
 import hashlib
@@ -51,8 +52,8 @@ class OwnSAE(Scored):
         super().__init__(profile, out)
         if self.sae.config.d_model != self.width:
             raise ConfigError(
-                f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has {self.width}. "
-                "Name the profile of its model."
+                f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has "
+                f"{self.width}. Name the profile of its model."
             )
         self._check_l0()
         self.sae.to(self.device)
@@ -72,7 +73,8 @@ class OwnSAE(Scored):
         return self._l0 or self.sae.config.selection.goal or round(reconstruction(self.sae, self.held_out).l0, 1)
 
     def check_reach(self) -> None:
-        """If no threshold gives clean L0 = k: ConfigError if that k was asked for, a line on stderr if it is the SAE's own."""
+        """If no threshold gives clean L0 = k: ConfigError if that k was asked for, a line on stderr if it is the SAE's
+        own."""
         if type(self.sae.config.selection) is TopK:
             return
         threshold = calibrated_threshold(self.sae, self.held_out, self.k)
@@ -109,7 +111,8 @@ class OwnSAE(Scored):
 
 
 def evaluate(own: OwnSAE, metrics: list[str]) -> dict[str, list[dict]]:
-    """Rows of each metric, as trained and at matched clean L0, each written to `NAME.json` in the SAE's `results` as it comes.
+    """Rows of each metric, as trained and at matched clean L0, each written to `NAME.json` in the SAE's `results` as it
+    comes.
 
     A metric that cannot be taken has one row, {"sae": name, "failed": why}, and the others are taken all the same.
     Raises ConfigError for an unknown metric, and the first reason if no metric can be taken.

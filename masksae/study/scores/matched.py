@@ -1,7 +1,7 @@
 """At which threshold an SAE is scored: as trained (its own), and at matched sparsity (clean L0 exactly k).
 
-Every SAE of every arm is scored on the same clean held-out text, with the same prompts and probes, twice. Masking moves the threshold, so
-only the second compares arms at equal sparsity.
+Every SAE of every arm is scored on the same clean held-out text, with the same prompts and probes, twice. Masking moves
+the threshold, so only the second compares arms at equal sparsity.
 """
 
 from collections.abc import Callable
