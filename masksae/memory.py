@@ -26,8 +26,9 @@ def parameters(config: SAEConfig) -> int:
     6296320
     """
     d, n = config.d_model, config.n_latents
-    extra = {"JumpReLU": n, "Gated": 2 * n}.get(type(config.selection).__name__, 0)
-    return 2 * d * n + n + d + extra
+    with torch.device("meta"):
+        extra = config.selection.tensors(n).values()
+    return 2 * d * n + n + d + sum(tensor.numel() for tensor in extra)
 
 
 def training_bytes(configs: list[SAEConfig], batch_size: int, *, sparse: bool = True, branch: bool = False) -> int:
@@ -43,11 +44,11 @@ def training_bytes(configs: list[SAEConfig], batch_size: int, *, sparse: bool = 
 def _step(config: SAEConfig, batch: int, sparse: bool) -> int:
     """Numbers that live during one SAE's step: gradients, pre-activations, errors of each prefix, active entries."""
     d, n, groups = config.d_model, config.n_latents, len(config.group_sizes)
-    kinds = type(config.selection).__name__
+    rule = config.selection
     work = parameters(config) + batch * n + batch * d * (groups + 4) + d * n
-    if sparse and kinds in ("TopK", "BatchTopK"):
-        return int(work + batch * n / 2 + 16 * config.selection.k * batch)
-    return work + {"Gated": 9}.get(kinds, 6) * batch * n
+    if sparse and rule.always_sparse:
+        return int(work + batch * n / 2 + 16 * rule.goal * batch)
+    return work + rule.dense_copies * batch * n
 
 
 def available_bytes(device) -> int | None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from masksae.saes.rules import rule_of
 from masksae.saes.sae import SAE
 
 
@@ -32,7 +31,7 @@ class Outcome:
     l0: Tensor
     """Scalar: mean number of active latents per token."""
     smallest: Tensor | None
-    """Scalar that the inference threshold follows (TopK kinds); 0 if no latent was active."""
+    """Scalar that the inference threshold follows, if one is estimated; 0 if no latent was active."""
 
 
 def reconstruction_loss(sae: SAE, x: Tensor, f: Tensor, w_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,10 +70,10 @@ def dense_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: (loss, residual [B, d], f [B, F]) with autograd from `pre`, the pre-activations of x, and the parameters.
 
-    weight      sparsity coefficient (L1 kinds and JumpReLU)
+    weight      sparsity coefficient
     dead_after  add AuxK for latents that have not fired for so many tokens: 0 without any, but a top-k over all latents; None: do not
     """
-    f, gate, penalty = rule_of(sae.config).dense(sae, pre, weight)
+    f, gate, penalty = sae.config.selection.dense(sae, pre, weight)
     loss, error = reconstruction_loss(sae, x, f, sae.W_dec, sae.b_dec)
     loss = loss + penalty
     if gate is not None:
@@ -94,7 +93,7 @@ def dense_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, weight, dead_after:
         loss, residual, f = dense_loss(sae, x, pre, weight, dead_after)
         loss.backward()
     encoder_gradients(sae, (pre.grad.t() @ xc).to(sae.dtype), pre.grad.sum(0, dtype=sae.dtype))
-    smallest = rule_of(sae.config).smallest(f, None, len(f)) if estimate else None
+    smallest = sae.config.selection.smallest(f, None, len(f)) if estimate else None
     active = f > 0
     return Outcome(loss.detach(), residual, active.any(0), active.sum() / len(f), smallest)
 

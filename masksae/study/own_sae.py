@@ -10,7 +10,6 @@ from masksae.export import load_sae
 from masksae.files import ensure_writable, write_json
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import once
-from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
 from masksae.study.profile import load_profile
 from masksae.study.run import Run
@@ -47,8 +46,10 @@ class Guest(Run):
             raise ConfigError(
                 f"l0 is {l0}, expected a number above 0, up to the {latents} latents of this SAE. Or leave it out."
             )
-        if l0 is not None and type(rule) is TopK and l0 != rule.k:
-            raise ConfigError(f"l0 is {l0}, and this SAE keeps its k = {rule.k} latents of every token. Leave l0 out.")
+        if l0 is not None and rule.keeps_k_per_token and l0 != rule.goal:
+            raise ConfigError(
+                f"l0 is {l0}, and this SAE keeps its k = {rule.goal} latents of every token. Leave l0 out."
+            )
 
     @once
     def k(self) -> float:
@@ -57,7 +58,7 @@ class Guest(Run):
 
     def check_reach(self) -> None:
         """If no threshold gives clean L0 = k: ConfigError if that k was asked for, a line on stderr if it is the SAE's own."""
-        if type(self.sae.config.selection) is TopK:
+        if self.sae.config.selection.keeps_k_per_token:
             return
         threshold = calibrated_threshold(self.sae, self.held_out, self.k)
         reached = reconstruction(self.sae, self.held_out, threshold=threshold).l0
@@ -70,10 +71,8 @@ class Guest(Run):
     @property
     def table(self) -> list[dict]:
         """Its one row."""
-        rule = type(self.sae.config.selection).__name__
-        architecture = ("Matryoshka " if self.sae.config.prefixes else "") + rule
         row = {"sae": self.name, "arm": self.name, "p": 0.0, "grid": self.name, "k": self.k, "seed": 0}
-        return [row | {"architecture": architecture}]
+        return [row | {"architecture": self.sae.config.architecture}]
 
     def load_saes(self, arms=None) -> dict[str, SAE]:
         return {self.name: self.sae}

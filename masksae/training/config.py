@@ -4,7 +4,7 @@ import copy
 from dataclasses import asdict, dataclass
 
 from masksae.errors import ConfigError, nearest
-from masksae.saes.config import keep_whole, whole
+from masksae.saes.fields import keep_whole, whole
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -45,7 +45,7 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of an SAE's gradient."""
     threshold_start: int | None = None
-    """Step after which the inference threshold is estimated, the last step in any case (TopK kinds); None: a third of the steps, 1,000 at
+    """Step after which the inference threshold is estimated, the last step in any case (rules that need one); None: a third of the steps, 1,000 at
     most."""
     threshold_ema: float | None = None
     """Memory of the threshold's running mean, per step; None: .999, or a memory of a tenth of the steps in a shorter run."""
@@ -71,7 +71,8 @@ class TrainConfig:
         keep_whole(self, "threshold_start", least=0)
         if self.warmup >= self.steps or self.threshold_start >= self.steps:
             raise ConfigError(
-                f"warmup ({self.warmup}) and threshold_start ({self.threshold_start}) must be below steps ({self.steps}). Train longer, lower them, or leave them out."
+                f"warmup ({self.warmup}) and threshold_start ({self.threshold_start}) must be below steps ({self.steps}). "
+                "Train longer, lower them, or leave them out."
             )
         if not self.lr > 0 or not 0 <= self.decay <= 1 or not 0 <= self.threshold_ema < 1 or not self.clip > 0:
             raise ConfigError(f"lr and clip must be positive, decay in [0, 1], threshold_ema in [0, 1): found {self}.")

@@ -1,4 +1,4 @@
-"""Where the records of training go while it runs: a file of JSON lines, and TensorBoard or Weights & Biases for those who want a live page.
+"""Where the records of training go while it runs: a file of JSON lines, and TensorBoard or Weights & Biases for a live page.
 
 `MASKSAE_LOG=tensorboard` (or `wandb`, or both with a comma) adds to the JSON lines; what a log does can change no result.
 """
@@ -72,11 +72,17 @@ def wandb(folder, names: list[str]) -> Log:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     run = client.init(
-        project=os.environ.get("WANDB_PROJECT", "masksae"), name=folder.parent.name, dir=str(folder), id=f"{folder.parent.parent.name}-{folder.parent.name}", resume="allow"
-    )  # fmt: skip
-    return lambda number, record: run.log(
-        {f"{names[number]}/{k}": v for k, v in record.items() if k != "step"}, step=record["step"]
+        project=os.environ.get("WANDB_PROJECT", "masksae"),
+        name=folder.parent.name,
+        dir=str(folder),
+        id=f"{folder.parent.parent.name}-{folder.parent.name}",
+        resume="allow",
     )
+
+    def log(number: int, record: dict) -> None:
+        run.log({f"{names[number]}/{k}": v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    return log
 
 
 ADAPTERS = {"tensorboard": tensorboard, "wandb": wandb}
@@ -92,4 +98,9 @@ def chosen(folder, names: list[str]) -> Log:
         JsonLines(Path(folder) / "log.jsonl", names),
         *(ADAPTERS[name](Path(folder) / name, names) for name in wanted),
     ]
-    return lambda number, record: [log(number, record) for log in logs] and None
+
+    def log_all(number: int, record: dict) -> None:
+        for log in logs:
+            log(number, record)
+
+    return log_all
