@@ -4,10 +4,11 @@
     .venv-peers/bin/python benchmarks/train.py                    # the table of benchmarks/README.md
     .venv-peers/bin/python benchmarks/train.py --only Matryoshka  # one architecture
 
-Same process, same threads, same batches, same initial weights; the trainers take turns of a few steps, and every number is a
-median over steps, every ratio a median over rounds with its quartiles. "Settled" rows have encoder biases (or thresholds) moved
-so that the SAE starts at the L0 of the row, as it is for most of a training; "fresh" rows start as initialised, half of all
-latents active. "floor" is the encoder's product alone, the part that a sparse step cannot avoid.
+Same process, same threads, same batches, same initial weights; the trainers take turns of a few steps, and every number
+is a median over steps, every ratio a median over rounds with its quartiles. "Settled" rows have encoder biases (or
+thresholds) moved so that the SAE starts at the L0 of the row, as it is for most of a training; "fresh" rows start as
+initialised, half of all latents active. "floor" is the encoder's product alone, the part that a sparse step cannot
+avoid.
 """
 
 import argparse
@@ -92,7 +93,8 @@ def updates(sae: SAE, batch: int) -> dict:
 
 
 def measure(rule, prefixes, settled: bool, batches, d: int, n_latents: int, rounds: int, turns: int) -> dict:
-    """Milliseconds per step, ratio and its quartiles, and peak memory of each trainer; the encoder product's milliseconds."""
+    """Milliseconds per step, ratio and its quartiles, and peak memory of each trainer; the encoder product's
+    milliseconds."""
     aux = AuxK(dead_after_tokens=10_000_000) if rule.revived else None
     sae = SAE(SAEConfig(d, n_latents, rule, prefixes, aux=aux))
     if settled:

@@ -62,7 +62,8 @@ def _id(found: dict[str, Path]) -> str:
 
 
 def code_of(thing) -> str:
-    """Id of what the module of a function or a class does, and of all that it imports from masksae; of one typed into a notebook, nothing."""
+    """Id of what the module of a function or a class does, and of all that it imports from masksae; of one typed into a
+    notebook, nothing."""
     file = getattr(sys.modules.get(thing.__module__), "__file__", None)
     return _id(_reached([_named(Path(file or ""))]))
 

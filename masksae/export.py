@@ -1,5 +1,5 @@
-"""SAEs from and for other libraries: read in the forms of SAELens and dictionary_learning (`saes/formats.py`), written in them, and as
-what SAEBench evaluates."""
+"""SAEs from and for other libraries: read in the forms of SAELens and dictionary_learning (`saes/formats.py`), written
+in them, and as what SAEBench evaluates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,7 +42,8 @@ class AdapterConfig:
 
 
 class SAEBenchAdapter(nn.Module):
-    """An SAE as SAEBench's evaluations take it: parameters as attributes, `cfg`, and a `to` that keeps `device` and `dtype` true."""
+    """An SAE as SAEBench's evaluations take it: parameters as attributes, `cfg`, and a `to` that keeps `device` and
+    `dtype` true."""
 
     def __init__(self, sae: SAE, cfg: AdapterConfig):
         super().__init__()
@@ -77,7 +78,8 @@ class SAEBenchAdapter(nn.Module):
 
 
 def saebench_adapter(sae: SAE, *, model_name: str, layer: int, hook_name: str | None = None) -> SAEBenchAdapter:
-    """`sae` for SAEBench: `run_eval(config, [(name, adapter)], ...)`. `model_name` and `hook_name` are TransformerLens's."""
+    """`sae` for SAEBench: `run_eval(config, [(name, adapter)], ...)`. `model_name` and `hook_name` are
+    TransformerLens's."""
     cfg = AdapterConfig(
         model_name, sae.config.d_model, sae.config.n_latents, layer, hook_name or f"blocks.{layer}.hook_resid_post",
         architecture=sae.config.architecture.lower().replace(" ", "_"),
@@ -87,10 +89,11 @@ def saebench_adapter(sae: SAE, *, model_name: str, layer: int, hook_name: str | 
 
 
 def load_saelens(folder, *, device=None) -> SAE:
-    """Read a SAELens folder: standard, topk, jumprelu or gated, without run-time normalisation. Raises ConfigError, CheckpointError.
+    """Read a SAELens folder: standard, topk, jumprelu or gated, without run-time normalisation. Raises ConfigError,
+    CheckpointError.
 
-    Decoder rows are made unit where that does not change what is selected; a bias that the encoder's input lacks, or has against our
-    convention, is folded into `b_enc`.
+    Decoder rows are made unit where that does not change what is selected; a bias that the encoder's input lacks, or
+    has against our convention, is folded into `b_enc`.
 
     >>> import tempfile
     >>> from masksae import SAEConfig, TopK
@@ -104,8 +107,8 @@ def load_saelens(folder, *, device=None) -> SAE:
 
 
 def load_dictionary_learning(folder, *, device=None) -> SAE:
-    """Read a dictionary_learning folder (`ae.pt`, `config.json`) of one of its six classes; decoder rows are made unit. Loads weights
-    only: a file that would run code is refused. Raises ConfigError, CheckpointError.
+    """Read a dictionary_learning folder (`ae.pt`, `config.json`) of one of its six classes; decoder rows are made unit.
+    Loads weights only: a file that would run code is refused. Raises ConfigError, CheckpointError.
 
     >>> import tempfile
     >>> from masksae import SAEConfig, TopK
@@ -119,7 +122,8 @@ def load_dictionary_learning(folder, *, device=None) -> SAE:
 
 
 def load_sae(folder) -> SAE:
-    """Read an SAE in the form of SAELens, dictionary_learning or masksae, told by its files. Raises ConfigError, CheckpointError.
+    """Read an SAE in the form of SAELens, dictionary_learning or masksae, told by its files. Raises ConfigError,
+    CheckpointError.
 
     >>> import tempfile
     >>> from masksae import SAEConfig, TopK
@@ -155,7 +159,8 @@ def _loaded(folder: Path, read: Callable[[Path], Read]) -> SAE:
             if name in state:
                 if state[name].shape != target.shape:
                     raise CheckpointError(
-                        f"{folder}: {name} has shape {tuple(state[name].shape)}, its configuration says {tuple(target.shape)}."
+                        f"{folder}: {name} has shape {tuple(state[name].shape)}, "
+                        f"its configuration says {tuple(target.shape)}."
                     )
                 target.copy_(state[name])
             elif name not in ("threshold", "tokens_since_fired"):

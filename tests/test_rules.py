@@ -1,4 +1,5 @@
-"""A selection rule is one class: one that is defined here, outside the package, is trained, kept, exported, planned and scored."""
+"""A selection rule is one class: one that is defined here, outside the package, is trained, kept, exported, planned and
+scored."""
 
 import json
 import math
@@ -24,7 +25,8 @@ from masksae.training.step import Trainer
 
 @dataclass(frozen=True)
 class Cutoff(Selection):
-    """Keep what exceeds a cut of each latent's own; all cuts are pulled up while more than k latents are active, else down."""
+    """Keep what exceeds a cut of each latent's own; all cuts are pulled up while more than k latents are active, else
+    down."""
 
     k: float
     start: float = 0.01

@@ -1,7 +1,7 @@
 """Architectures as data: SAE = selection rule x prefixes x auxiliary loss. Each part is a small frozen config.
 
-"Matryoshka BatchTopK" is `SAEConfig(d, n, BatchTopK(20), prefixes=MATRYOSHKA)`; any rule of `saes/rules.py` takes prefixes.
-Impossible combinations raise ConfigError here, so nothing that follows needs to check again.
+"Matryoshka BatchTopK" is `SAEConfig(d, n, BatchTopK(20), prefixes=MATRYOSHKA)`; any rule of `saes/rules.py` takes
+prefixes. Impossible combinations raise ConfigError here, so nothing that follows needs to check again.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,7 +34,8 @@ class AuxK:
     coefficient: float = 1 / 32
     """Weight of this loss; the loss itself is normalised by the variance of the residual."""
     dead_after_tokens: int | None = None
-    """A latent is dead when it has not fired for so many tokens; None: a sixteenth of the run's, 10,000,000 at most (`dead_after`)."""
+    """A latent is dead when it has not fired for so many tokens; None: a sixteenth of the run's, 10,000,000 at most
+    (`dead_after`)."""
 
     def __post_init__(self):
         for name in ("k", "dead_after_tokens"):
@@ -44,8 +45,8 @@ class AuxK:
             raise ConfigError(f"AuxK.coefficient must be at least 0, found {self.coefficient!r}.")
 
     def dead_after(self, tokens: int) -> int:
-        """Tokens without firing after which a latent is dead, in a run of so many tokens. dictionary_learning has 10,000,000 whatever the run's
-        length; in a run that is shorter no latent would ever be revived.
+        """Tokens without firing after which a latent is dead, in a run of so many tokens. dictionary_learning has
+        10,000,000 whatever the run's length; in a run that is shorter no latent would ever be revived.
 
         >>> [AuxK().dead_after(n) for n in (1_000_000, 500_000_000)], AuxK(dead_after_tokens=5000).dead_after(1_000_000)
         ([62500, 10000000], 5000)
@@ -71,9 +72,11 @@ class SAEConfig:
     selection: Selection
     """Which latents stay active."""
     prefixes: tuple[float, ...] = ()
-    """Matryoshka group fractions in dictionary order, summing to 1 (Bussmann et al. 2025, arXiv 2503.17547). () is off."""
+    """Matryoshka group fractions in dictionary order, summing to 1 (Bussmann et al. 2025, arXiv 2503.17547). () is
+    off."""
     prefix_weighting: str = "1/G^2"
-    """Weight of each of the G prefix losses: "1/G^2" (dictionary_learning's mean of means), "mean" (1/G) or "sum" (1)."""
+    """Weight of each of the G prefix losses: "1/G^2" (dictionary_learning's mean of means), "mean" (1/G) or "sum"
+    (1)."""
     aux: AuxK | None = None
     """Auxiliary loss; None is off."""
     seed: int = 0
@@ -95,7 +98,8 @@ class SAEConfig:
             )
         if (self.selection.goal or 0) > self.n_latents:
             raise ConfigError(
-                f"k = {self.selection.goal} latents cannot be kept of n_latents = {self.n_latents}. Lower k or widen the dictionary."
+                f"k = {self.selection.goal} latents cannot be kept of n_latents = {self.n_latents}. "
+                "Lower k or widen the dictionary."
             )
         if self.prefix_weighting not in WEIGHTINGS:
             raise ConfigError(
@@ -104,13 +108,15 @@ class SAEConfig:
         if self.prefixes:
             if any(not 0 < share <= 1 for share in self.prefixes) or abs(sum(self.prefixes) - 1) > 1e-6:
                 raise ConfigError(
-                    f"prefixes must be positive fractions that sum to 1, found {self.prefixes} with sum {sum(self.prefixes):.6g}."
+                    f"prefixes must be positive fractions that sum to 1, found {self.prefixes} with "
+                    f"sum {sum(self.prefixes):.6g}."
                 )
             if len(self.prefixes) > MOST_GROUPS:
                 raise ConfigError(f"prefixes: at most {MOST_GROUPS} groups, found {len(self.prefixes)}.")
             if min(self.group_sizes) < 1:
                 raise ConfigError(
-                    f"prefixes {self.prefixes} leave an empty group in a dictionary of {self.n_latents} latents. Use fewer groups or more latents."
+                    f"prefixes {self.prefixes} leave an empty group in a dictionary of {self.n_latents} latents. "
+                    "Use fewer groups or more latents."
                 )
 
     @property
@@ -146,14 +152,16 @@ class SAEConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "SAEConfig":
-        """Inverse of `to_dict`. Raises ConfigError for an unknown selection rule, and for what is no such dictionary."""
+        """Inverse of `to_dict`. Raises ConfigError for an unknown selection rule, and for what is no such
+        dictionary."""
         try:
             values = dict(values)
             selection = dict(values.pop("selection"))
             rule = selection.pop("rule", None)
             if rule not in SELECTIONS:
                 raise ConfigError(
-                    f"Unknown selection rule {rule!r}.{nearest(rule, SELECTIONS)} Import the module of a rule of your own."
+                    f"Unknown selection rule {rule!r}.{nearest(rule, SELECTIONS)} "
+                    "Import the module of a rule of your own."
                 )
             aux = values.pop("aux")
             return cls(selection=SELECTIONS[rule](**selection), aux=AuxK(**aux) if aux else None, **values)

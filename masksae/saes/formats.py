@@ -1,8 +1,9 @@
 """The files of SAELens and dictionary_learning, written from and read into an SAE's configuration, state and history.
 
-What a format keeps is the function x -> f -> x_hat, to rounding. What it has no field for (prefixes, training history, the threshold of
-a TopK SAE) goes into a `masksae` entry of its JSON file, so that our own exports come back as they were. What a format cannot hold, or
-our SAEs cannot, is refused with the reason. What a rule's tensors are called elsewhere, the rule says (`saes/rules.py`).
+What a format keeps is the function x -> f -> x_hat, to rounding. What it has no field for (prefixes, training history,
+the threshold of a TopK SAE) goes into a `masksae` entry of its JSON file, so that our own exports come back as they
+were. What a format cannot hold, or our SAEs cannot, is refused with the reason. What a rule's tensors are called
+elsewhere, the rule says (`saes/rules.py`).
 """
 
 import json
@@ -19,7 +20,8 @@ from masksae.saes.config import SAEConfig
 from masksae.saes.rules import SELECTIONS, Peer, Selection
 
 SAE_FILES = ("sae.safetensors", "config.json", "sae_weights.safetensors", "cfg.json", "ae.pt")
-"""What the folder of one SAE may hold, in our form, SAELens' and dictionary_learning's: such a folder may be written over."""
+"""What the folder of one SAE may hold, in our form, SAELens' and dictionary_learning's: such a folder may be written
+over."""
 
 SAELENS_VERSION = "6.54.12"
 """Version that the written `cfg.json` names; without one the folder would be read as an older format."""
@@ -39,10 +41,11 @@ class Read(NamedTuple):
 
 def write_saelens(folder, config: SAEConfig, state: dict[str, Tensor], history: list[dict], *, model_name: str = "",
                   hook_name: str = "", **metadata) -> Path:  # fmt: skip
-    """Write `sae_weights.safetensors` and `cfg.json`, for `sae_lens.SAE.load_from_disk`; `metadata` is added to the file's own.
+    """Write `sae_weights.safetensors` and `cfg.json`, for `sae_lens.SAE.load_from_disk`; `metadata` is added to the
+    file's own.
 
-    BatchTopK (Matryoshka too) and JumpReLU become "jumprelu", TopK "topk", ReLU "standard", Gated "gated". Raises ConfigError for a
-    rule that SAELens does not have.
+    BatchTopK (Matryoshka too) and JumpReLU become "jumprelu", TopK "topk", ReLU "standard", Gated "gated". Raises
+    ConfigError for a rule that SAELens does not have.
     """
     rule = config.selection
     if rule.saelens is None:
@@ -50,11 +53,13 @@ def write_saelens(folder, config: SAEConfig, state: dict[str, Tensor], history: 
     tensors, settings = rule.to_saelens(state)
     record = {
         "architecture": rule.saelens.name, "d_in": config.d_model, "d_sae": config.n_latents,
-        "dtype": str(state["W_dec"].dtype).removeprefix("torch."), "device": "cpu", "apply_b_dec_to_input": rule.centred,
+        "dtype": str(state["W_dec"].dtype).removeprefix("torch."), "device": "cpu",
+        "apply_b_dec_to_input": rule.centred,
         "normalize_activations": "none", "reshape_activations": "none", **settings,
         "metadata": {
-            "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, "model_name": model_name, "hook_name": hook_name,
-            "hook_head_index": None, "prepend_bos": True, **metadata, "masksae": _own(config, state, history),
+            "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, "model_name": model_name,
+            "hook_name": hook_name, "hook_head_index": None, "prepend_bos": True, **metadata,
+            "masksae": _own(config, state, history),
         },
     }  # fmt: skip
     with atomic_dir(folder, SAE_FILES) as tmp:
@@ -64,7 +69,8 @@ def write_saelens(folder, config: SAEConfig, state: dict[str, Tensor], history: 
 
 
 def read_saelens(folder: Path) -> Read:
-    """What `masksae.load_saelens` reads: a bias that the encoder's input lacks, or has against our convention, is folded into `b_enc`."""
+    """What `masksae.load_saelens` reads: a bias that the encoder's input lacks, or has against our convention, is
+    folded into `b_enc`."""
     from safetensors.torch import load_file
 
     record = _json(folder / "cfg.json")
@@ -92,16 +98,18 @@ def read_saelens(folder: Path) -> Read:
     return _with_own(Read(config, state, _dtype(record.get("dtype", "float32"), folder), [], fold), own)
 
 
-def write_dictionary_learning(folder, config: SAEConfig, state: dict[str, Tensor], history: list[dict], *, model_name: str = "",
-                              layer: int = 0, **metadata) -> Path:  # fmt: skip
-    """Write `ae.pt` and `config.json`, for the library's `from_pretrained` and for SAEBench's loaders; `metadata` goes to "trainer". Raises
-    ConfigError for a fractional k, which the library keeps as an integer, and for a rule that it does not have."""
+def write_dictionary_learning(folder, config: SAEConfig, state: dict[str, Tensor], history: list[dict], *,
+                              model_name: str = "", layer: int = 0, **metadata) -> Path:  # fmt: skip
+    """Write `ae.pt` and `config.json`, for the library's `from_pretrained` and for SAEBench's loaders; `metadata` goes
+    to "trainer". Raises ConfigError for a fractional k, which the library keeps as an integer, and for a rule that it
+    does not have."""
     rule, k = config.selection, getattr(config.selection, "k", None)
     if not rule.dictionary_learning:
         raise _unknown_there(rule, "dictionary_learning")
     if k is not None and k != int(k):
         raise ConfigError(
-            f"dictionary_learning keeps k as an integer, and this SAE has k = {k:g}. Export it with to_saelens, or train with a whole k."
+            f"dictionary_learning keeps k as an integer, and this SAE has k = {k:g}. Export it "
+            "with to_saelens, or train with a whole k."
         )
     peer = _dictionary(config)
     tensors = {theirs: _turned(state[ours.removesuffix(".T")], ours) for theirs, ours in peer.tensors.items()}
@@ -113,9 +121,9 @@ def write_dictionary_learning(folder, config: SAEConfig, state: dict[str, Tensor
         tensors["group_sizes"] = torch.tensor(config.group_sizes)
     record = {
         "trainer": {
-            "trainer_class": peer.trainer, "dict_class": peer.name, "activation_dim": config.d_model, "dict_size": config.n_latents,
-            "k": k, "layer": layer, "lm_name": model_name, "submodule_name": f"resid_post_layer_{layer}",
-            "seed": config.seed, **metadata,
+            "trainer_class": peer.trainer, "dict_class": peer.name, "activation_dim": config.d_model,
+            "dict_size": config.n_latents, "k": k, "layer": layer, "lm_name": model_name,
+            "submodule_name": f"resid_post_layer_{layer}", "seed": config.seed, **metadata,
         },
         "buffer": {},
         "masksae": _own(config, state, history),

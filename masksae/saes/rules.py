@@ -1,8 +1,8 @@
-"""The selection rules: which latents stay active. Whatever is particular to a rule stands on its class, and others ask it.
+"""The selection rules: which latents stay active. What is particular to a rule stands on its class; others ask it.
 
-A rule is a frozen dataclass of its parameters under `Selection`, here or in anybody's module. Once it is defined, configs and saved
-SAEs know it by its class's name, profiles by that name in snake case (`JumpReLU`: jump_relu). `dense` is its definition and all that it
-must have. What it takes besides, each with a default on `Selection`:
+A rule is a frozen dataclass of its parameters under `Selection`, here or in anybody's module. Once it is defined,
+configs and saved SAEs know it by its class's name, profiles by that name in snake case (`JumpReLU`: jump_relu). `dense`
+is its definition and all that it must have. What it takes besides, each with a default on `Selection`:
 
     tensors, scaled                           parameters of its own
     magnitudes, margins, select               inference
@@ -67,9 +67,11 @@ class Selection:
     centred: ClassVar[bool] = True
     """The encoder reads x - b_dec, not x."""
     scaled: ClassVar[tuple[str, ...]] = ()
-    """Those of `tensors` that are in units of the pre-activations: they grow with the activations, and with decoder norms."""
+    """Those of `tensors` that are in units of the pre-activations: they grow with the activations, and with decoder
+    norms."""
     keeps_k_per_token: ClassVar[bool] = False
-    """At inference every token keeps the same number of latents: no threshold decides, and clean L0 cannot be matched."""
+    """At inference every token keeps the same number of latents: no threshold decides, and clean L0 cannot be
+    matched."""
     ranked: ClassVar[bool] = False
     """Latents are compared with each other, so the norms of decoder rows cannot be folded into the encoder."""
     estimates_threshold: ClassVar[bool] = False
@@ -95,7 +97,7 @@ class Selection:
     dense_copies: ClassVar[int] = 6
     """Tensors [B, F] that live at once in its dense step."""
     always_sparse: ClassVar[bool] = False
-    """`goal` bounds the active entries at every step of training, so on a CPU the dense step is never needed."""
+    """`goal` bounds the active entries at every step, the first ones too, so on a CPU training needs no dense step."""
 
     saelens: ClassVar[Peer | None] = None
     """What it is in SAELens; None: nothing."""
@@ -156,8 +158,8 @@ class Selection:
         raise NotImplementedError
 
     def support(self, sae: "SAE", pre: Tensor, most: float) -> Tensor | None:
-        """Flat indices, ascending, of the entries of pre that can have a gradient; None for more than `most`, and for a rule that
-        has no sparse step."""
+        """Flat indices, ascending, of the entries of pre that can have a gradient; None for more than `most`, and for a
+        rule that has no sparse step."""
         return None
 
     def sparse(self, sae: "SAE", e: "Entries") -> tuple[Tensor, Tensor | None]:
@@ -165,12 +167,13 @@ class Selection:
         raise NotImplementedError
 
     def backward(self, sae: "SAE", e: "Entries", f: Tensor, grad_f: Tensor, grad_gate: Tensor | None, weight):
-        """(gradient of pre at the entries, penalty). Sets the gradients of the rule's own parameters, adds to those of the decoder."""
+        """(gradient of pre at the entries, penalty). Sets the gradients of the rule's own parameters, adds to those of
+        the decoder."""
         raise NotImplementedError
 
     def smallest(self, f: Tensor, row: Tensor | None, batch: int) -> Tensor:
-        """What the inference threshold follows, a scalar; 0 if nothing is active. f of the entries, whose tokens `row` names, or of
-        all latents [B, F] without it."""
+        """What the inference threshold follows, a scalar; 0 if nothing is active. f of the entries, whose tokens `row`
+        names, or of all latents [B, F] without it."""
         raise NotImplementedError
 
     def project_(self, sae: "SAE") -> None:
@@ -257,7 +260,8 @@ class TopK(_Ranked):
 class BatchTopK(_Ranked):
     """Keep the k x batch largest pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
 
-    At inference a threshold takes over: the running mean of the smallest value kept. Of equal values the first are kept (on a GPU: any).
+    At inference a threshold takes over: the running mean of the smallest value kept. Of equal values the first are kept
+    (on a GPU: any).
     """
 
     k: int | float
@@ -302,12 +306,14 @@ class BatchTopK(_Ranked):
 class JumpReLU(Selection):
     """Keep what exceeds a threshold that each latent learns (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
-    The step's derivative is a rectangle of width `bandwidth`; the loss (L0 / target_l0 - 1)^2 steers the thresholds. As in
-    dictionary_learning the step of L0 is taken of f, not of pre: values just above a threshold move it, values below don't.
+    The step's derivative is a rectangle of width `bandwidth`; the loss (L0 / target_l0 - 1)^2 steers the thresholds. As
+    in dictionary_learning the step of L0 is taken of f, not of pre: values just above a threshold move it, values below
+    don't.
     """
 
     target_l0: float | None
-    """Mean number of active latents per token. None: not known, of an SAE that was trained elsewhere; it cannot be trained."""
+    """Mean number of active latents per token. None: not known, of an SAE that was trained elsewhere; it cannot be
+    trained."""
     bandwidth: float = 0.001
     """Width of the rectangle, in units of the scaled activations (root mean square norm 1)."""
     initial_threshold: float = 0.001
@@ -372,7 +378,8 @@ class _Penalised(Selection):
     """What is positive stays; an L1 penalty keeps it little."""
 
     l1: float | None
-    """Coefficient of the penalty, in units of the scaled activations. None: not known; such an SAE cannot be trained."""
+    """Coefficient of the penalty, in units of the scaled activations. None: not known; such an SAE cannot be
+    trained."""
     target_l0: float | None = None
     """If given, a controller multiplies `l1` until the training L0 is this; None: `l1` stays as it is."""
 
@@ -514,7 +521,8 @@ def _indices(mask: Tensor, most: float) -> Tensor | None:
 
 
 def largest(h: Tensor, count: int) -> Tensor:
-    """Flat indices, ascending, of the `count` largest positive entries of h [B, F]; of equal ones, the first in row-major order."""
+    """Flat indices, ascending, of the `count` largest positive entries of h [B, F]; of equal ones, the first in
+    row-major order."""
     flat = h.view(-1)
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=h.device)
@@ -531,8 +539,9 @@ def largest(h: Tensor, count: int) -> Tensor:
 
 def _above_lower_bound(flat: Tensor, count: int) -> Tensor:
     """Indices of a small superset of the `count` largest positive entries: a strided sample tells where to cut."""
-    # a top-k of all B F numbers takes two thirds of the encoder's product, this an eighth of that. One number in 61 (a prime: in step with
-    # no width) tells the edge well enough: with 15 % and 64 to spare the bound lies below it but for bad luck, which the count notices
+    # a top-k of all B F numbers takes two thirds of the encoder's product, this an eighth of that. One number in 61 (a
+    # prime: in step with no width) tells the edge well enough: with 15 % and 64 to spare the bound lies below it but
+    # for bad luck, which the count notices
     sample = flat[::61]
     bound = sample.topk(min(len(sample), int(1.15 * count / 61) + 64)).values[-1].clamp(min=0)
     index = (flat > bound).nonzero().squeeze(1)

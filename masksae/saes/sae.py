@@ -1,13 +1,15 @@
 """The SAE of every architecture: its weights, what they mean at inference, and the two files it is saved as.
 
     pre = (x - b_dec) W_enc + b_enc             pre-activations (JumpReLU: x W_enc + b_enc)
-    f = ReLU(pre) where it is selected, else 0  latents (Gated: ReLU(exp(r_mag) (pre - b_enc) + b_mag) where pre, the gate, is)
+    f = ReLU(pre) where it is selected, else 0  latents (Gated: ReLU(exp(r_mag) (pre - b_enc) + b_mag) there)
     x_hat = f W_dec + b_dec                     reconstruction
 
-Selected is what exceeds the threshold: a running mean of the smallest value kept for BatchTopK, one number per latent for
-JumpReLU, 0 for ReLU and Gated; TopK keeps the k largest of each token. All that differs between rules is asked of `config.selection`.
+Selected is what exceeds the threshold: a running mean of the smallest value kept for BatchTopK, one number per latent
+for JumpReLU, 0 for ReLU and Gated; TopK keeps the k largest of each token. All that differs between rules is asked of
+`config.selection`.
 
-`W_enc` has shape [d, F] but is stored latent by latent, as `W_dec` is: the gradient of a sparse step arrives in that order.
+`W_enc` has shape [d, F] but is stored latent by latent, as `W_dec` is: the gradient of a sparse step arrives in that
+order.
 """
 
 import hashlib
@@ -28,14 +30,14 @@ SCHEMA = 1
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder. Inputs may be [n, d] or [batch, sequence, d], of any float type: they are computed with in the type of the weights,
-    which is also that of what comes out. Latents are dense [..., F]. Whatever takes an input raises DataError for another width and for
-    what are no floats.
+    """A sparse autoencoder. Inputs may be [n, d] or [batch, sequence, d], of any float type: they are computed with in
+    the type of the weights, which is also that of what comes out. Latents are dense [..., F]. Whatever takes an input
+    raises DataError for another width and for what are no floats.
 
-    Parameters: `W_enc` [d, F], `b_enc` [F], `W_dec` [F, d], `b_dec` [d]; JumpReLU also `thresholds` [F], Gated `r_mag` and `b_mag` [F].
-    Buffers: `threshold` (in units of the input; -1 before it was estimated, 0 where the rule needs none), `tokens_since_fired` int64 [F].
-    `history` holds the records of training (empty for an SAE that was not trained here); "explained_variance" is None where a batch does not
-    vary, one of a single token for example.
+    Parameters: `W_enc` [d, F], `b_enc` [F], `W_dec` [F, d], `b_dec` [d]; JumpReLU also `thresholds` [F], Gated `r_mag`
+    and `b_mag` [F]. Buffers: `threshold` (in units of the input; -1 before it was estimated, 0 where the rule needs
+    none), `tokens_since_fired` int64 [F]. `history` holds the records of training (empty for an SAE that was not
+    trained here); "explained_variance" is None where a batch does not vary, one of a single token for example.
 
     >>> from masksae import BatchTopK
     >>> sae = SAE(SAEConfig(d_model=4, n_latents=16, selection=BatchTopK(2)))
@@ -87,15 +89,18 @@ class SAE(nn.Module):
         return self.config.selection.magnitudes(self, pre)
 
     def margins(self, pre: Tensor) -> Tensor:
-        """What is compared with the inference threshold [..., F]: pre, for JumpReLU less each latent's own threshold."""
+        """What is compared with the inference threshold [..., F]: pre, for JumpReLU less each latent's own
+        threshold."""
         return self.config.selection.margins(self, pre)
 
     def encode(self, x: Tensor, threshold: float | None = None) -> Tensor:
-        """Latents f [..., F]. `threshold` takes the place of the trained one (of ranks for TopK; JumpReLU: is added to its own)."""
+        """Latents f [..., F]. `threshold` takes the place of the trained one (of ranks for TopK; JumpReLU: is added to
+        its own)."""
         return self.config.selection.select(self, self.pre_activations(x), threshold)
 
     def latents(self, x: Tensor, threshold: float | None = None) -> Tensor:
-        """`encode` as scores take it: on the CPU and in single precision at least, whatever the device and the type of the SAE."""
+        """`encode` as scores take it: on the CPU and in single precision at least, whatever the device and the type of
+        the SAE."""
         return at_least_single(self.encode(x.to(self.device), threshold).cpu())
 
     def decode(self, f: Tensor) -> Tensor:
@@ -116,7 +121,8 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def normalise_(self) -> "SAE":
-        """Give decoder rows norm 1 and latents the norms instead: f_j |d_j| for f_j, same reconstruction. Not for ranked selections."""
+        """Give decoder rows norm 1 and latents the norms instead: f_j |d_j| for f_j, same reconstruction. Not for
+        ranked selections."""
         norm = self.W_dec.norm(dim=1).clamp(min=1e-12)
         self.W_dec /= norm[:, None]
         for name in ("W_enc", "b_enc", *self.config.selection.scaled):
@@ -132,7 +138,8 @@ class SAE(nn.Module):
         return formats.write_dictionary_learning(folder, self.config, self.state_dict(), self.history, **metadata)
 
     def save(self, folder) -> Path:
-        """Write `sae.safetensors` and `config.json` into `folder`, atomically. `SAE.load` reads them back bit for bit, in their type."""
+        """Write `sae.safetensors` and `config.json` into `folder`, atomically. `SAE.load` reads them back bit for bit,
+        in their type."""
         with atomic_dir(folder, SAE_FILES) as tmp:
             save_tensors(self.state_dict(), tmp / "sae.safetensors")
             record = {"schema": SCHEMA, "config": self.config.to_dict(), "history": self.history}
@@ -165,7 +172,8 @@ def floats(x: Tensor, width: int, what: str, remedy: str) -> Tensor:
 
 
 def at_least_single(x: Tensor) -> Tensor:
-    """x, in single precision if it was in half: sums and products of scores do not hang on how an SAE or its activations were stored."""
+    """x, in single precision if it was in half: sums and products of scores do not hang on how an SAE or its
+    activations were stored."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -207,7 +215,8 @@ def read_tensors(folder, tensor_file: str, json_file: str, schemas: tuple[int, .
         raise CheckpointError(f"The checkpoint in {folder} is damaged ({json_file} holds no record). {remedy}")
     if record.get("schema") not in schemas:
         raise CheckpointError(
-            f"The checkpoint in {folder} has schema {record.get('schema')!r}, this version reads {', '.join(map(str, schemas))}. Use the version that wrote it."
+            f"The checkpoint in {folder} has schema {record.get('schema')!r}, this version reads "
+            f"{', '.join(map(str, schemas))}. Use the version that wrote it."
         )
     sealed = record.pop("sha256", None)  # files of before 0.2 have none
     if sealed is not None and sealed != seal(record, folder / tensor_file):
@@ -225,6 +234,7 @@ def load_state(module: nn.Module, tensors: dict[str, Tensor], folder) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            f"The checkpoint in {folder} does not fit its configuration: {', '.join(sorted(wrong))} missing, unknown or of another shape."
+            f"The checkpoint in {folder} does not fit its configuration: {', '.join(sorted(wrong))} missing, "
+            "unknown or of another shape."
         )
     module.load_state_dict(tensors)

@@ -1,12 +1,14 @@
 """The same gradient as `saes/loss.py` at the price of k of F latents: decode and backward touch active entries only.
 
-A kept latent of prefix group g sees only E_g, the sum of the errors e_g' over g' >= g, so one backward matrix per group is enough:
+A kept latent of prefix group g sees only E_g, the sum of the errors e_g' over g' >= g, so one backward matrix per group
+is enough:
 
     df_bj = (2 w / B) E_g(b) . d_j        dW_j = (2 w / B) sum_b f_bj E_g(b)
 
-and the encoder's gradient follows from df through the rule (`saes/rules.py`). Products of a sparse and a dense matrix are CSR products,
-which need MKL; the dot products are `sampled_addmm`. Nothing of size k x d per token exists. Only the encoder product is dense: it is
-the floor of the step (`benchmarks/train.py` prints its share). Above `DENSE_SHARE` active entries the dense step is faster.
+and the encoder's gradient follows from df through the rule (`saes/rules.py`). Products of a sparse and a dense matrix
+are CSR products, which need MKL; the dot products are `sampled_addmm`. Nothing of size k x d per token exists. Only the
+encoder product is dense: it is the floor of the step (`benchmarks/train.py` prints its share). Above `DENSE_SHARE`
+active entries the dense step is faster.
 """
 
 import warnings
@@ -23,9 +25,11 @@ DENSE_SHARE = 0.25
 
 
 class Entries:
-    """The latents that take part in a step, by prefix group and in a group by token: entry i is latent `col[i]` of token `row[i]`.
+    """The latents that take part in a step, by prefix group and in a group by token: entry i is latent `col[i]` of
+    token `row[i]`.
 
-    Everything that the step needs of them is an order and some offsets, found once; values are gathered into place by need.
+    Everything that the step needs of them is an order and some offsets, found once; values are gathered into place by
+    need.
     """
 
     def __init__(self, pre: Tensor, index: Tensor, sizes: tuple[int, ...]):
@@ -36,8 +40,8 @@ class Entries:
         self.ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self.bounds = [0, len(index)]
         if len(sizes) > 1:
-            # `index` ascends, so a stable sort by group leaves tokens and latents ascending in each group, as CSR wants them;
-            # numbers of groups fit into a byte, which is less to sort
+            # `index` ascends, so a stable sort by group leaves tokens and latents ascending in each group, as CSR wants
+            # them; numbers of groups fit into a byte, which is less to sort
             group = torch.bucketize(col, self.ends, right=True).to(torch.uint8)
             order = group.sort(stable=True).indices
             row, col, value = row[order], col[order], value[order]
@@ -59,7 +63,8 @@ class Entries:
 
     def by_latent(self, value: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         """CSR [high - low, B]: the transpose of the entries of latents low .. high - 1."""
-        # a group is a range of latents, so one sort of all entries serves the decoder's gradient of every group and the encoder's
+        # a group is a range of latents, so one sort of all entries serves the decoder's gradient of every group and the
+        # encoder's
         order, starts = self._by_latent
         starts = starts[low : (self.shape[1] if high is None else high) + 1]
         part = order[starts[0] : starts[-1]]
@@ -75,7 +80,8 @@ class Entries:
 
     @cached_property
     def _by_latent(self) -> tuple[Tensor, Tensor]:
-        """(order of the entries by latent, where each latent begins in it): a count gives the second without the sorted latents."""
+        """(order of the entries by latent, where each latent begins in it): a count gives the second without the sorted
+        latents."""
         starts = torch.zeros(self.shape[1] + 1, dtype=torch.int32)
         torch.cumsum(torch.bincount(self.col, minlength=self.shape[1]), 0, dtype=torch.int32, out=starts[1:])
         return self.col.sort(stable=True).indices, starts
@@ -93,17 +99,20 @@ def sparse_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, index: Tensor, wei
         gate_loss, _, grad_gate = _reconstruct(sae, x, e, gate, frozen=True)
         loss = loss + gate_loss
     grad_pre, penalty = rule.backward(sae, e, f, grad_f, grad_gate, weight)
-    # dpre^T xc latent by latent: this is the order in which W_enc is stored, so neither product nor gradient is turned round
+    # dpre^T xc latent by latent: this is the order in which W_enc is stored, so neither product nor gradient is turned
+    # round
     encoder_gradients(sae, e.by_latent(grad_pre) @ xc, e.per_latent(grad_pre))
     active = f > 0
-    # of a latent's entries any may be active: accumulating booleans is "or", a plain assignment would keep an arbitrary one
+    # of a latent's entries any may be active: accumulating booleans is "or", a plain assignment would keep an arbitrary
+    # one
     fired = torch.zeros(e.shape[1], dtype=torch.bool).index_put_((e.col,), active, accumulate=True)
     smallest = rule.smallest(f, e.row.long(), e.shape[0]) if estimate else None
     return Outcome(loss + penalty, residual, fired, active.sum() / e.shape[0], smallest)
 
 
 def _reconstruct(sae: SAE, x: Tensor, e: Entries, f: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(w sum_g mean_b |e_g|^2, x - x_hat, gradient of f at the entries); sets the decoder's gradients unless it is frozen."""
+    """(w sum_g mean_b |e_g|^2, x - x_hat, gradient of f at the entries); sets the decoder's gradients unless it is
+    frozen."""
     factor = 2 * sae.config.prefix_weight / e.shape[0]
     errors, loss = [], 0.0
     for part, low, high in e.groups():
@@ -120,7 +129,8 @@ def _reconstruct(sae: SAE, x: Tensor, e: Entries, f: Tensor, frozen: bool = Fals
         # from the last group to the first E_g = E_(g + 1) + e_g grows in place, in the last error's memory
         backward = error if backward is None else backward.add_(error)
         pattern = e.by_token(part, low, high, f)
-        # E_g(b) . d_j for the pairs (b, j) of the pattern alone, k B of the F B that E_g W_g^T has; beta = 0: not its values
+        # E_g(b) . d_j for the pairs (b, j) of the pattern alone, k B of the F B that E_g W_g^T has; beta = 0: not its
+        # values
         grad_f[part] = torch.sparse.sampled_addmm(
             pattern, backward, sae.W_dec[low:high].t(), beta=0.0, alpha=factor
         ).values()

@@ -159,8 +159,8 @@ class Training(Section):
 
 
 class Rule(Section):
-    """A selection rule by the snake case of its name, and its parameters as keys: {rule: batch_topk, k: 20}; see `masksae.saes.rules`. A rule
-    of one's own is known once its module is imported. Every rule states the L0 it aims at."""
+    """A selection rule by the snake case of its name, and its parameters as keys: {rule: batch_topk, k: 20}; see
+    `masksae.saes.rules`. A rule of one's own is known once its module is imported. Every rule states the L0 it aims at."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -226,8 +226,8 @@ class Grid(Section):
     prefixes: tuple[float, ...] = ()
     """Matryoshka group fractions, summing to 1; empty: one group."""
     dead_after_tokens: Positive | None = None
-    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (rules that are `revived`). None: a sixteenth of the run's
-    tokens, 10,000,000 at most."""
+    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (rules that are
+    `revived`). None: a sixteenth of the run's tokens, 10,000,000 at most."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
 
     def config(self, d_model: int, seed: int, drop_masked: bool = False) -> SAEConfig:

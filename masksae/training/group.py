@@ -1,8 +1,9 @@
 """Train several SAEs on one activation stream; kill it at any moment and it goes on where the last checkpoint was.
 
-The recipe is dictionary_learning's (August 2025): activations divided by their root mean square norm, b_dec from the geometric
-median of the first batch (where the rule wants it), loss, decoder gradients without their radial part, gradient clipping, Adam, rows of the
-decoder back to norm 1. The step itself is in `step.py`; here are the group, its checkpoints and its snapshots.
+The recipe is dictionary_learning's (August 2025): activations divided by their root mean square norm, b_dec from the
+geometric median of the first batch (where the rule wants it), loss, decoder gradients without their radial part,
+gradient clipping, Adam, rows of the decoder back to norm 1. The step itself is in `step.py`; here are the group, its
+checkpoints and its snapshots.
 """
 
 import copy
@@ -25,8 +26,8 @@ from masksae.training.logs import Log
 from masksae.training.step import EXPLODED, Trainer
 
 SCHEMAS = (1, 2, 3)
-"""Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the configs, 3 what
-the stream is made of."""
+"""Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the
+configs, 3 what the stream is made of."""
 
 
 def train(
@@ -39,16 +40,17 @@ def train(
     progress: bool = True,
     log: Log | None = None,
 ) -> list[SAE]:
-    """Train one SAE per config on the batches of `stream`; every SAE sees the same batches, unless its config says otherwise.
+    """Train one SAE per config on the batches of `stream`; every SAE sees the same batches, unless its config says
+    otherwise.
 
     Training begins at the stream's beginning, whatever was read from it before, or where the checkpoint is.
 
-    checkpoint_dir  where to keep the state (overwritten atomically) and the snapshots; training resumes from it by itself, and the
-                    result is the same bytes as without the interruption on the same device. Other activations are refused, as far as
-                    `ActivationStream.identity` can tell
+    checkpoint_dir  where to keep the state (overwritten atomically) and the snapshots; training resumes from it by
+                    itself, and the result is the same bytes as without the interruption on the same device. Other
+                    activations are refused, as far as `ActivationStream.identity` can tell
     device          of the SAEs; None: the CPU
-    log             called with (number of the SAE, record) as the records of `SAE.history` come; see `masksae.training.logs`. After a kill the records
-                    since the last checkpoint come again
+    log             called with (number of the SAE, record) as the records of `SAE.history` come; see
+                    `masksae.training.logs`. After a kill the records since the last checkpoint come again
 
     Returns SAEs for raw activations (scale and decoder norms folded in), with `history`.
     Raises ConfigError, DataError, CheckpointError, OutputError.
@@ -82,8 +84,8 @@ def train(
 
 
 def load_snapshots(checkpoint_dir, *, device=None) -> dict[int, list[SAE]]:
-    """The SAEs that `train` saved along the way, by step, in the order of its configs. Raises CheckpointError for a damaged one, and if there
-    is no such folder.
+    """The SAEs that `train` saved along the way, by step, in the order of its configs. Raises CheckpointError for a
+    damaged one, and if there is no such folder.
 
     >>> import tempfile
     >>> from masksae import TopK
@@ -173,7 +175,8 @@ class Group:
             self._snapshot(config, n, target)
 
     def _snapshots(self, config: TrainConfig, folder: Path) -> dict[int, list[tuple[int, Path]]]:
-        """Step at which to leave the trunk -> (step n of the snapshot, where it goes), for those that are not there yet."""
+        """Step at which to leave the trunk -> (step n of the snapshot, where it goes), for those that are not there
+        yet."""
         due: dict = {}
         for n in config.snapshot_steps:
             target = folder / "snapshots" / f"step-{n:08d}"
@@ -192,8 +195,8 @@ class Group:
             leave = config.leaves(n)
             if leave < self.step:
                 raise CheckpointError(
-                    f"The snapshot of step {n} would have to leave at step {leave}, and training is at step {self.step} already. "
-                    "Use another checkpoint_dir, or leave this snapshot out."
+                    f"The snapshot of step {n} would have to leave at step {leave}, and training is at step "
+                    f"{self.step} already. Use another checkpoint_dir, or leave this snapshot out."
                 )
             due.setdefault(leave, []).append((n, target))
         return due
@@ -237,8 +240,8 @@ class Group:
             if (step := trainer.failed.item()) >= 0:
                 kept = "No checkpoint" if self.saved is None else f"The checkpoint of step {self.saved}"
                 raise DataError(
-                    f"SAE {i} ({trainer.sae.config}): the loss was NaN or above {EXPLODED:g} at step {step}. {kept} was kept from before. "
-                    "Lower lr, or look at the activations."
+                    f"SAE {i} ({trainer.sae.config}): the loss was NaN or above {EXPLODED:g} at step {step}. {kept} "
+                    "was kept from before. Lower lr, or look at the activations."
                 )
 
     def load(self, folder: Path) -> None:
@@ -297,7 +300,8 @@ def _check(sae_configs: list[SAEConfig], stream: ActivationStream, config: Train
         _check_tokens(sae, stream.batch_size, config.steps)
         if sae.d_model != stream.d_model:
             raise ConfigError(
-                f"The SAE reads width {sae.d_model}, the stream gives {stream.d_model}. Set d_model to the model's width."
+                f"The SAE reads width {sae.d_model}, the stream gives {stream.d_model}. Set d_model to "
+                "the model's width."
             )
 
 
@@ -306,7 +310,8 @@ def _check_tokens(sae: SAEConfig, batch: int, steps: int) -> None:
     tokens, silent = steps * batch, sae.aux and sae.aux.dead_after_tokens
     if silent and silent >= tokens:
         raise ConfigError(
-            f"AuxK.dead_after_tokens is {silent:,} and the run sees {tokens:,} tokens: no latent would ever be revived. Leave it out (a "
-            f"sixteenth of the run: {AuxK().dead_after(tokens):,}), lower it, or train without aux."
+            f"AuxK.dead_after_tokens is {silent:,} and the run sees {tokens:,} tokens: no latent would ever be "
+            f"revived. Leave it out (a sixteenth of the run: {AuxK().dead_after(tokens):,}), lower it, or train without "
+            "aux."
         )
     sae.selection.check_batch(batch)

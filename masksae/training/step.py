@@ -1,8 +1,8 @@
 """One SAE in training: its step, its optimiser, and the state that is not a weight.
 
-A step never waits for the device: thresholds, counters, the dead, the controller and the check of the loss are tensors there, and
-what depends on the step's number only is decided on the host. That state changes in `_update_` alone, so logging cannot alter training.
-What differs between selection rules is asked of the rule (`saes/rules.py`).
+A step never waits for the device: thresholds, counters, the dead, the controller and the check of the loss are tensors
+there, and what depends on the step's number only is decided on the host. That state changes in `_update_` alone, so
+logging cannot alter training. What differs between selection rules is asked of the rule (`saes/rules.py`).
 """
 
 import contextlib
@@ -25,11 +25,13 @@ EXPLODED = 1e4
 """A loss beyond this is an error; activations are scaled to a mean squared norm of 1, so it starts near 1."""
 
 GAIN = 0.02
-"""The controller of a rule multiplies its coefficient by (L0 / target)^GAIN, at most twofold, after each step past the sparsity warm-up."""
+"""The controller of a rule multiplies its coefficient by (L0 / target)^GAIN, at most twofold, after each step past the
+sparsity warm-up."""
 
 
 class Trainer:
-    """An SAE with its optimiser. `config` is the group's TrainConfig; `buffers` holds work space shared with other trainers."""
+    """An SAE with its optimiser. `config` is the group's TrainConfig; `buffers` holds work space shared with other
+    trainers."""
 
     def __init__(self, sae: SAE, config, device="cpu", buffers: dict | None = None):
         self.sae, self.config = sae.to(device), config
@@ -45,7 +47,8 @@ class Trainer:
         self.failed = torch.tensor(-1, device=device)
 
     def step(self, x: Tensor, step: int, record: bool = False, target: Tensor | None = None) -> None:
-        """One update on a scaled batch x [B, d], to be reconstructed or to be turned into `target`; `record` appends to the SAE's history."""
+        """One update on a scaled batch x [B, d], to be reconstructed or to be turned into `target`; `record` appends to
+        the SAE's history."""
         outcome = self.gradients(x, step, target)
         self._update_(outcome, len(x), step)
         self._descend(self.config.lr_at(step))
@@ -92,8 +95,8 @@ class Trainer:
         return torch.autocast(self.sae.device.type, dtype=torch.bfloat16)
 
     def _dead_after(self, batch: int, step: int) -> int | None:
-        """Tokens without firing that make a latent dead; None where none can be dead: on a CPU by looking, elsewhere by the tokens seen, which
-        needs no waiting."""
+        """Tokens without firing that make a latent dead; None where none can be dead: on a CPU by looking, elsewhere by
+        the tokens seen, which needs no waiting."""
         if self.sae.config.aux is None:
             return None
         dead_after = self.sae.config.aux.dead_after(self.steps * batch)
@@ -124,7 +127,8 @@ class Trainer:
 
     @torch.no_grad()
     def _descend(self, lr: float) -> None:
-        """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1, the rule's own parameters to where they make sense."""
+        """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1, the rule's own parameters to where
+        they make sense."""
         sae, rule = self.sae, self.sae.config.selection
         if rule.unit_rows:
             sae.W_dec.grad.addcmul_(sae.W_dec, (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True), value=-1)
@@ -172,5 +176,5 @@ class Trainer:
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"adam.{name}.{key}"])
             self.adam.state[parameter] = state
-        if "coefficient" in tensors:  # schema 1 knew no L1 kinds
+        if "coefficient" in tensors:  # schema 1 knew no coefficient
             self.coefficient.copy_(tensors["coefficient"])
