@@ -16,7 +16,6 @@ from masksae.errors import ConfigError, MasksaeError, OutputError, nearest
 from masksae.export import load_sae
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import once
-from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
 from masksae.study.inputs import Scored
 from masksae.study.scores.absorption import absorption_scores, context_scores
@@ -64,8 +63,10 @@ class OwnSAE(Scored):
             raise ConfigError(
                 f"l0 is {l0}, expected a number above 0, up to the {latents} latents of this SAE. Or leave it out."
             )
-        if l0 is not None and type(rule) is TopK and l0 != rule.k:
-            raise ConfigError(f"l0 is {l0}, and this SAE keeps its k = {rule.k} latents of every token. Leave l0 out.")
+        if l0 is not None and rule.keeps_k_per_token and l0 != rule.goal:
+            raise ConfigError(
+                f"l0 is {l0}, and this SAE keeps its k = {rule.goal} latents of every token. Leave l0 out."
+            )
 
     @once
     def k(self) -> float:
@@ -75,7 +76,7 @@ class OwnSAE(Scored):
     def check_reach(self) -> None:
         """If no threshold gives clean L0 = k: ConfigError if that k was asked for, a line on stderr if it is the SAE's
         own."""
-        if type(self.sae.config.selection) is TopK:
+        if self.sae.config.selection.keeps_k_per_token:
             return
         threshold = calibrated_threshold(self.sae, self.held_out, self.k)
         reached = reconstruction(self.sae, self.held_out, threshold=threshold).l0
@@ -87,10 +88,8 @@ class OwnSAE(Scored):
 
     @property
     def table(self) -> list[dict]:
-        config = self.sae.config
-        architecture = ("Matryoshka " if config.prefixes else "") + type(config.selection).__name__
         row = {"sae": self.name, "arm": self.name, "p": 0.0, "grid": self.name, "k": self.k, "seed": 0}
-        return [row | {"architecture": architecture}]
+        return [row | {"architecture": self.sae.config.architecture}]
 
     def load_saes(self) -> dict[str, SAE]:
         return {self.name: self.sae}

@@ -5,11 +5,14 @@ Unknown keys and wrong types are refused; `masksae.study.profile` turns the refu
 """
 
 import re
-from typing import Annotated, Literal
+from dataclasses import MISSING, fields
+from typing import Annotated, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from masksae.saes.config import AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, Selection, TopK
+from masksae.errors import nearest
+from masksae.saes.config import AuxK, SAEConfig
+from masksae.saes.rules import SELECTIONS, Selection, snake_case
 from masksae.training.config import TrainConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -159,34 +162,63 @@ class Training(Section):
         return TrainConfig(steps, **shared, **seldom)
 
 
-RULES = {"topk": TopK, "batch_topk": BatchTopK, "jump_relu": JumpReLU, "relu": ReLU, "gated": Gated}
-
-
 class Rule(Section):
-    """A selection rule by name and its parameters; see `masksae.saes.config`. Every rule states the L0 it aims at."""
+    """A selection rule by the snake case of its name, and its parameters as keys: {rule: batch_topk, k: 20}; see
+    `masksae.saes.rules`. A rule of one's own is known once its module is imported. Every rule states the L0 it aims at."""
 
-    rule: Literal["topk", "batch_topk", "jump_relu", "relu", "gated"]
-    k: Positive | None = None
-    """Of topk and batch_topk."""
-    target_l0: Annotated[float, Field(gt=0)] | None = None
-    """Of jump_relu, relu and gated; for the last two a controller adapts l1 to it."""
-    l1: Annotated[float, Field(gt=0)] | None = None
-    """First L1 coefficient of relu and gated."""
+    model_config = ConfigDict(extra="allow")
+
+    rule: str
 
     @property
     def config(self) -> Selection:
         """The selection config."""
-        return RULES[self.rule](**self.model_dump(exclude={"rule"}, exclude_none=True))
+        kind = _rules()[self.rule]
+        hints = get_type_hints(kind)
+        return kind(**{name: _value(name, value, hints[name]) for name, value in self._given.items()})
+
+    @property
+    def _given(self) -> dict:
+        return {name: value for name, value in self.model_extra.items() if value is not None}
+
+    @field_validator("rule")
+    @classmethod
+    def _known(cls, rule: str) -> str:
+        if rule not in _rules():
+            raise ValueError(f"found {rule!r}.{nearest(rule, _rules())}")
+        return rule
 
     @model_validator(mode="after")
     def _complete(self):
-        wanted = {"topk": {"k"}, "batch_topk": {"k"}, "jump_relu": {"target_l0"}}.get(self.rule, {"l1", "target_l0"})
-        found = set(self.model_dump(exclude={"rule"}, exclude_none=True))
-        if found != wanted:
+        kind = _rules()[self.rule]
+        known = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
+        wanted = kind.stated or tuple(name for name, needed in known.items() if needed)
+        if not set(wanted) <= self._given.keys() <= known.keys():
+            rest = ", ".join(sorted(known.keys() - set(wanted)))
+            further = f" (and {rest} if wanted)" if rest else ""
+            spelling = "".join(nearest(name, known) for name in sorted(self._given.keys() - known.keys())[:1])
             raise ValueError(
-                f"{self.rule} takes exactly {' and '.join(sorted(wanted))}, found {', '.join(sorted(found)) or 'nothing'}."
+                f"{self.rule} takes exactly {' and '.join(sorted(wanted))}{further}, "
+                f"found {', '.join(sorted(self._given)) or 'nothing'}.{spelling}"
+            )
+        if self.config.goal is None:
+            raise ValueError(
+                f"{self.rule} states no L0 that it aims at, and nothing could be matched: give it a `goal`."
             )
         return self
+
+
+def _rules() -> dict[str, type[Selection]]:
+    """Every rule by its name in profiles."""
+    return {snake_case(name): rule for name, rule in SELECTIONS.items()}
+
+
+def _value(name: str, value, kind):
+    """A value in the type of its field. Raises ValueError."""
+    try:
+        return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{name}: {error.errors()[0]['msg']}, found {value!r}") from None
 
 
 class Grid(Section):
@@ -198,23 +230,16 @@ class Grid(Section):
     prefixes: tuple[float, ...] = ()
     """Matryoshka group fractions, summing to 1; empty: one group."""
     dead_after_tokens: Positive | None = None
-    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (TopK kinds). None: a sixteenth of the run's
-    tokens, 10,000,000 at most."""
+    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (rules that are
+    `revived`). None: a sixteenth of the run's tokens, 10,000,000 at most."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
 
     def config(self, d_model: int, seed: int, drop_masked: bool = False) -> SAEConfig:
         """The SAE's configuration for a model of width `d_model`."""
-        aux = AuxK(dead_after_tokens=self.dead_after_tokens) if "topk" in self.selection.rule else None
-        return SAEConfig(
-            d_model,
-            self.n_latents,
-            self.selection.config,
-            self.prefixes,
-            aux=aux,
-            seed=seed,
-            drop_masked=drop_masked,
-            own_order=True,
-        )
+        rule = self.selection.config
+        aux = AuxK(dead_after_tokens=self.dead_after_tokens) if rule.revived else None
+        options = dict(aux=aux, seed=seed, drop_masked=drop_masked, own_order=True)
+        return SAEConfig(d_model, self.n_latents, rule, self.prefixes, **options)
 
     @property
     def architecture(self) -> str:
@@ -223,7 +248,7 @@ class Grid(Section):
         >>> Grid(name="a", selection=Rule(rule="jump_relu", target_l0=20), n_latents=64, seeds=[0]).architecture
         'JumpReLU'
         """
-        return ("Matryoshka " if self.prefixes else "") + RULES[self.selection.rule].__name__
+        return self.config(d_model=1, seed=0).architecture
 
     @model_validator(mode="after")
     def _possible(self):

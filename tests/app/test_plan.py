@@ -18,7 +18,7 @@ from masksae.app.plan_text import text
 from masksae.errors import ConfigError, SourceError
 from masksae.saes.sae import SAE
 from masksae.study.sections import Training
-from masksae.training.step import Member
+from masksae.training.step import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,10 +54,10 @@ def test_step_flop_are_those_that_torch_counts(paper, name):
     plan = paper[name]
     config, batch = plan.saes[0], 256
     with torch.device("meta"):
-        member = Member(SAE(config), TrainConfig(steps=plan.steps), "meta")
+        trainer = Trainer(SAE(config), TrainConfig(steps=plan.steps), "meta")
         x = torch.empty(batch, config.d_model)
     with FlopCounterMode(display=False) as counter:
-        member.step(x, 2000)
+        trainer.step(x, 2000)
     assert counter.get_total_flops() == pytest.approx(batch * step_flop(config), rel=1e-3)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from masksae.metrics.reconstruction import calibrated_threshold
 from masksae.parallel import in_threads
-from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
 from masksae.study.inputs import Scored
 
@@ -29,7 +28,7 @@ def thresholds(run: Scored) -> dict[str, dict[str, float | None]]:
 
 def matched_threshold(run: Scored, sae: SAE, k: float) -> float | None:
     """The threshold at which clean L0 is k; None for TopK, which keeps k latents of every token anyway."""
-    return None if type(sae.config.selection) is TopK else calibrated_threshold(sae, run.held_out, k)
+    return None if sae.config.selection.keeps_k_per_token else calibrated_threshold(sae, run.held_out, k)
 
 
 def score_saes(run: Scored, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:

@@ -24,7 +24,8 @@ from masksae.activations import ActivationStream
 from masksae.metrics.absorption import absorbed
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import in_threads
-from masksae.saes.config import BatchTopK, SAEConfig
+from masksae.saes.config import SAEConfig
+from masksae.saes.rules import BatchTopK
 from masksae.saes.sae import SAE
 from masksae.study.sections import Simulation
 from masksae.study.stats import paired_effect
