@@ -1,11 +1,14 @@
 """The SAEs of a run as a repository for the hub: one folder each in SAELens' form, and a model card made from the run's own results."""
 
 from pathlib import Path
+from statistics import mean
 
-from masksae.app.plan import Plan
+import pandas as pd
+
 from masksae.errors import ConfigError, DataError, SourceError
 from masksae.export import to_saelens
 from masksae.files import ANYTHING, atomic_dir
+from masksae.study.report.tables import to_markdown
 from masksae.study.run import Run
 from masksae.tracing import hook_point
 
@@ -21,7 +24,7 @@ def build(run: Run) -> Path:
     """Write build/PROFILE/hub/ and return it. Raises DataError if the SAEs are not trained."""
     saes, target = run.load_saes(), run.build / "hub"
     model = run.profile.model
-    hook, name = hook_point(Plan(run.profile).model, model.block), model.source.removeprefix("hub:")
+    hook, name = hook_point(run.language_model.model, model.block), model.source.removeprefix("hub:")
     with atomic_dir(target, ANYTHING) as tmp:
         for row in run.table:
             to_saelens(
@@ -112,8 +115,9 @@ def _scores(run: Run) -> str:
     if not rows:
         return "No scores were taken."
     titles = list(next(iter(rows.values())))
-    lines = ["| SAEs | arm | seeds | " + " | ".join(titles) + " |", "|" + " --- |" * (3 + len(titles))]
-    for (grid, arm), cell in rows.items():
-        values = [f"{sum(cell[t]) / len(cell[t]):.3f}" if t in cell else "" for t in titles]
-        lines.append(f"| {grid} | {arm} | {len(cell[titles[0]])} | " + " | ".join(values) + " |")
-    return "Means over seeds, at matched clean L0:\n\n" + "\n".join(lines)
+    table = [
+        {"SAEs": grid, "arm": arm, "seeds": len(cell[titles[0]])}
+        | {title: f"{mean(cell[title]):.3f}" if title in cell else "" for title in titles}
+        for (grid, arm), cell in rows.items()
+    ]
+    return "Means over seeds, at matched clean L0:\n\n" + to_markdown(pd.DataFrame(table))

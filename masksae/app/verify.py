@@ -1,4 +1,4 @@
-"""Reference checks: what was published about unmasked SAEs of the paper's models, beside what this code finds; `make verify PROFILE=paper`.
+"""Reference checks: what was published about unmasked SAEs of the paper's models, beside what this code finds; `masksae verify paper`.
 
 Three kinds. The released SAEs of SAEBench's suite, scored by our metrics: they test the metrics, and should agree closely. Our own unmasked
 SAEs: they test the trainer, and agree loosely, since the released ones were trained with an auxiliary loss that hardly worked. And raw
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from masksae.app.text import columns
 from masksae.errors import MasksaeError, SourceError
 from masksae.files import cache_dir, read_json, run_id
 from masksae.metrics.reconstruction import ce_score, reconstruction
@@ -202,15 +203,13 @@ def text(checks: list[Check], profile: str) -> str:
     """The checks as a table, and in a sentence what they come to."""
     if not checks:
         return f"Nothing was published about the model of {profile} that could be checked."
-    wide = max(len(check.name) for check in checks)
-    number = lambda value: "-" if value is None else f"{value:.3f}"
-    lines = [f"  {'check':{wide}}  published  within   here     verdict"]
-    lines += [
-        f"  {c.name:{wide}}  {c.published:9.3f}  {c.tolerance:6.3f}  {number(c.found):>6}   {c.verdict}" for c in checks
-    ]
+    rows = [["check", "published", "within", "here", "verdict"]]
+    for check in checks:
+        numbers = (check.published, check.tolerance, check.found)
+        rows.append([check.name, *("-" if value is None else f"{value:.3f}" for value in numbers), check.verdict])
     reasons = dict.fromkeys(check.reason for check in checks if check.found is None)
     count = {
         verdict: sum(check.verdict == verdict for check in checks) for verdict in ("agrees", "differs", "not checked")
     }
     end = f"{count['agrees']} agree, {count['differs']} differ, {count['not checked']} could not be checked."
-    return "\n".join([*lines, "", end, *(f"  Not checked: {reason}" for reason in reasons)])
+    return "\n".join([columns(rows), "", end, *(f"  Not checked: {reason}" for reason in reasons)])
