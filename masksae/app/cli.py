@@ -94,13 +94,15 @@ def _add_study(add) -> None:
     repro = add("repro", "Bring every result of a profile up to date.", reproduce)
     repro.add_argument("profiles", nargs="*", default=[DEFAULT], help=f"names or YAML files (default: {DEFAULT})")
     add("status", "What `masksae repro` would do.", print_status, DEFAULT)
-    plan = add("plan", "What a profile costs: work, hours, memory, disk. Needs no network.", print_plan, DEFAULT)
+    plan = add("plan", "What a profile costs: work, hours, memory, disk. No network.", print_plan, DEFAULT)
     plan.add_argument("--measure", action="store_true", help="time a fraction of the work here, too: a minute")
-    fetch_ = add("fetch", "Get and check its model and text; later commands need no network.", fetch, DEFAULT)
-    train_ = add("train", "Train its SAEs, or go on with them.", train, DEFAULT)
-    verify = add("verify", "Published numbers beside those found here; status 1 if some differ.", print_checks, "paper")
-    noise = add("reliability", "Which of its scores can be trusted, as a table.", print_reliability, DEFAULT)
-    share = add("share", "Its SAEs for the hub, in SAELens' form, with a model card.", share_saes, DEFAULT)
+    fetch_ = add("fetch", "Get a profile's model and text; later commands need no network.", fetch, DEFAULT)
+    train_ = add("train", "Train the SAEs of a profile, or go on with them.", train, DEFAULT)
+    verify = add("verify", "Published numbers beside a profile's; status 1 if some differ.", print_checks, "paper")
+    noise = add(
+        "reliability", "Which scores of a finished profile can be trusted: a table.", print_reliability, DEFAULT
+    )
+    share = add("share", "SAEs of a profile for the hub, in SAELens' form, with a card.", share_saes, DEFAULT)
     share.add_argument("--to", metavar="OWNER/NAME", help="push them to this repository of the hub")
     site = add("site", "Static pages of all that was run: build/site/index.html.", build_site)
     _add_json(plan, fetch_, train_, verify, noise, share, site)
@@ -115,7 +117,7 @@ def _add_sae(add) -> None:
         help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation (default: the first three)",
     )  # fmt: skip
     evaluate.add_argument("--l0", type=_l0, help="clean L0 of the matched scores (default: the SAE's own k or L0)")
-    explore = add("explore", "One parent of an SAE: what it misses, and who absorbed that. HTML.", explore_sae)
+    explore = add("explore", "One parent of an SAE: what it misses, who absorbed that. HTML.", explore_sae)
     _add_guest(explore)
     parent = explore.add_mutually_exclusive_group(required=True)
     parent.add_argument("--letter", type=_letter, help='the parent "starts with LETTER"')
