@@ -123,7 +123,7 @@ def test_the_library_needs_only_its_own_dependencies(wheel, tmp_path):
 
 
 def test_what_needs_an_extra_names_it(wheel, tmp_path):
-    code = "import sys\nfrom masksae import cli\nsys.exit(cli.main(['evaluate', 'nowhere']))"
+    code = "import sys\nfrom masksae.app import cli\nsys.exit(cli.main(['evaluate', 'nowhere']))"
     result = outside(wheel, tmp_path, code)
     assert result.returncode == 2, result.stderr[-3000:]
     assert "masksae: This needs matplotlib, seaborn, not installed here." in result.stderr
