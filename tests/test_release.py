@@ -17,8 +17,14 @@ import masksae
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT_OUT = shutil.ignore_patterns(
-    ".git", ".venv*", "build", "results", "figures", ".dvc", "__pycache__", "*.egg-info", ".pytest_cache", ".hypothesis"
+    ".git", ".venv*", "build", ".dvc", "__pycache__", "*.egg-info", ".pytest_cache", ".hypothesis"
 )
+OUTPUTS = shutil.ignore_patterns("results", "figures")
+
+
+def kept_out(folder: str, names: list[str]) -> set[str]:
+    """What is not copied: outputs, of the project only (there is a package of figures)."""
+    return KEPT_OUT(folder, names) | (OUTPUTS(folder, names) if Path(folder) == ROOT else set())
 
 
 def build(source: Path, target: Path, kind: str) -> Path:
@@ -33,12 +39,23 @@ def build(source: Path, target: Path, kind: str) -> Path:
 def wheel(tmp_path_factory):
     """The wheel that is built from the sdist."""
     folder = tmp_path_factory.mktemp("release")
-    shutil.copytree(ROOT, folder / "tree", ignore=KEPT_OUT)
+    shutil.copytree(ROOT, folder / "tree", ignore=kept_out)
     sdist = build(folder / "tree", folder, "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "unpacked", filter="data")
     [source] = (folder / "unpacked").iterdir()
-    assert {"tests", "notebooks", "docs", "dvc.yaml", "CHANGELOG.md"} <= {path.name for path in source.iterdir()}
+    whole = {
+        "tests",
+        "notebooks",
+        "docs",
+        "benchmarks",
+        "tools",
+        "Makefile",
+        "dvc.yaml",
+        "requirements.lock",
+        "CHANGELOG.md",
+    }
+    assert whole <= {path.name for path in source.iterdir()}
     return build(source, folder, "wheel")
 
 

@@ -253,7 +253,9 @@ def print_checks(options) -> int:
 def print_reliability(options) -> None:
     """The table of docs/metrics.md for a profile that is finished."""
     from masksae.study.report.reliability import page_table, reliability
+    from masksae.study.run import Run
 
+    Run(options.profile).result("claims")  # what is written last; without it, it says what to run
     table = reliability(options.profile)
     _show(options, json.loads(table.to_json(orient="records")), page_table(table).rstrip())
 
