@@ -195,7 +195,7 @@ def _hashes(path: Path) -> dict[str, str]:
     """sha256 of the files of a folder, or of a file: looked up where its size and its times are what they were."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _counts(file, path))
     memory = cache_dir("contents", f"{run_id(str(path))}.json")
-    known, now = (read_json(memory) if memory.exists() else {}), {}
+    known, now = (read_json(memory) if memory.exists() else {}), dict[str, list]()
     for file in files:
         stat = file.stat()
         name, stamp = str(file.relative_to(path)), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

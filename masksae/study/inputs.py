@@ -67,7 +67,7 @@ class Inputs:
         """How to get what a notebook makes."""
         return (
             f"Run notebook {notebook} with profile {self.profile.name} first. From here, in a cell: "
-            f"!python -m masksae.app.repro run {notebook} {self.source}. Everything: `make repro PROFILE={self.source}`."
+            f"!python -m masksae run {notebook} {self.source}. Everything: `make repro PROFILE={self.source}`."
         )
 
     def identity(self, *sections: Section) -> list:
