@@ -22,7 +22,7 @@ COMMANDS = (
     "project",
 )  # fmt: skip
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def told(capsys, *command):
