@@ -35,7 +35,7 @@ share: setup  ## SAEs of PROFILE for the hub: build/PROFILE/hub; TO=owner/name p
 
 test-slurm: setup  ## jobs on a real SLURM of one node, started and stopped here (Debian, as root)
 	@command -v slurmctld munged >/dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge >/dev/null; }
-	@MASKSAE_TEST_SLURM=1 python -m pytest -q tests/test_slurm.py
+	@MASKSAE_TEST_SLURM=1 python -m pytest -q tests/app/test_slurm.py
 
 guide: setup  ## the guide to a model of your own, on Gemma 3 270M (terms to be accepted once): docs/own-model.md
 	@python -m masksae.app.repro guide
@@ -46,8 +46,8 @@ site: setup  ## static pages of all that was run: build/site/index.html
 status: setup  ## what `make repro` would do for PROFILE
 	@python -m masksae.app.repro status "$(PROFILE)"
 
-test: setup  ## unit and property tests, the smoke pipeline, every notebook
-	@python -m pytest -q -n 2 --dist loadfile
+test: setup  ## unit and property tests, the smoke pipeline, every notebook; minutes
+	@python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 lint: setup  ## style
 	@ruff format --check masksae tests benchmarks tools && ruff check
@@ -59,7 +59,7 @@ peers:  ## a second environment with the libraries we compare with: dictionary_l
 	@PATH="$(CURDIR)/.venv-peers/bin:$$PATH" $(PYTHON) tools/environment.py .venv-peers
 
 test-peers: peers  ## agreement and exchange with those libraries
-	@.venv-peers/bin/python -m pytest -q tests/test_peers*.py
+	@.venv-peers/bin/python -m pytest -q tests/peers
 
 benchmark: peers  ## time and memory of a training step beside theirs
 	@.venv-peers/bin/python benchmarks/train.py

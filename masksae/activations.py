@@ -12,11 +12,10 @@ language model never run it at the same time. The thread ends with its pool, and
 """
 
 import contextlib
-import hashlib
 import json
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from masksae import progress as bars
+from masksae.cache import fingerprint, spaced
 from masksae.errors import ConfigError, DataError
 from masksae.files import atomic_file, ensure_writable, read_json, read_safetensors, run_id, save_tensors, write_json
 from masksae.masking import check_natural, mask_tokens
@@ -37,9 +37,6 @@ Pool = tuple[Tensor, ...]
 
 LARGEST_MOVED = 2**31
 """A pool of more bytes stays on the device that it is on, and its batches are moved: a memory map is never copied to a GPU whole."""
-
-SAMPLED = 4096
-"""Fingerprints look at all rows (or entries, or blocks) up to about twice as many, and at evenly spaced ones of more."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -364,23 +361,9 @@ def _check_pool(pool: Pool, shape: tuple[int, int], where: str) -> None:
 def _content(pool: Pool) -> dict:
     """Identity of a pool that is there: shape, type, evenly spaced rows and the whole mask."""
     x, is_masked, *targets = pool
-    found = {"rows": len(x), "d_model": x.shape[1], "dtype": str(x.dtype), "content": _fingerprint([_spaced(x)])}
-    found["is_masked"] = _fingerprint([is_masked])
-    return found | ({"targets": _fingerprint(map(_spaced, targets))} if targets else {})
-
-
-def _spaced(values: Tensor) -> Tensor:
-    """At most 2 x SAMPLED evenly spaced entries along the first dimension."""
-    return values[:: max(1, len(values) // SAMPLED)]
-
-
-def _fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Hash of the types, shapes and bytes of some tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    found = {"rows": len(x), "d_model": x.shape[1], "dtype": str(x.dtype), "content": fingerprint([spaced(x)])}
+    found["is_masked"] = fingerprint([is_masked])
+    return found | ({"targets": fingerprint(map(spaced, targets))} if targets else {})
 
 
 def _model_fingerprint(model: torch.nn.Module) -> str:
@@ -389,13 +372,13 @@ def _model_fingerprint(model: torch.nn.Module) -> str:
     told = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
     weights = [(name, v) for name, v in model.state_dict().items() if isinstance(v, Tensor) and not v.is_meta]
     names = json.dumps([told, [name for name, _ in weights]], sort_keys=True, default=str)
-    return run_id([names, _fingerprint(_spaced(value.reshape(-1)) for _, value in weights)])
+    return run_id([names, fingerprint(spaced(value.reshape(-1)) for _, value in weights)])
 
 
 def _blocks_fingerprint(blocks) -> str:
     """Hash of the token blocks, or of evenly spaced stretches of many."""
     stretches, length = range(0, len(blocks), max(64, len(blocks) // 64)), 64
-    return run_id([list(blocks.shape), _fingerprint(blocks[start : start + length] for start in stretches)])
+    return run_id([list(blocks.shape), fingerprint(blocks[start : start + length] for start in stretches)])
 
 
 def from_model(
@@ -419,8 +402,8 @@ def from_model(
     """
     from masksae.tracing import hook_point, hook_width
 
-    model, first = language_model.model, 0 if bos_id is None else 1
-    _check_options(blocks, first, share=share, pool_tokens=pool_tokens, sequences=sequences)
+    model, start = language_model.model, () if bos_id is None else (bos_id,)
+    _check_options(blocks, len(start), share=share, pool_tokens=pool_tokens, sequences=sequences)
     vocabulary = model.get_input_embeddings().num_embeddings if p else None
     masking = {"p": p, "token_id": token_id, "seed": mask_seed, "replacements": replacements}
     mask_tokens(blocks[:1], vocab_size=vocabulary, **masking)  # refuses bad values now, not in the middle
@@ -429,13 +412,13 @@ def from_model(
         width = hook_width(model, block)
     ahead = model.device.type == "cuda" if overlap is None else overlap
     pools = _ModelPools(
-        language_model, blocks, block, masking, bos_id, int(pool_tokens), None if scratch is None else Path(scratch),
+        language_model, blocks, block, masking, start, int(pool_tokens), None if scratch is None else Path(scratch),
         sequences or (16 if model.device.type == "cpu" else 256), progress and not ahead,
     )  # fmt: skip
     if scratch is not None:
         _claim(ensure_writable(scratch), pools.identity())
-    used, kept = max(1, round(share * len(blocks))), blocks.shape[1] - first
-    sizes = [min(pools.rows, used - start) * kept for start in range(0, used, pools.rows)] if len(blocks) else []
+    used, kept = max(1, round(share * len(blocks))), blocks.shape[1] - len(start)
+    sizes = [min(pools.rows, used - row) * kept for row in range(0, used, pools.rows)] if len(blocks) else []
 
     def load(number: int) -> Pool:
         return tuple(values[: sizes[number]] for values in pools(number))
@@ -454,21 +437,17 @@ class _ModelPools:
     blocks: Any
     block: int | str
     masking: dict
-    bos_id: int | None
+    start: tuple[int, ...]
+    """What every block begins with and is left out: the BOS, or nothing."""
     pool_tokens: int
     scratch: Path | None
     sequences: int
     shown: bool
 
     @property
-    def first(self) -> int:
-        """Position of a block from which on it is used."""
-        return 0 if self.bos_id is None else 1
-
-    @property
     def rows(self) -> int:
         """Blocks of a pool."""
-        return -(-self.pool_tokens // (self.blocks.shape[1] - self.first))
+        return -(-self.pool_tokens // (self.blocks.shape[1] - len(self.start)))
 
     def __call__(self, number: int) -> Pool:
         """A pool; of scratch it is read back even if it was made now, so that every run has the same half precision."""
@@ -480,12 +459,12 @@ class _ModelPools:
         return _read_pool(file)
 
     def _make(self, number: int, where: dict) -> Pool:
-        start, spare = number * self.rows, () if self.bos_id is None else (self.bos_id,)
-        ids = self.blocks[start : start + self.rows]
-        corrupted, is_masked = mask_tokens(ids, first_sequence=start, spare=spare, **self.masking)
+        row, first = number * self.rows, len(self.start)
+        ids = self.blocks[row : row + self.rows]
+        corrupted, is_masked = mask_tokens(ids, first_sequence=row, spare=self.start, **self.masking)
         label = f"activations, pool {number + 1} of {-(-len(self.blocks) // self.rows)}" if self.shown else None
-        x = _forward(self.language_model.model, corrupted, self.block, self.first, self.sequences, label, where)
-        return x, is_masked[:, self.first :].reshape(-1)
+        x = _forward(self.language_model.model, corrupted, self.block, first, self.sequences, label, where)
+        return x, is_masked[:, first:].reshape(-1)
 
     def identity(self) -> dict:
         """Of the whole: runs that use a share, another order or other batches have the same scratch."""
@@ -496,13 +475,13 @@ class _ModelPools:
             "replacements": None,
         }
         if drawn is not None:
-            masks |= {"token_id": None, "replacements": _fingerprint([_spaced(drawn)])}
+            masks |= {"token_id": None, "replacements": fingerprint([spaced(drawn)])}
         return {
             "kind": "model",
             "model": _model_fingerprint(self.language_model.model),
             "blocks": _blocks_fingerprint(self.blocks),
             "block": self.block if isinstance(self.block, str) else int(self.block),
-            "bos_id": None if self.bos_id is None else int(self.bos_id),
+            "bos_id": int(self.start[0]) if self.start else None,
             "pool_tokens": self.pool_tokens,
             "p": p,
         } | (masks if p else dict.fromkeys(masks))

@@ -9,6 +9,7 @@ Finding the id of a study's code takes about 0.1 s, the content of a model's fol
 
 import ast
 import functools
+import hashlib
 import sys
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -29,6 +30,9 @@ NEUTRAL = {
     "export", "saes.formats",  # forms of other libraries
 }  # fmt: skip
 """Modules that cannot change a number, at which the walk stops."""
+
+SAMPLED = 4096
+"""Rows, entries or blocks of which a fingerprint is taken."""
 
 WORDS = {"label", "unit", "notebook"}
 """Keywords of calls that only a reader sees."""
@@ -212,3 +216,19 @@ def _hash(file: Path) -> str:
 def _counts(file: Path, root: Path) -> bool:
     """Whether a file of a folder is content: hidden ones are not."""
     return file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def spaced(values: "Tensor") -> "Tensor":
+    """Along the first dimension all entries of up to about 2 x SAMPLED, and as many evenly spaced ones of more."""
+    return values[:: max(1, len(values) // SAMPLED)]
+
+
+def fingerprint(tensors: "Iterable[Tensor]") -> str:
+    """Hash of the types, shapes and bytes of some tensors."""
+    import torch
+
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -6,7 +6,7 @@ Three places where tokens can be corrupted, from the tidiest to the most general
     activation_batches  batches of activations              trainSAE of dictionary_learning, SAETrainer of SAELens
     mask_inputs         the ids that reach a model          any trainer that runs a model, ActivationBuffer of dictionary_learning too
 
-Neither library is imported here. `tests/test_peers_plugins.py` trains both on a small model and compares the activations.
+Neither library is imported here. `tests/peers/test_peers_plugins.py` trains both on a small model and compares the activations.
 """
 
 import functools

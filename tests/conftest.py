@@ -1,18 +1,18 @@
-"""Shared by the tests: tiny random models of the three architectures, and a scratch cache that is not the user's."""
+"""Fixtures that files of several rooms share: tiny random models, a project around one of them, and a run whose SAEs are trained."""
 
 import contextlib
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_project import VOCABULARY, make_project, profile, tiny_model
 
 with contextlib.suppress(
     ImportError
 ):  # of the peers; it cannot be imported after nnsight, which changes builtins that it hashes
     import beartype  # noqa: F401
-
-VOCABULARY = 128
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the cores have a worker each
@@ -21,40 +21,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_collection_modifyitems(items):
     """What takes longest begins first, so that no worker is left with it at the end."""
     items.sort(key=lambda item: item.path.stem != "test_smoke")
-
-
-def tiny_model(kind: str, layers: int = 3, width: int = 16, seed: int = 0):
-    """A random model of an architecture, in eval mode, with no trained weight in it."""
-    import transformers as tr
-
-    shape = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-    )
-    config = {
-        "llama": lambda: tr.LlamaConfig(**shape, num_key_value_heads=1),
-        "gpt_neox": lambda: tr.GPTNeoXConfig(**shape),
-        "gemma2": lambda: tr.Gemma2Config(**shape, num_key_value_heads=1, head_dim=width // 2, sliding_window=4),
-    }[kind]()
-    torch.manual_seed(seed)
-    return tr.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-
-
-def byte_tokenizer():
-    """A real tokenizer with one token per ASCII character, and two special ones: BOS 0, mask 1."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers import models as parts
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if ord(c) < 127 or c in "ĠĊ"]
-    vocabulary = {token: i for i, token in enumerate(["<bos>", "<mask>", "<unk>", *alphabet])}
-    tokenizer = Tokenizer(parts.BPE(vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", additional_special_tokens=["<mask>"])
 
 
 @pytest.fixture(params=["llama", "gpt_neox", "gemma2"])
@@ -71,6 +37,52 @@ def language_model():
 @pytest.fixture
 def ids():
     return torch.randint(2, VOCABULARY, (12, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def new_project(tmp_path, monkeypatch):
+    """A folder with a tiny model and some text, and nothing made of them; the working folder, with a cache of its own."""
+    make_project(tmp_path)
+    monkeypatch.setenv("MASKSAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained_cache(tmp_path_factory):
+    """The cache of a run of the tiny profile. Ids cover contents, not paths: in a copy of it every project finds its SAEs trained."""
+    from masksae import Run
+
+    folder = tmp_path_factory.mktemp("trained")
+    make_project(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKSAE_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        Run(profile(folder)).saes
+    return folder / "cache"
+
+
+@pytest.fixture
+def project(new_project, trained_cache):
+    """As `new_project`, and a cache in which the SAEs of the tiny profile are trained."""
+    shutil.copytree(trained_cache, new_project / "cache")
+    return new_project
+
+
+@pytest.fixture
+def run(project):
+    """A run of the tiny profile."""
+    from masksae import Run
+
+    run = Run(profile(project))
+    run.saes
+    return run
+
+
+@pytest.fixture
+def folder(run):
+    """A trained SAE of the run, in SAELens' form."""
+    return run.load_saes()["unmasked-plain-s0"].to_saelens(run.build / "mine")
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     explore = add(
         "explore", "One parent of an SAE: what it fires on, what it misses, who absorbed that. HTML.", explore_sae
     )
-    _guest(explore)
+    _own_sae(explore)
     parent = explore.add_mutually_exclusive_group(required=True)
     parent.add_argument("--letter", type=_letter, help='the parent "starts with LETTER"')
     parent.add_argument("--context", help='the parent "follows CONTEXT", such as the')
@@ -167,7 +167,7 @@ def _add_evaluate(add) -> None:
         "Score an SAE with a profile's model, text and tasks; writes report.html.",
         evaluate_sae,
     )
-    _guest(evaluate)
+    _own_sae(evaluate)
     evaluate.add_argument(
         "--metrics", type=_metrics, default="reconstruction,absorption,contexts",
         help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation (default: the first three)",
@@ -201,7 +201,7 @@ def _metrics(text: str) -> list[str]:
     return names
 
 
-def _guest(command) -> None:
+def _own_sae(command) -> None:
     command.add_argument("sae", help="folder of one SAE (SAELens, dictionary_learning or masksae)")
     command.add_argument("--profile", default=DEFAULT, help=f"whose model, block, text and tasks (default: {DEFAULT})")
     command.add_argument("--out", default="masksae-report", help="folder for what is written (default: masksae-report)")
@@ -239,22 +239,19 @@ def print_plan(options) -> None:
 def train(options) -> None:
     """SAEs of a profile; where each is, and how well it did in training."""
     from masksae.app.repro import ask_for_terms
+    from masksae.study.report.tables import number, to_text
     from masksae.study.run import Run
 
     run = Run(options.profile)
     ask_for_terms(run.profile.model.source)
-    found, lines = [], [f"{'in training':28}{'EV':>7}{'L0':>8}"]
+    trained, cells = [], [["in training", "EV", "L0"]]
     for name, sae in run.saes.items():
         folder = next((run.build / "saes").glob(f"*/{name}"))
         last = {key: sae.history[-1][key] for key in ("explained_variance", "l0")}
-        found.append({"sae": name, "folder": str(folder), **last})
-        explained = last["explained_variance"]  # None for batches of one token
-        lines.append(f"{name:28}{'-' if explained is None else f'{explained:.3f}':>7}{last['l0']:8.1f}")
-    lines += [
-        f"\n{run.build / 'saes'}",
-        f"\nNext: {shlex.join(['masksae', 'evaluate', found[-1]['folder'], '--profile', options.profile])}",
-    ]
-    _show(options, found, "\n".join(lines))
+        trained.append({"sae": name, "folder": str(folder), **last})
+        cells.append([name, number(last["explained_variance"]), number(last["l0"], 1)])  # no EV in batches of one token
+    next_step = shlex.join(["masksae", "evaluate", trained[-1]["folder"], "--profile", options.profile])
+    _show(options, trained, f"{to_text(cells)}\n\n{run.build / 'saes'}\n\nNext: {next_step}")
 
 
 def evaluate_sae(options) -> None:
@@ -263,17 +260,15 @@ def evaluate_sae(options) -> None:
     from masksae import progress
     from masksae.study import own_sae
     from masksae.study.report import own_sae as report
+    from masksae.study.report import saebench
+    from masksae.study.report.tables import to_text
 
-    visitor = own_sae.Guest(options.profile, options.sae, out=options.out, l0=options.l0)
+    own = own_sae.OwnSAE(options.profile, options.sae, out=options.out, l0=options.l0)
     progress.say(f"scoring {options.sae} on {options.profile}: {', '.join(options.metrics)}")
-    found = own_sae.evaluate(visitor, options.metrics)
-    own_sae.saebench(visitor, found)
-    page, rows = report.write(visitor, found), report.rows(found)
-    lines = [f"{'':44}{'as trained':>12}{'matched':>12}"]
-    for words, values in rows:
-        cells = "".join(f"{report.number(values.get(m)):>12}" for m in ("as_trained", "matched"))
-        lines.append(f"{words[:43]:44}{cells}")
-    _show(options, dict(rows), "\n".join([*lines, f"\n{page}"]))
+    scores = own_sae.evaluate(own, options.metrics)
+    saebench.write_scores(own, scores, own.results / "saebench")
+    page = report.write(own, scores)
+    _show(options, dict(report.rows(scores)), f"{to_text(report.table(scores))}\n\n{page}")
 
 
 def explore_sae(options) -> None:
@@ -284,12 +279,12 @@ def explore_sae(options) -> None:
     from masksae.files import write_text
     from masksae.study import explore, own_sae
 
-    visitor = own_sae.Guest(options.profile, options.sae, out=options.out)
+    own = own_sae.OwnSAE(options.profile, options.sae, out=options.out)
     progress.say(f"looking at {options.sae} on {options.profile}")
-    look, sae = explore.Explorer(visitor), visitor.sae
+    look, sae = explore.Explorer(own), own.sae
     story = look.letter(sae, options.letter) if options.letter else look.context(sae, options.context)
-    file = Path(options.out) / f"{_file_name(visitor.name, story.parent)}.html"
-    write_text(file, _story_page(visitor.name, story, look.top_contexts(sae, story.main[0])))
+    file = Path(options.out) / f"{_file_name(own.name, story.parent)}.html"
+    write_text(file, _story_page(own.name, story, look.top_contexts(sae, story.main[0])))
     _show(options, asdict(story) | {"page": str(file)}, str(file))
 
 

@@ -4,6 +4,7 @@ from masksae.app.plan import GPUS, SHARE, Plan, peers
 from masksae.errors import ConfigError
 from masksae.memory import ADAM_AND_WEIGHTS, parameters
 from masksae.study.profile import Profile
+from masksae.study.report.tables import to_markdown, to_text
 
 
 def text(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float] | None = None) -> str:
@@ -46,12 +47,6 @@ def _text(plan: Plan) -> str:
     return f"{needed}\n({parts}; {text.held_out_share:.3g} of documents held out)"
 
 
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    line = lambda row: "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
-    return "\n".join(["  " + line(row).rstrip() for row in rows])
-
-
 def amount(value: float, unit: str) -> str:
     """A number with a prefix.
 
@@ -88,7 +83,7 @@ def _times(plan: Plan, measured: dict[str, float] | None) -> str:
         ]
     )
     title = f"Time on one GPU, by arithmetic at {SHARE:.0%} of its data sheet (not measured):"
-    return f"{title}\n{_table(rows)}"
+    return f"{title}\n{to_text(rows)}"
 
 
 def _peers(plan: Plan) -> str:
@@ -97,7 +92,7 @@ def _peers(plan: Plan) -> str:
     rows = [["stage", *columns]]
     rows += [[stage, *(amount(cost[stage], "FLOP") for cost in columns.values())] for stage in ours]
     rows.append(["all", *(amount(sum(cost.values()), "FLOP") for cost in columns.values())])
-    return f"The same grid elsewhere, by the work of its products:\n{_table(rows)}"
+    return f"The same grid elsewhere, by the work of its products:\n{to_text(rows)}"
 
 
 def _space(plan: Plan) -> str:
@@ -107,7 +102,7 @@ def _space(plan: Plan) -> str:
         rows += [[f"  {name}", amount(value, "B")] for name, value in parts.items()]
     rows.append(["ordinary memory beside a GPU", amount(plan.host(), "B")])
     rows.append(["memory without a GPU", amount(sum(plan.memory("cpu").values()), "B")])
-    return f"Space:\n{_table(rows)}"
+    return f"Space:\n{to_text(rows)}"
 
 
 def _verdict(plan: Plan, device: str, kept: float) -> str:
@@ -133,19 +128,15 @@ def beyond(profile: Profile) -> str:
     cases["all three"] = large.model_copy(update={"saes": wide.saes, "text": long.text})
     gpu = GPUS[-1]
     rows = [
-        "| | forwards | training | H100 hours | GPU memory: model | one SAE with Adam | all of an arm | disk | activations, if stored |",
-        "|" + " --- |" * 9,
-    ]
+        ["", "forwards", "training", "H100 hours", "GPU memory: model", "one SAE with Adam", "all of an arm", "disk", "activations, if stored"]
+    ]  # fmt: skip
     for name, case in cases.items():
         plan = Plan(case)
         harvest, training, _ = plan.work
         one = 4 * ADAM_AND_WEIGHTS * parameters(plan.saes[0])
         stored = 2 * case.text.train_tokens * plan.width * plan.streams
-        cells = [
-            amount(harvest.flop, "FLOP"),
-            amount(training.sae_flop, "FLOP"),
-            f"{sum(plan.hours(w, gpu) for w in plan.work):.3g}",
-        ]
         memory = [plan.memory()["language model"], one, sum(plan.memory().values()), sum(plan.disk().values()), stored]
-        rows.append(f"| {name} | " + " | ".join([*cells, *(amount(value, "B") for value in memory)]) + " |")
-    return "\n".join(rows)
+        hours = f"{sum(plan.hours(w, gpu) for w in plan.work):.3g}"
+        work = [amount(harvest.flop, "FLOP"), amount(training.sae_flop, "FLOP"), hours]
+        rows.append([name, *work, *(amount(value, "B") for value in memory)])
+    return to_markdown(rows).rstrip("\n")

@@ -136,13 +136,13 @@ def share_saes(profile, repository: str | None) -> None:
 
 
 def run_guide() -> Path:
-    """Run guides/own_model.ipynb as it stands, in build/guide/; its page is docs/own-model.md."""
+    """Run docs/own_model.ipynb as it stands, in build/guide/; its page is docs/own-model.md."""
     from masksae.app.notebooks import execute, save_markdown
 
     root = repository()
     ask_for_terms("gemma3-270m")
     folder = ensure_writable(root / "build" / "guide")
-    executed = execute(root / "guides" / "own_model.ipynb", folder / "own_model.ipynb", {}, cwd=folder)
+    executed = execute(root / "docs" / "own_model.ipynb", folder / "own_model.ipynb", {}, cwd=folder)
     return save_markdown(executed, root / "docs" / "own-model.md")
 
 

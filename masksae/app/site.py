@@ -11,8 +11,9 @@ from masksae.errors import DataError
 from masksae.files import ANYTHING, PROFILES, atomic_dir, read_json, repository, write_text
 from masksae.study.profile import load_profile
 from masksae.study.report.claims import CLAIMS
+from masksae.study.report.effects import describe
 from masksae.study.report.page import page
-from masksae.study.report.tables import describe
+from masksae.study.report.tables import to_html
 from masksae.study.stats import Effect
 
 ORDER = ("laptop", "overnight", "gemma", "paper", "architectures", "smoke")
@@ -87,16 +88,14 @@ def verdicts(path: Path) -> str:
     """HTML table of the verdicts of one profile, "" where there are none."""
     if not path.exists():
         return ""
-    rows = []
+    rows = [["", "claim", "verdict", "unmasked → masked"]]
     for key, value in read_json(path).items():
-        found = describe(Effect.from_dict(value)) if "difference" in value else "; ".join(
+        told = describe(Effect.from_dict(value)) if "difference" in value else "; ".join(
             f"{grid}: " + ", ".join(f"{claim} {verdict}" for claim, verdict in cell.items())
             for grid, cell in value.get("grids", {}).items()
         )  # fmt: skip
-        cells = [key, CLAIMS[key], value["verdict"], found or value.get("reason", "")]
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "<tr><th></th><th>claim</th><th>verdict</th><th>unmasked → masked</th></tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+        rows.append([key, CLAIMS[key], value["verdict"], told or value.get("reason", "")])
+    return to_html(rows)
 
 
 def _profile(root: Path, executed: Path, name: str, links: list[tuple[str, str]], target: Path) -> None:

@@ -6,14 +6,12 @@ from masksae.app.plan import Plan
 from masksae.errors import ConfigError, DataError, SourceError
 from masksae.export import to_saelens
 from masksae.files import ANYTHING, atomic_dir
+from masksae.study.report import labels
+from masksae.study.report.tables import number, to_markdown
 from masksae.study.run import Run
 from masksae.tracing import hook_point
 
-SCORES = {
-    "reconstruction": {"l0": "L0", "ev_centred": "explained variance", "ce_score": "CE score"},
-    "absorption": {"mean_full": "absorption, first letters"},
-    "contexts": {"context_full": "absorption, cross-token"},
-}
+SHOWN = ("l0", "ev_centred", "ce_score", "mean_full", "context_full")
 """Columns of the card, of the results that are there; at matched clean L0."""
 
 
@@ -98,22 +96,20 @@ def _masking(arm, token: str) -> str:
 
 def _scores(run: Run) -> str:
     """A table of the scores that the run has, mean over seeds."""
-    rows: dict[tuple, dict[str, list[float]]] = {}
-    for result, columns in SCORES.items():
+    values: dict[tuple, dict[str, list[float]]] = {}
+    for key in SHOWN:
         try:
-            found = run.result(result)
+            rows = run.result(labels.score(key).result)
         except DataError:
             continue
-        for row in found:
+        for row in rows:
             if row["mode"] == "matched":
-                cell = rows.setdefault((row["grid"], row["arm"]), {})
-                for column, title in columns.items():
-                    cell.setdefault(title, []).append(row[column])
-    if not rows:
+                values.setdefault((row["grid"], row["arm"]), {}).setdefault(key, []).append(row[key])
+    if not values:
         return "No scores were taken."
-    titles = list(next(iter(rows.values())))
-    lines = ["| SAEs | arm | seeds | " + " | ".join(titles) + " |", "|" + " --- |" * (3 + len(titles))]
-    for (grid, arm), cell in rows.items():
-        values = [f"{sum(cell[t]) / len(cell[t]):.3f}" if t in cell else "" for t in titles]
-        lines.append(f"| {grid} | {arm} | {len(cell[titles[0]])} | " + " | ".join(values) + " |")
-    return "Means over seeds, at matched clean L0:\n\n" + "\n".join(lines)
+    keys = list(next(iter(values.values())))
+    table = [["SAEs", "arm", "seeds", *map(labels.words, keys)]]
+    for (grid, arm), cell in values.items():
+        means = [number(sum(cell[key]) / len(cell[key])) if key in cell else "" for key in keys]
+        table.append([grid, arm, str(len(cell[keys[0]])), *means])
+    return "Means over seeds, at matched clean L0:\n\n" + to_markdown(table)

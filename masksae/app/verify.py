@@ -15,6 +15,7 @@ from pathlib import Path
 from masksae.errors import MasksaeError, SourceError
 from masksae.files import cache_dir, read_json, run_id
 from masksae.metrics.reconstruction import ce_score, reconstruction
+from masksae.study.report.tables import number, to_text
 from masksae.study.run import Run
 
 
@@ -202,15 +203,11 @@ def text(checks: list[Check], profile: str) -> str:
     """The checks as a table, and in a sentence what they come to."""
     if not checks:
         return f"Nothing was published about the model of {profile} that could be checked."
-    wide = max(len(check.name) for check in checks)
-    number = lambda value: "-" if value is None else f"{value:.3f}"
-    lines = [f"  {'check':{wide}}  published  within   here     verdict"]
-    lines += [
-        f"  {c.name:{wide}}  {c.published:9.3f}  {c.tolerance:6.3f}  {number(c.found):>6}   {c.verdict}" for c in checks
-    ]
+    rows = [["check", "published", "within", "here", "verdict"]]
+    rows += [[c.name, number(c.published), number(c.tolerance), number(c.found), c.verdict] for c in checks]
     reasons = dict.fromkeys(check.reason for check in checks if check.found is None)
     count = {
         verdict: sum(check.verdict == verdict for check in checks) for verdict in ("agrees", "differs", "not checked")
     }
     end = f"{count['agrees']} agree, {count['differs']} differ, {count['not checked']} could not be checked."
-    return "\n".join([*lines, "", end, *(f"  Not checked: {reason}" for reason in reasons)])
+    return "\n".join([to_text(rows), "", end, *(f"  Not checked: {reason}" for reason in reasons)])

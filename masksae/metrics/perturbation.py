@@ -83,18 +83,6 @@ def fit_probe(x: Tensor, y: Tensor) -> Probe:
     return Probe(weight.float(), float(model.intercept_[0] - weight @ mean))
 
 
-def pooled(values: Tensor, is_token: Tensor) -> Tensor:
-    """Mean over the tokens of each text: values [n, s, m], is_token bool [n, s] -> [n, m]. Raises DataError for a text without any.
-
-    >>> pooled(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]]))
-    tensor([[2.]])
-    """
-    values, count = at_least_single(values), is_token.sum(1)
-    if (count == 0).any():
-        raise DataError(f"{int((count == 0).sum())} texts have no token that counts. Leave them out.")
-    return torch.where(is_token[..., None], values, 0).sum(1) / count[:, None]
-
-
 def separation(probe: Probe, texts: Texts, w_dec: Tensor) -> tuple[Tensor, Tensor]:
     """(mean over positives - mean over negatives of f_j, w . d_j), each [F]: their product is a latent's part in the probe's separation."""
     w_dec, weight = alike(w_dec, probe.weight)

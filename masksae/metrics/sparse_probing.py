@@ -47,11 +47,9 @@ class ProbeScore:
 
 @dataclass(frozen=True)
 class SparseProbing:
-    """Scores by k, and the latents in the order of their rank."""
+    """Scores by k."""
 
     scores: dict[int, ProbeScore]
-    latents: tuple[int, ...]
-    """The first max(k) of the ranking."""
 
     def to_dict(self) -> dict:
         return {str(k): score.to_dict() for k, score in self.scores.items()}
@@ -144,27 +142,20 @@ def sparse_probing(
         )
         for k in ks
     }  # fmt: skip
-    return SparseProbing(scores, tuple(order.tolist()))
+    return SparseProbing(scores)
 
 
-def split(
-    prompts: list[str], y: Tensor, *, train: int, test: int | None = None, seed: int = 42, deduplicate: bool = True
-):
-    """Row numbers (train, test) of a task: as many positives as negatives in both, in random order; each prompt once.
+def split(prompts: list[str], y: Tensor, *, train: int, test: int | None = None, seed: int = 42):
+    """Row numbers (train, test) of a task: as many positives as negatives in both, in random order; each prompt once, where sae-probes may
+    have the same text on both sides.
 
-    deduplicate  False keeps repeated prompts, as sae-probes does: then the same text may stand on both sides
-    test         at most so many rows; None: all that are left and balance
+    test  at most so many rows; None: all that are left and balance
 
     Raises DataError if a class has too few rows.
     """
     y = _labels(y, len(prompts))
-    rows = (
-        list(dict(zip(reversed(prompts), range(len(prompts) - 1, -1, -1))).values())[::-1]
-        if deduplicate
-        else range(len(y))
-    )
+    rows = np.asarray(list(dict(zip(reversed(prompts), range(len(prompts) - 1, -1, -1))).values())[::-1])
     generator = np.random.RandomState(seed)
-    rows = np.asarray(rows)
     shuffled = [generator.permutation(rows[(y[rows] == value).numpy()]) for value in (True, False)]
     fewest = min(map(len, shuffled))
     if fewest < train // 2 + 1:

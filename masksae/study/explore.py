@@ -1,3 +1,9 @@
+"""Look at one parent of an SAE: what it fires on, which words its main latents miss, and who absorbed those; notebook
+10.
+
+Scores say how often a parent is absorbed; a `Story` names the words and the absorbers, by the very rule of the score.
+"""
+
 import html
 from dataclasses import dataclass
 
@@ -10,7 +16,8 @@ from masksae.metrics.contexts import context_absorption
 from masksae.metrics.probes import first_letters, letter_probe
 from masksae.parallel import once
 from masksae.saes.sae import SAE, at_least_single
-from masksae.study.run import Run
+from masksae.study.inputs import Scored
+from masksae.study.report.tables import cells, to_html
 from masksae.study.scores.absorption import context_probes, context_sample, vocabulary, word_activations
 
 BEFORE, AFTER = 8, 4
@@ -29,8 +36,9 @@ class Story:
     tested: int
     """Test words with the parent."""
     missed: list[dict]
-    """Fully absorbed test words: the word, its absorber, the share of the parent's direction that the absorber carries, the absorber's
-    decoder cosine with that direction and with the first main latent, and on which share of all words it fires."""
+    """Fully absorbed test words: the word, its absorber, the share of the parent's direction that the absorber carries,
+    the absorber's decoder cosine with that direction and with the first main latent, and on which share of all words it
+    fires."""
     main_cosine: float
     """Decoder cosine of the first main latent with the parent's direction."""
 
@@ -38,7 +46,7 @@ class Story:
 class Explorer:
     """Looks at SAEs of a run's model; what does not depend on the SAE is computed once."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Scored):
         self.run = run
 
     def letter(self, sae: SAE, letter: str, threshold: float | None = None) -> Story:
@@ -52,17 +60,18 @@ class Explorer:
     def context(self, sae: SAE, parent: str, threshold: float | None = None) -> Story:
         """The parent "follows `parent`", on words of held-out text. Raises ConfigError for a parent without a probe."""
         x, probes, texts = self._contexts
-        found = next((probe for probe in probes if probe.name == parent), None)
-        if found is None:
+        probe = next((probe for probe in probes if probe.name == parent), None)
+        if probe is None:
             raise ConfigError(f"There is no parent {parent!r} here.{nearest(parent, [probe.name for probe in probes])}")
-        metric = context_absorption(sae, x, [found], min_parents=1, threshold=threshold)
-        names = [texts[i] for i in found.rows.tolist()]
-        sample = (x[found.rows], names, found.positive, found.is_test, found.weight)
+        metric = context_absorption(sae, x, [probe], min_parents=1, threshold=threshold)
+        names = [texts[i] for i in probe.rows.tolist()]
+        sample = (x[probe.rows], names, probe.positive, probe.is_test, probe.weight)
         return _story(f"follows {parent}", sae, _of(metric, parent), *sample, threshold=threshold)
 
     def top_contexts(self, sae: SAE, latent: int, n: int = 5, threshold: float | None = None) -> str:
-        """HTML: the places in held-out text where a latent fires most, at most one a block, tokens shaded by how strongly it fires."""
-        ids = self.run.ids("held_out")[:, 0 if self.run.bos_id is None else 1 :]
+        """HTML: the places in held-out text where a latent fires most, at most one a block, tokens shaded by how
+        strongly it fires."""
+        ids = self.run.ids("held_out")[:, len(self.run.start) :]
         fires = torch.cat(
             [sae.encode(part.to(sae.device), threshold)[:, latent].cpu() for part in self.run.held_out.split(4096)]
         ).view(ids.shape)
@@ -92,10 +101,10 @@ class Explorer:
 
 def _of(result: AbsorptionResult, name: str) -> LetterResult:
     """One parent of a result. Raises ConfigError if it did not pass the probe gate."""
-    found = next((letter for letter in result.letters if letter.letter == name), None)
-    if found is None:
+    passed = next((letter for letter in result.letters if letter.letter == name), None)
+    if passed is None:
         raise ConfigError(f"{name!r} does not pass the probe gate here. Left out: {', '.join(result.excluded)}.")
-    return found
+    return passed
 
 
 @torch.no_grad()
@@ -144,14 +153,16 @@ def side_by_side(columns: dict[str, str]) -> str:
 
 def story_html(story: Story, rows: int = 8) -> str:
     """HTML: one line about the main latents, and the words they miss with who absorbed them."""
-    import pandas as pd
-
     share = len(story.missed) / max(1, story.tested)
-    head = (
-        f"<p>{html.escape(story.parent)}: main latents {', '.join(map(str, story.main))} (F1 {story.f1:.2f}, decoder cosine "
-        f"with the parent {story.main_cosine:.2f}); {len(story.missed)} of {story.tested} test words absorbed ({share:.0%})</p>"
-    )
+    told = f"F1 {story.f1:.2f}, decoder cosine with the parent {story.main_cosine:.2f}"
+    main = f"main latents {', '.join(map(str, story.main))} ({told})"
+    missed = f"{len(story.missed)} of {story.tested} test words absorbed ({share:.0%})"
+    head = f"<p>{html.escape(story.parent)}: {main}; {missed}</p>"
     if not story.missed:
         return head
-    table = pd.DataFrame(story.missed).sort_values("share", ascending=False).head(rows)
-    return head + table.to_html(index=False, border=0, float_format="{:.2f}".format)
+    table = sorted(story.missed, key=lambda row: row["share"], reverse=True)[:rows]
+    return head + to_html(cells(table, form=_two_digits))
+
+
+def _two_digits(value) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

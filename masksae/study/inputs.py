@@ -1,15 +1,20 @@
-"""What the SAEs of a profile are made of and scored on: model, text, masks, activations; and where results and pictures go.
+"""What the SAEs of a profile are made of and scored on: model, text, masks, activations; and where results and pictures
+go.
 
-Each part is made on first use and kept in the user's cache under an id that covers its configuration, the content of the files that
-the profile names, and the code that makes it, so a notebook may be run alone, again, or after a crash.
+Each part is made on first use and kept in the user's cache under an id that covers its configuration, the content of
+the files that the profile names, and the code that makes it, so a notebook may be run alone, again, or after a crash.
 """
 
 import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 
 from torch import Tensor
 
-from masksae import cache, jobs
+from masksae import activations, cache, jobs, masking, tracing
+from masksae.data import blocks, models, texts
 from masksae.errors import DataError
 from masksae.files import cache_dir, ensure_writable, read_json, repository, run_id, write_json
 from masksae.parallel import once
@@ -29,23 +34,29 @@ WRITES = {
 }
 """Results of each notebook."""
 
+KINDS = ("results", "figures", "build")
+"""Folders of a project, in each one for every profile: small JSON, pictures, and what can be made again."""
+
 
 class Inputs:
-    """One profile's model, text and activations, and its folders `results`, `figures`, `build`."""
+    """One profile's model, text and activations, and its folders `results`, `figures`, `build`.
 
-    def __init__(self, profile="smoke"):
+    out  one folder for all three; None: results/, figures/ and build/ of the project, each by the profile's name
+
+    Raises ConfigError for a profile that cannot be used, OutputError for a folder that cannot be written.
+    """
+
+    def __init__(self, profile="smoke", out=None):
         self.profile, self.source = load_profile(profile), str(profile)
-        root, name = repository(), self.profile.name
-        self.results, self.figures, self.build = (root / kind / name for kind in ("results", "figures", "build"))
-        for folder in (self.results, self.figures, self.build):
-            ensure_writable(folder)
+        folders = [repository() / kind / self.profile.name for kind in KINDS] if out is None else [out] * 3
+        self.results, self.figures, self.build = map(ensure_writable, folders)
 
-    def save_result(self, name: str, value) -> None:
-        """Write results/<profile>/NAME.json."""
-        write_json(self.results / f"{name}.json", value)
+    def save_result(self, name: str, value) -> Path:
+        """Write NAME.json into `results`."""
+        return write_json(self.results / f"{name}.json", value)
 
     def result(self, name: str):
-        """Read results/<profile>/NAME.json. Raises DataError with the remedy if it is not there."""
+        """Read NAME.json from `results`. Raises DataError with the remedy if it is not there."""
         path = self.results / f"{name}.json"
         if not path.exists():
             notebook = next((notebook for notebook, names in WRITES.items() if name in names), "that writes it")
@@ -64,7 +75,8 @@ class Inputs:
         return [[section.model_dump(mode="json"), cache.contents(section.named_data)] for section in sections]
 
     def scratch(self, kind: str, key, make) -> dict[str, Tensor]:
-        """Tensors of the model that `make()` gives, kept under an id of the model, of `key` and of the code that `make` reaches."""
+        """Tensors of the model that `make()` gives, kept under an id of the model, of `key` and of the code that `make`
+        reaches."""
         return cache.kept_tensors(kind, [self.identity(self.profile.model), key, cache.code_of(make)], make)
 
     @once
@@ -75,39 +87,37 @@ class Inputs:
     @once
     def language_model(self):
         """The model with its tokenizer; it has the block that the profile names."""
-        from masksae.data.models import load_model
-        from masksae.tracing import hook_point
-
-        loaded = load_model(self.profile.model.source, device=self.device, dtype=self.profile.model.dtype)
-        hook_point(loaded.model, self.profile.model.block)
+        loaded = models.load_model(self.profile.model.source, device=self.device, dtype=self.profile.model.dtype)
+        tracing.hook_point(loaded.model, self.profile.model.block)
         return loaded
 
     @once
     def width(self) -> int:
         """Of the activations at the hook point."""
-        from masksae.tracing import hook_width
-
-        return hook_width(self.language_model.model, self.profile.model.block)
+        return tracing.hook_width(self.language_model.model, self.profile.model.block)
 
     @once
     def bos_id(self) -> int | None:
         """Id of the token that starts every block, or None."""
-        from masksae.data.models import token_id
-
         text, tokenizer = self.profile.model.bos_token, self.language_model.tokenizer
         if text is None and tokenizer.bos_token is not None:
             print(
-                f"masksae: the tokenizer has a BOS token, {tokenizer.bos_token}, and the profile names none in model.bos_token. The first position of a block is "
-                "often an attention sink of many times the usual norm; without a BOS it is a word, and it is trained on.",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-        return None if text is None else token_id(tokenizer, text)
+                f"masksae: the tokenizer has a BOS token, {tokenizer.bos_token}, and the profile names none in "
+                "model.bos_token. The first position of a block is often an attention sink of many times the usual norm; "
+                "without a BOS it is a word, and it is trained on.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return None if text is None else models.token_id(tokenizer, text)
+
+    @property
+    def start(self) -> list[int]:
+        """Ids that every block starts with, [BOS] or []; their own activations are never used."""
+        return [] if self.bos_id is None else [self.bos_id]
 
     @once
     def blocks(self) -> dict:
         """`datasets.Dataset`s of token blocks: train, held_out, and contexts, which is more held-out text."""
-        from masksae.data import blocks, texts
-
         text, contexts = self.profile.text, self.profile.contexts.tokens
         streamed = any(source.startswith("hub:") for source in text.sources)
         code = cache.code_id("data.blocks", "data.texts", "data.models")
@@ -126,49 +136,47 @@ class Inputs:
 
     def ids(self, split: str, part: slice = slice(None)) -> Tensor:
         """Token blocks int64 [n, block_length]."""
-        from masksae.data.blocks import Blocks
-
-        return Blocks(self.blocks[split])[part]
+        return blocks.Blocks(self.blocks[split])[part]
 
     def replacement(self, arm: Arm) -> dict:
         """What stands at an arm's masked positions, as keywords of `mask_tokens`."""
-        from masksae.data.models import token_id
-
         if arm.token not in ("rare", "random"):
-            return {"token_id": token_id(self.language_model.tokenizer, arm.token or self.profile.model.mask_token)}
-        text = self.ids("train")[:, 0 if self.bos_id is None else 1 :].flatten()
+            return {
+                "token_id": models.token_id(self.language_model.tokenizer, arm.token or self.profile.model.mask_token)
+            }
+        text = self.ids("train")[:, len(self.start) :].flatten()
         if arm.token == "random":
             return {"token_id": 0, "replacements": text}
-        found, counts = text.unique(return_counts=True)
-        return {"token_id": found[counts.argmin()].item()}
+        tokens, counts = text.unique(return_counts=True)
+        return {"token_id": tokens[counts.argmin()].item()}
 
     def corrupt(self, arm: Arm, ids: Tensor, pair: int = 0) -> tuple[Tensor, Tensor]:
         """Blocks as an arm's model sees them in one of its pairs, and where they are masked."""
-        from masksae.masking import mask_tokens
-
-        spare = () if self.bos_id is None else (self.bos_id,)
-        return mask_tokens(ids, p=arm.p, seed=arm.mask_seed(pair), spare=spare, **self.replacement(arm))
+        return masking.mask_tokens(ids, p=arm.p, seed=arm.mask_seed(pair), spare=self.start, **self.replacement(arm))
 
     def activations(self, ids: Tensor, label: str | None = None) -> Tensor:
         """Residual stream [tokens, d] at the hook point, BOS left out."""
-        from masksae.tracing import activations
-
-        first = 0 if self.bos_id is None else 1
-        x = activations(self.language_model.model, ids, block=self.profile.model.block, label=label)[:, first:]
-        return x.reshape(-1, x.shape[-1])
+        x = tracing.activations(self.language_model.model, ids, block=self.profile.model.block, label=label)
+        return x[:, len(self.start) :].reshape(-1, x.shape[-1])
 
     def stream(self, arm: Arm, pair: int = 0):
         """Training activations of an arm with the masks of one of its pairs."""
-        from masksae.activations import from_model
-        from masksae.data.blocks import Blocks
-
         training = self.profile.training
         scratch = self.stream_folder(arm, pair) if training.epochs > 1 else None
-        stream = from_model(
-            self.language_model, Blocks(self.blocks["train"]), block=self.profile.model.block, p=arm.p, mask_seed=arm.mask_seed(pair),
-            bos_id=self.bos_id, batch_size=training.batch_size, seed=self.profile.text.seed, pool_tokens=training.pool_tokens,
-            scratch=scratch, share=arm.tokens, **self.replacement(arm),
-        )  # fmt: skip
+        stream = activations.from_model(
+            self.language_model,
+            blocks.Blocks(self.blocks["train"]),
+            block=self.profile.model.block,
+            p=arm.p,
+            mask_seed=arm.mask_seed(pair),
+            bos_id=self.bos_id,
+            batch_size=training.batch_size,
+            seed=self.profile.text.seed,
+            pool_tokens=training.pool_tokens,
+            scratch=scratch,
+            share=arm.tokens,
+            **self.replacement(arm),
+        )
         return stream.with_targets(self.stream(Arm(name="clean", p=0, tokens=arm.tokens))) if arm.denoise else stream
 
     def stream_id(self, arm: Arm, pair: int = 0) -> str:
@@ -190,3 +198,26 @@ class Inputs:
 
     def _held_out(self) -> dict[str, Tensor]:
         return {"x": self.activations(self.ids("held_out"), label="held-out activations")}
+
+
+class Scored(Inputs, ABC):
+    """Inputs with SAEs to score on them: what the functions of `masksae.study.scores` take. A `Run` is one, an `OwnSAE`
+    another."""
+
+    @property
+    @abstractmethod
+    def table(self) -> list[dict]:
+        """One row per SAE, without scores: sae (its name), arm, p, grid, k, seed, architecture."""
+
+    @abstractmethod
+    def load_saes(self) -> dict:
+        """`SAE`s by name."""
+
+    @abstractmethod
+    def latents_of(self, row: dict) -> int:
+        """Size of the dictionary of a row's SAE."""
+
+    @abstractmethod
+    def rows(self, kind: str, section: Section, make: Callable[[], list[dict]]) -> list[dict]:
+        """Score rows that `make()` gives, kept under an id of the SAEs, of a section of the profile and of the code
+        that `make` reaches."""

@@ -1,3 +1,10 @@
+"""Somebody's own SAE in a run's place: `sae = OwnSAE("laptop", "MY_SAE", out="report")`, then `evaluate(sae,
+["absorption"])`.
+
+The profile says whose activations the SAE reads and on which text and tasks it is scored; it is scored by the very
+functions that score a run's SAEs, as trained and at matched clean L0. Nothing is trained here.
+"""
+
 import hashlib
 import sys
 from pathlib import Path
@@ -7,19 +14,29 @@ import torch
 from masksae import cache
 from masksae.errors import ConfigError, MasksaeError, OutputError, nearest
 from masksae.export import load_sae
-from masksae.files import ensure_writable, write_json
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import once
 from masksae.saes.sae import SAE
-from masksae.study.profile import load_profile
-from masksae.study.run import Run
+from masksae.study.inputs import Scored
+from masksae.study.scores.absorption import absorption_scores, context_scores
+from masksae.study.scores.perturbation import concept_scores
+from masksae.study.scores.probing import ood_scores, probing_scores
+from masksae.study.scores.reconstruction import reconstruction_scores
 
-METRICS = ("reconstruction", "absorption", "contexts", "probing", "ood", "perturbation")
+SCORERS = {
+    "reconstruction": reconstruction_scores,
+    "absorption": absorption_scores,
+    "contexts": context_scores,
+    "probing": probing_scores,
+    "ood": ood_scores,
+    "perturbation": concept_scores,
+}
+METRICS = tuple(SCORERS)
 """What can be scored, in the order of the notebooks."""
 
 
-class Guest(Run):
-    """A profile with one SAE from a folder.
+class OwnSAE(Scored):
+    """A profile's inputs with one SAE from a folder.
 
     name  what it is called; None: the folder's name
     l0    matched clean L0; None: the SAE's own k or target, or else the L0 that it has
@@ -29,13 +46,13 @@ class Guest(Run):
     """
 
     def __init__(self, profile, folder, *, out, name: str | None = None, l0: float | None = None):
-        self.profile, self.source, self.folder = load_profile(profile), str(profile), Path(folder)
-        self.name, self._l0 = name or self.folder.resolve().name, l0
-        self.sae = load_sae(self.folder)
-        self.results = self.figures = self.build = ensure_writable(out)
+        self.folder, self.sae, self._l0 = Path(folder), load_sae(folder), l0
+        self.name = name or self.folder.resolve().name
+        super().__init__(profile, out)
         if self.sae.config.d_model != self.width:
             raise ConfigError(
-                f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has {self.width}. Name the profile of its model."
+                f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has "
+                f"{self.width}. Name the profile of its model."
             )
         self._check_l0()
         self.sae.to(self.device)
@@ -57,7 +74,8 @@ class Guest(Run):
         return self._l0 or self.sae.config.selection.goal or round(reconstruction(self.sae, self.held_out).l0, 1)
 
     def check_reach(self) -> None:
-        """If no threshold gives clean L0 = k: ConfigError if that k was asked for, a line on stderr if it is the SAE's own."""
+        """If no threshold gives clean L0 = k: ConfigError if that k was asked for, a line on stderr if it is the SAE's
+        own."""
         if self.sae.config.selection.keeps_k_per_token:
             return
         threshold = calibrated_threshold(self.sae, self.held_out, self.k)
@@ -70,79 +88,58 @@ class Guest(Run):
 
     @property
     def table(self) -> list[dict]:
-        """Its one row."""
         row = {"sae": self.name, "arm": self.name, "p": 0.0, "grid": self.name, "k": self.k, "seed": 0}
         return [row | {"architecture": self.sae.config.architecture}]
 
-    def load_saes(self, arms=None) -> dict[str, SAE]:
+    def load_saes(self) -> dict[str, SAE]:
         return {self.name: self.sae}
 
     def latents_of(self, row: dict) -> int:
         return self.sae.config.n_latents
 
     def rows(self, kind: str, section, make) -> list[dict]:
-        """As of a run, under an id of the weights."""
+        made_of = self.identity(self.profile.model, self.profile.text, section)
+        key = [self.table, self.sae.config.to_dict(), self._weights_id(), made_of, cache.code_of(make)]
+        return cache.kept_rows(f"own-{kind}", key, make)
+
+    def _weights_id(self) -> str:
         digest = hashlib.sha256()
         for name, value in sorted(self.sae.state_dict().items()):
             digest.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        made_of = self.identity(self.profile.model, self.profile.text, section)
-        key = [self.table, self.sae.config.to_dict(), digest.hexdigest(), made_of, cache.code_of(make)]
-        return cache.kept_rows(f"guest-{kind}", key, make)
+        return digest.hexdigest()
 
 
-def evaluate(guest: Guest, metrics: list[str]) -> dict[str, list[dict]]:
-    """Rows of each metric, as trained and at matched clean L0, each written to `NAME.json` in the guest's folder as it comes.
+def evaluate(own: OwnSAE, metrics: list[str]) -> dict[str, list[dict]]:
+    """Rows of each metric, as trained and at matched clean L0, each written to `NAME.json` in the SAE's `results` as it
+    comes.
 
     A metric that cannot be taken has one row, {"sae": name, "failed": why}, and the others are taken all the same.
     Raises ConfigError for an unknown metric, and the first reason if no metric can be taken.
     """
-    from masksae.study.scores import absorption, perturbation, probing, reconstruction
-
-    scorers = {
-        "reconstruction": reconstruction.reconstruction_scores,
-        "absorption": absorption.absorption_scores,
-        "contexts": absorption.context_scores,
-        "probing": probing.probing_scores,
-        "ood": probing.ood_scores,
-        "perturbation": perturbation.concept_scores,
-    }
     for metric in metrics:
-        if metric not in scorers:
+        if metric not in SCORERS:
             raise ConfigError(f"There is no metric {metric!r}.{nearest(metric, METRICS)}")
-    guest.check_reach()
-    found, errors = {}, []
-    for metric in METRICS:
-        if metric in metrics:
-            try:
-                found[metric] = scorers[metric](guest)
-            except OutputError:
-                raise
-            except MasksaeError as error:
-                errors.append(error)
-                found[metric] = [{"sae": guest.name, "failed": str(error)}]
-                print(f"masksae: {metric} cannot be taken: {error}", file=sys.stderr, flush=True)
-            write_json(guest.results / f"{metric}.json", found[metric])
-    if len(errors) == len(found):
+    own.check_reach()
+    scores, errors = {}, []
+    for metric in (each for each in METRICS if each in metrics):
+        try:
+            scores[metric] = SCORERS[metric](own)
+        except OutputError:
+            raise
+        except MasksaeError as error:
+            errors.append(error)
+            scores[metric] = [{"sae": own.name, "failed": str(error)}]
+            print(f"masksae: {metric} cannot be taken: {error}", file=sys.stderr, flush=True)
+        own.save_result(metric, scores[metric])
+    if len(errors) == len(scores):
         raise errors[0]
-    return found
+    return scores
 
 
-def failed(found: dict[str, list[dict]]) -> dict[str, str]:
+def failed(scores: dict[str, list[dict]]) -> dict[str, str]:
     """Why, for each metric of `evaluate` that could not be taken.
 
     >>> failed({"reconstruction": [{"sae": "a", "l0": 3}], "absorption": [{"sae": "a", "failed": "too few letters"}]})
     {'absorption': 'too few letters'}
     """
-    return {metric: rows[0]["failed"] for metric, rows in found.items() if rows and "failed" in rows[0]}
-
-
-def saebench(guest: Guest, found: dict[str, list[dict]]) -> list[Path]:
-    """Write the scores in SAEBench's schema, one file per evaluation and mode."""
-    from masksae.study.report.saebench import EVALUATIONS, result
-
-    written = []
-    for kind, (source, _) in EVALUATIONS.items():
-        for row in () if source in failed(found) else found.get(source, ()):
-            name = f"{row['sae']}-{row['mode']}_custom_sae_eval_results.json"
-            written.append(write_json(guest.results / "saebench" / kind / name, result(guest, kind, row)))
-    return written
+    return {metric: rows[0]["failed"] for metric, rows in scores.items() if rows and "failed" in rows[0]}

@@ -1,9 +1,10 @@
 """The SAEs of a profile as the notebooks call them: `run = Run("laptop")`, then `run.saes`.
 
-A pair is one draw of everything that is drawn: the SAE of each arm with the same seed has the same initial weights and the same order
-of the tokens, and the masks of the masked arms are drawn from that seed too. Two pairs share nothing but the text. So the SAEs of an
-arm without masks are trained together on one activation stream, those of a masked arm pair by pair. Each such group is kept under an id
-of all that it is made of; what is finished is read back, what is missing is trained.
+A pair is one draw of everything that is drawn: the SAE of each arm with the same seed has the same initial weights and
+the same order of the tokens, and the masks of the masked arms are drawn from that seed too. Two pairs share nothing but
+the text. So the SAEs of an arm without masks are trained together on one activation stream, those of a masked arm pair
+by pair. Each such group is kept under an id of all that it is made of; what is finished is read back, what is missing
+is trained.
 """
 
 import shutil
@@ -18,7 +19,7 @@ from masksae.errors import DataError
 from masksae.files import ANYTHING, atomic_dir, cache_dir, ensure_writable, read_json, run_id, write_json
 from masksae.parallel import once
 from masksae.saes.sae import SAE
-from masksae.study.inputs import Inputs
+from masksae.study.inputs import Scored
 from masksae.study.profile import Arm, Grid
 from masksae.study.sections import Section
 from masksae.training import logs
@@ -40,12 +41,13 @@ class Group:
         return self.arm.name if self.pair is None else f"{self.arm.name}-s{self.pair}"
 
 
-class Run(Inputs):
+class Run(Scored):
     """One profile at work: its inputs, and the groups of SAEs trained on them."""
 
     @once
     def saes(self) -> dict[str, SAE]:
-        """Trained SAEs by name, such as "masked-matryoshka20-s0", ablations too; trains the groups that are not finished."""
+        """Trained SAEs by name, such as "masked-matryoshka20-s0", ablations too; trains the groups that are not
+        finished."""
         missing = [group for group in self.groups(self.arms) if not (self.folder_of(group) / "saes").exists()]
         if missing and jobs.executor()[0] != "inline":
             self.blocks  # made once, before several jobs want them
@@ -90,7 +92,6 @@ class Run(Inputs):
 
     @property
     def table(self) -> list[dict]:
-        """One row per SAE of the arms: what it is, without scores."""
         return self.rows_of(self.profile.arms)
 
     def rows_of(self, arms: list[Arm]) -> list[dict]:
@@ -103,7 +104,6 @@ class Run(Inputs):
         ]
 
     def latents_of(self, row: dict) -> int:
-        """Size of the dictionary of a row's SAE."""
         return next(grid.n_latents for grid in self.profile.grids if grid.name == row["grid"])
 
     def id_of(self, group: Group) -> str:
@@ -141,8 +141,8 @@ class Run(Inputs):
         drop, stream = arm.drop_masked or arm.denoise, self.stream(arm, group.pair or 0)
         configs = [grid.config(self.width, seed, drop) for _, grid, seed in group.members]
         config = training.config(training.epochs * stream.batches_per_epoch)
-        done = f"{group.name}: {len(configs)} SAEs, {config.steps} steps of {training.batch_size} tokens"
-        print(done, file=sys.stderr, flush=True)
+        told = f"{group.name}: {len(configs)} SAEs, {config.steps} steps of {training.batch_size} tokens"
+        print(told, file=sys.stderr, flush=True)
         log = logs.chosen(folder, [name for name, _, _ in group.members])
         return train(configs, stream, config, checkpoint_dir=folder, device=self.device, log=log)
 
@@ -157,35 +157,33 @@ class Run(Inputs):
         return self.build / "saes" / f"{arm.name}.json"
 
     def load_saes(self, arms: list[Arm] | None = None) -> dict[str, SAE]:
-        """Trained SAEs by name out of build/, those of the arms or of the arms given. Raises DataError if they are not there, or were made
-        of something else than the profile, its files and the code now say."""
-        found = {}
+        """Trained SAEs by name out of build/, those of the arms or of the arms given. Raises DataError if they are not
+        there, or were made of something else than the profile, its files and the code now say."""
+        saes = {}
         for arm in self.profile.arms if arms is None else arms:
             folder = self.build / "saes" / arm.name
             made_of = read_json(self._made_of(arm)) if self._made_of(arm).exists() else None
             if made_of != {group.name: self.id_of(group) for group in self.groups([arm])}:
-                what = (
-                    "is missing"
-                    if made_of is None
-                    else "was made of another configuration, other files or by other code"
-                )
+                other = "was made of another configuration, other files or by other code"
                 raise DataError(
-                    f"{folder} {what}. {self.remedy('02_train')} Or `run.saes` here: it trains what is missing."
+                    f"{folder} {'is missing' if made_of is None else other}. {self.remedy('02_train')} "
+                    "Or `run.saes` here: it trains what is missing."
                 )
-            found |= {name: SAE.load(folder / name, device=self.device) for name, _, _ in self.members(arm)}
-        return found
+            saes |= {name: SAE.load(folder / name, device=self.device) for name, _, _ in self.members(arm)}
+        return saes
 
     def snapshots(self, arm: Arm) -> dict[int, dict[str, SAE]]:
-        """SAEs of the first grid by step and name, the finished ones too; a group whose scratch was deleted is trained again."""
-        first, found = self.profile.grids[0].name, {}
+        """SAEs of the first grid by step and name, the finished ones too; a group whose scratch was deleted is trained
+        again."""
+        first, by_step = self.profile.grids[0].name, {}
         finished = self.load_saes([arm])
         for group in self.groups([arm]):
             saes = [finished[name] for name, _, _ in group.members]
             last = saes[0].history[-1]["step"] + 1
             for step, members in (self._snapshots(group, last) | {last: saes}).items():
                 named = {name: sae for (name, grid, _), sae in zip(group.members, members) if grid.name == first}
-                found.setdefault(step, {}).update(named)
-        return found
+                by_step.setdefault(step, {}).update(named)
+        return by_step
 
     def _snapshots(self, group: Group, last: int) -> dict[int, list[SAE]]:
         """The SAEs of a group by step, without the last."""
@@ -198,7 +196,6 @@ class Run(Inputs):
         return kept
 
     def rows(self, kind: str, section: Section, make) -> list[dict]:
-        """Score rows that `make()` gives, kept under an id of the SAEs, of a section of the profile and of the code that `make` reaches."""
         key = [self.table, self.ids_of(self.profile.arms), self.identity(section), cache.code_of(make)]
         return cache.kept_rows(kind, key, make)
 

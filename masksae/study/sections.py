@@ -1,4 +1,5 @@
-"""The sections of a profile: every number of a run with its meaning, checked as it is read; first what is trained, then how it is scored.
+"""The sections of a profile: every number of a run with its meaning, checked as it is read; first what is trained, then
+how it is scored.
 
 Unknown keys and wrong types are refused; `masksae.study.profile` turns the refusals into one line each.
 """
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from masksae.errors import nearest
 from masksae.saes.config import AuxK, SAEConfig
 from masksae.saes.rules import SELECTIONS, Selection, snake_case
+from masksae.training.config import TrainConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -26,7 +28,8 @@ class Section(BaseModel):
 
     @property
     def named_data(self) -> list[str]:
-        """Names of models, texts and tasks in this section: what they stand for belongs to the results as much as the names do."""
+        """Names of models, texts and tasks in this section: what they stand for belongs to the results as much as the
+        names do."""
         return []
 
 
@@ -36,12 +39,13 @@ class Model(Section):
     source: str
     """A name of `masksae.data.texts`, `hub:owner/name[@revision]`, a folder, or a .gguf file."""
     block: Annotated[int, Field(ge=0)] | str
-    """Hook point: the residual stream after this block, counted from 0; or the path of any module that gives [batch, tokens, width], such as
-    "model.layers.9.mlp"."""
+    """Hook point: the residual stream after this block, counted from 0; or the path of any module that gives [batch,
+    tokens, width], such as "model.layers.9.mlp"."""
     mask_token: str
     """Text of the special token that replaces masked tokens."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of its weights and activations; bfloat16 halves the memory and suits GPUs, and is slow on most CPUs."""
+    """Number format of its weights and activations; bfloat16 halves the memory and suits GPUs, and is slow on most
+    CPUs."""
     bos_token: str | None = None
     """Text of the token that starts every block; its own activations are never used. None: no such token."""
 
@@ -52,8 +56,10 @@ class Model(Section):
     @property
     def layer(self) -> int | None:
         """Number of the block that the hook point is, or lies in; None if its path names no block."""
-        found = re.search(r"\.(\d+)(\.|$)", str(self.block))
-        return self.block if isinstance(self.block, int) else int(found[1]) if found else None
+        if isinstance(self.block, int):
+            return self.block
+        number = re.search(r"\.(\d+)(\.|$)", self.block)
+        return int(number[1]) if number else None
 
     @property
     def hook_name(self) -> str:
@@ -110,8 +116,8 @@ class Arm(Section):
     seed: Seed = 0
     """Of the masks, beside the seed of the pair: arms of one seed mask the same tokens."""
     token: str | None = None
-    """Text of the token that replaces; None: the model's mask_token; "rare": the rarest token of the training text; "random": for each position
-    a token drawn by its frequency there."""
+    """Text of the token that replaces; None: the model's mask_token; "rare": the rarest token of the training text;
+    "random": for each position a token drawn by its frequency there."""
     drop_masked: bool = False
     """Train on ordinary positions only."""
     denoise: bool = False
@@ -145,13 +151,11 @@ class Training(Section):
     pool_tokens: Positive = 131_072
     """Tokens that are shuffled together."""
     snapshots: list[Positive] = []
-    """Steps at which the SAEs are also kept, each after a learning-rate decay of its own: absorption along training (notebook 04). Those
-    that an arm does not reach are left out."""
+    """Steps at which the SAEs are also kept, each after a learning-rate decay of its own: absorption along training
+    (notebook 04). Those that an arm does not reach are left out."""
 
-    def config(self, steps: int):
+    def config(self, steps: int) -> TrainConfig:
         """The `TrainConfig` of a run of so many steps; what is None follows them."""
-        from masksae.training.config import TrainConfig
-
         shared = self.model_dump(exclude={"epochs", "batch_size", "pool_tokens", "snapshots"})
         shared["snapshots"] = tuple(n for n in self.snapshots if n < steps)
         seldom = {"checkpoint_every": max(200, steps // 100), "log_every": max(20, steps // 1000)}
@@ -312,10 +316,11 @@ class Probing(Section):
     """Sparse probing of labelled texts, and the same under a shift of their distribution."""
 
     tasks: Annotated[list[str], Field(min_length=1)] = TASKS
-    """Binary tasks of `sae-probes` by name, `hub:...`, or files with the columns prompt and target; [all]: every binary task of `sae-probes`,
-    those with too few rows left out by name."""
+    """Binary tasks of `sae-probes` by name, `hub:...`, or files with the columns prompt and target; [all]: every binary
+    task of `sae-probes`, those with too few rows left out by name."""
     shifted: Annotated[list[str], Field(min_length=1)] = SHIFTED
-    """Shifts of the test texts, as in `masksae.data.tasks`: "NAME_OOD", "TASK -> TABLE", "TASK -> typos", "TASK -> upper case"."""
+    """Shifts of the test texts, as in `masksae.data.tasks`: "NAME_OOD", "TASK -> TABLE", "TASK -> typos", "TASK ->
+    upper case"."""
     train: Positive = 600
     """Training rows of a task, half of them positives."""
     test: Positive = 400
@@ -337,8 +342,8 @@ class Perturbation(Section):
     """Texts averaged over tokens: SAEBench's k-sparse probing, and ablation of concepts (TPP, SCR)."""
 
     groups: Annotated[dict[str, Annotated[list[str], Field(min_length=3)]], Field(min_length=1)] = {"news": NEWS}
-    """Tasks, by name of the group, whose positives are classes that exclude one another; three at least, since of two each is the other's
-    mirror image and nothing could hit one alone."""
+    """Tasks, by name of the group, whose positives are classes that exclude one another; three at least, since of two
+    each is the other's mirror image and nothing could hit one alone."""
     pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
     """[wanted, spurious]: tasks with common prompts."""
     train: Positive = 200
@@ -359,8 +364,8 @@ class Perturbation(Section):
 
 
 class Simulation(Section):
-    """The world with known features (notebook 00). No model is in it, so what it says is the same for every profile: the
-    defaults are few worlds, made in seconds and kept for all profiles; the shipped profiles state more."""
+    """The world with known features (notebook 00). No model is in it, so what it says is the same for every profile:
+    the defaults are few worlds, made in seconds and kept for all profiles; the shipped profiles state more."""
 
     seeds: Positive = 2
     """Worlds; each with an SAE in every cell."""

@@ -1,4 +1,4 @@
-"""Pictures of the simulated world; the look is that of `masksae.study.figures.style`."""
+"""Pictures of notebook 00: absorption in the simulated world, against sparsity and in the plane of what was varied."""
 
 import pandas as pd
 
@@ -36,8 +36,8 @@ def t_critical(count):
 
 
 def draw_phases(effects: list[dict], p: float):
-    """Change of absorption by masking at matched clean L0, in the plane of k and p, and of k and width; bold where the 95 % interval
-    excludes 0."""
+    """Change of absorption by masking at matched clean L0, in the plane of k and p, and of k and width; bold where the
+    95 % interval excludes 0."""
     import matplotlib.pyplot as plt
 
     table = pd.DataFrame(effects)
@@ -57,15 +57,9 @@ def draw_phases(effects: list[dict], p: float):
                 clear = cell["low"] is not None and cell["low"] * cell["high"] > 0
                 place = list(shown.columns).index(cell["k"]), list(shown.index).index(cell[key])
                 dark = abs(cell["difference"]) > 0.45
-                style = dict(weight="bold" if clear else "normal", color="white" if dark else "black")
-                axis.text(
-                    *place,
-                    f"{cell['difference']:+.2f}".replace("-", "−"),
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    **style,
-                )
+                look = dict(weight="bold" if clear else "normal", color="white" if dark else "black")
+                text = f"{cell['difference']:+.2f}".replace("-", "−")
+                axis.text(*place, text, ha="center", va="center", fontsize=9, **look)
             axis.set(xticks=range(shown.shape[1]), xticklabels=[f"{k:g}" for k in shown.columns], ylabel=label)
             axis.set(yticks=range(len(shown)), yticklabels=[f"{v:g}" for v in shown.index], title=title)
     for axis in axes[-1]:

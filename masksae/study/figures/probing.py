@@ -1,11 +1,13 @@
+"""Pictures of notebooks 05 to 07: probes, task by task and in the mean, and the ablation of concepts."""
+
 import pandas as pd
 
 from masksae.study.figures.style import GREY, dots, palette
 
 
 def draw_probing(rows: list[dict], kind: str, score: str = "auc", raw: str = "raw_auc"):
-    """Mean AUC (or another score) over tasks at matched clean L0, one panel per k, one dot per SAE; the dashed line is the probe on raw
-    activations."""
+    """Mean AUC (or another score) over tasks at matched clean L0, one panel per k, one dot per SAE; the dashed line is
+    the probe on raw activations."""
     table = pd.DataFrame([row for row in rows if row["mode"] == "matched"])
     start, name = f"{kind}_{score}_", {"auc": "AUC"}.get(score, score)
     ks = [column.removeprefix(start) for column in table.columns if column.startswith(start)]
@@ -17,7 +19,8 @@ def draw_probing(rows: list[dict], kind: str, score: str = "auc", raw: str = "ra
 
 
 def draw_tasks(rows: list[dict], grid: str, k: int):
-    """AUC task by task at matched clean L0, one dot per SAE and arm, a bar for the probe on raw activations; hardest task below, other families on top."""
+    """AUC task by task at matched clean L0, one dot per SAE and arm, a bar for the probe on raw activations; hardest
+    task below, other families on top."""
     import matplotlib.pyplot as plt
 
     part = [row for row in rows if row["mode"] == "matched" and row["grid"] == grid]
@@ -32,13 +35,9 @@ def draw_tasks(rows: list[dict], grid: str, k: int):
     colours = palette(dict.fromkeys(row["arm"] for row in part))
     for place, (arm, colour) in enumerate(colours.items()):
         shift = (place - (len(colours) - 1) / 2) * 0.25
-        found = [
-            (t["auc"][str(k)], names.index(t["task"]) + shift)
-            for row in part
-            if row["arm"] == arm
-            for t in row["tasks"]
-        ]
-        axis.scatter(*zip(*found), s=14, color=colour, label=arm, alpha=0.8)
+        mine = [task for row in part if row["arm"] == arm for task in row["tasks"]]
+        places = [(task["auc"][str(k)], names.index(task["task"]) + shift) for task in mine]
+        axis.scatter(*zip(*places), s=14, color=colour, label=arm, alpha=0.8)
     axis.set(
         yticks=range(len(names)),
         yticklabels=[name.replace("_", " ") for name in names],
@@ -51,25 +50,22 @@ def draw_tasks(rows: list[dict], grid: str, k: int):
 
 
 def draw_perturbation(rows: list[dict], grid: str):
-    """TPP and SCR against the number of ablated latents, at matched clean L0: a thin line per SAE, a thick one for the mean of an arm."""
+    """TPP and SCR against the number of ablated latents, at matched clean L0: a thin line per SAE, a thick one for the
+    mean of an arm."""
     import matplotlib.pyplot as plt
 
     table = pd.DataFrame([row for row in rows if row["mode"] == "matched" and row["grid"] == grid])
-    kinds = {
-        "tpp": "TPP",
-        "tpp_intended": "fall of the own probe",
-        "tpp_unintended": "fall of the other probes",
-        "scr": "SCR",
-    }
+    kinds = {"tpp": "TPP", "tpp_intended": "fall of the own probe"}
+    kinds |= {"tpp_unintended": "fall of the other probes", "scr": "SCR"}
     columns = {kind: {int(c.rpartition("_")[2]): c for c in table if c.rpartition("_")[0] == kind} for kind in kinds}
-    columns = {kind: found for kind, found in columns.items() if found}
+    columns = {kind: by_n for kind, by_n in columns.items() if by_n}
     figure, axes = plt.subplots(1, len(columns), figsize=(3.4 * len(columns) + 1.2, 3.4), squeeze=False)
-    for axis, (kind, found) in zip(axes[0], columns.items()):
+    for axis, (kind, by_n) in zip(axes[0], columns.items()):
         for arm, colour in palette(dict.fromkeys(table["arm"])).items():
-            values = table.loc[table["arm"] == arm, list(found.values())]
-            axis.plot(list(found), values.T, color=colour, linewidth=0.7, alpha=0.5)
-            axis.plot(list(found), values.mean(), color=colour, linewidth=2.5, label=arm)
-        axis.set(xscale="log", xticks=list(found), xticklabels=list(found), title=kinds[kind], xlabel="ablated latents")
+            values = table.loc[table["arm"] == arm, list(by_n.values())]
+            axis.plot(list(by_n), values.T, color=colour, linewidth=0.7, alpha=0.5)
+            axis.plot(list(by_n), values.mean(), color=colour, linewidth=2.5, label=arm)
+        axis.set(xscale="log", xticks=list(by_n), xticklabels=list(by_n), title=kinds[kind], xlabel="ablated latents")
         axis.minorticks_off()
         axis.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
     axes[0, 0].set(ylabel="accuracy")

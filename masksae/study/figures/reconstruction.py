@@ -1,43 +1,8 @@
-"""Pictures of training and reconstruction, drawn from rows of results."""
-
-import html
+"""Pictures of notebooks 02 and 03: SAEs along training, and what they reconstruct."""
 
 import pandas as pd
 
-from masksae.study.figures.style import COLOURS, FAMILY, dots, palette
-
-
-def masked_text_html(tokenizer, ids, is_masked, tokens: int = 90) -> str:
-    """A block as the model sees it, masked positions marked; for display in a notebook."""
-    parts = []
-    for token, masked in list(zip(ids.tolist(), is_masked.tolist()))[:tokens]:
-        text = html.escape(tokenizer.decode([token])).replace("\n", "↵")
-        mark = (
-            f"background:{COLOURS['masked']};color:white;border-radius:3px;padding:0 2px;font-size:70%"
-            if masked
-            else ""
-        )
-        parts.append(f'<span style="{mark}">{text}</span>')
-    return f'<div style="line-height:1.7;max-width:48em">{"".join(parts)}</div>'
-
-
-def draw_norms(rows: list[dict]):
-    """Norm of the residual stream at ordinary and masked positions, per arm."""
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
-
-    figure, axis = plt.subplots(figsize=(7, 3.4))
-    table = pd.DataFrame(rows)
-    for (arm, masked), part in table.groupby(["arm", "masked"], sort=False):
-        label = f"{arm} arm, {'masked' if masked else 'ordinary'} positions"
-        look = dict(color=palette(table["arm"].unique())[arm], linewidth=2, linestyle="--" if masked else "-")
-        axis.ecdf(part["norm"], label=label, **look)
-    axis.set(xscale="log", xlabel="norm of the residual stream (log scale)", ylabel="share of positions below")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("")
-    axis.legend(loc="lower right")
-    return figure
+from masksae.study.figures.style import FAMILY, dots, palette
 
 
 def draw_training(histories: dict[str, tuple[str, str, list[dict]]]):
@@ -87,7 +52,8 @@ def draw_reconstruction(rows: list[dict]):
 
 
 def draw_family(rows: list[dict]):
-    """Unexplained variance (log scale, less is up) against clean L0, both as trained: a panel per arm, a line per architecture."""
+    """Unexplained variance (log scale, less is up) against clean L0, both as trained: a panel per arm, a line per
+    architecture."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 

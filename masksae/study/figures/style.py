@@ -1,14 +1,19 @@
-"""One look for all pictures: seaborn, a colour-blind safe pair for the arms, grey text on a transparent background so that print and dark
-pages both work, SVG and PNG without dates or random ids, so that the same results give the same bytes.
+"""One look for all pictures: seaborn, a colour-blind safe pair for the arms, grey text on a transparent background so
+that print and dark pages both work, SVG and PNG without dates or random ids, so that the same results give the same
+bytes.
 """
 
 from masksae.files import write_text
 
 COLOURS = {"unmasked": "#0072b2", "masked": "#d55e00"}
 
+"""Of the two arms of every profile."""
+
 OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7fff", "#5e5e5e", "#b2182b")
+"""Of further arms, in their order."""
 
 FAMILY = (*COLOURS.values(), *OTHER_COLOURS)
+"""Of what is no arm: architectures, sources of variance."""
 
 GREY = "#808080"
 
@@ -24,28 +29,17 @@ def style() -> None:
     import matplotlib
     import seaborn as sns
 
-    grey = {key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
-    sns.set_theme(
-        style="ticks", context="notebook", font="DejaVu Sans", rc={"axes.spines.top": False, "axes.spines.right": False}
-    )
-    matplotlib.rcParams.update(
-        grey
-        | {
-            "svg.hashsalt": "masksae",
-            "svg.fonttype": "path",
-            "figure.dpi": 110,
-            "figure.facecolor": "none",
-            "axes.facecolor": "none",
-            "savefig.facecolor": "none",
-            "legend.frameon": False,
-            "grid.color": GREY,
-        }
-    )
+    spines = {"axes.spines.top": False, "axes.spines.right": False}
+    sns.set_theme(style="ticks", context="notebook", font="DejaVu Sans", rc=spines)
+    greys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    fixed = {"svg.hashsalt": "masksae", "svg.fonttype": "path", "figure.dpi": 110, "legend.frameon": False}
+    matplotlib.rcParams.update(dict.fromkeys(greys, GREY) | dict.fromkeys(clear, "none") | fixed)
 
 
 def save_figure(run, name: str, figure, caption: str, *, simulated: bool = False) -> None:
-    """Write figures/<profile>/NAME.svg, .png and the caption as .txt, with the scale of the run unless it is simulated; the same figure
-    gives the same bytes."""
+    """Write figures/<profile>/NAME.svg, .png and the caption as .txt, with the scale of the run unless it is simulated;
+    the same figure gives the same bytes."""
     path = run.figures / name
     note = f"Profile {run.profile.name}." if simulated else scale_note(run.profile)
     write_text(path.with_suffix(".txt"), f"{caption} {note}\n")
@@ -63,7 +57,8 @@ def scale_note(profile) -> str:
 
 
 def dots(panels, share: bool = False, bottom=None, line=None):
-    """One dot per SAE against the grid, arms side by side, pairs of the same seed joined by a line; a dashed line at `line`."""
+    """One dot per SAE against the grid, arms side by side, pairs of the same seed joined by a line; a dashed line at
+    `line`."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(panels), figsize=(min(4.2 * len(panels), 13), 3.6), sharey=share, squeeze=False)

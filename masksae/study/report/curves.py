@@ -1,9 +1,12 @@
+"""What arms change along training: at equal steps, at equal clean explained variance, parent by parent; from rows of
+`along_scores`."""
+
 import math
 
 import numpy as np
 import pandas as pd
 
-from masksae.study.report.tables import baseline_arm, change, describe, treated_arms
+from masksae.study.report.effects import baseline_arm, change, describe, treated_arms
 from masksae.study.scores.curves import KINDS
 from masksae.study.stats import Effect, holm, interpolate, paired_effect, paired_effect_by_item
 
@@ -20,26 +23,26 @@ def effects(rows: list[dict]) -> list[dict]:
     """What each arm changes against the unmasked one, by kind of absorption and by what is held equal.
 
     equal "steps"  finished SAEs, paired by seed; intervals over seeds, and over seeds and parents
-    equal "EV"     against the unmasked SAE of the same seed stopped where its clean explained variance was that of the arm's finished SAE
-                   (linear between snapshots); only seeds whose curve reaches it
+    equal "EV"     against the unmasked SAE of the same seed stopped where its clean explained variance was that of the
+                   arm's finished SAE (linear between snapshots); only seeds whose curve reaches it
     kind "cross-token less same token"  how much more an arm changes the one kind than the other, by steps
     """
-    done, found = finished(rows), []
+    done, entries = finished(rows), []
     table = pd.DataFrame(done)
     base = {row["seed"]: row for row in done if row["arm"] == baseline_arm(table)}
     for arm in treated_arms(table):
         pairs = [(base[row["seed"]], row) for row in done if row["arm"] == arm]
         for kind, name in KINDS.items():
             entry = {"arm": arm, "kind": name}
-            found.append(entry | {"equal": "steps"} | _by_item(pairs, kind).to_dict())
+            entries.append(entry | {"equal": "steps"} | _by_item(pairs, kind).to_dict())
             curve = [(_at_ev(rows, a, kind, b["ev_centred"]), b[kind]) for a, b in pairs]
             curve = [pair for pair in curve if pair[0] is not None]
             if curve:
-                found.append(entry | {"equal": "EV"} | paired_effect(*zip(*curve)).to_dict())
+                entries.append(entry | {"equal": "EV"} | paired_effect(*zip(*curve)).to_dict())
         sides = [[row["contexts"] - row["letters"] for row in side] for side in zip(*pairs)]
         both = paired_effect(*sides).to_dict()
-        found.append({"arm": arm, "kind": "cross-token less same token", "equal": "steps"} | both)
-    return found
+        entries.append({"arm": arm, "kind": "cross-token less same token", "equal": "steps"} | both)
+    return entries
 
 
 def _by_item(pairs, kind: str) -> Effect:
@@ -56,25 +59,27 @@ def _at_ev(rows: list[dict], row: dict, kind: str, ev: float) -> float | None:
 
 
 def by_parent(rows: list[dict], arm: str, kind: str = "contexts") -> list[dict]:
-    """What an arm changes parent by parent, finished SAEs paired by seed, the clearest first; `p_holm` holds for all parents at once."""
+    """What an arm changes parent by parent, finished SAEs paired by seed, the clearest first; `p_holm` holds for all
+    parents at once."""
     done = finished(rows)
     base = {row["seed"]: row[f"{kind}_items"] for row in done if row["arm"] == baseline_arm(pd.DataFrame(done))}
     treated = {row["seed"]: row[f"{kind}_items"] for row in done if row["arm"] == arm}
-    found = {
+    effect_of = {
         parent: paired_effect([base[seed][parent] for seed in treated], [items[parent] for items in treated.values()])
         for parent in next(iter(base.values()))
     }
-    adjusted = holm({parent: e.p_value for parent, e in found.items() if e.p_value is not None})
+    adjusted = holm({parent: e.p_value for parent, e in effect_of.items() if e.p_value is not None})
     table = [
         {"arm": arm, "parent": parent, "effect": describe(e), "p": e.p_value, "p_holm": adjusted.get(parent)}
-        for parent, e in found.items()
+        for parent, e in effect_of.items()
     ]
     return sorted(table, key=lambda row: 1.0 if row["p"] is None else row["p"])
 
 
 def growth(rows: list[dict]) -> list[dict]:
-    """Whether the curves have levelled off: change of absorption over the last stretch of training, per arm and kind, paired by seed."""
-    found = []
+    """Whether the curves have levelled off: change of absorption over the last stretch of training, per arm and kind,
+    paired by seed."""
+    table = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         steps = sorted({row["step"] for row in rows if row["arm"] == arm})
         if len(steps) < 2:
@@ -85,39 +90,40 @@ def growth(rows: list[dict]) -> list[dict]:
         )
         for kind, name in KINDS.items():
             effect = paired_effect([row[kind] for row in before], [row[kind] for row in after])
-            found.append({"arm": arm, "kind": name, "from": steps[-2], "to": steps[-1], "change": describe(effect)})
-    return found
+            table.append({"arm": arm, "kind": name, "from": steps[-2], "to": steps[-1], "change": describe(effect)})
+    return table
 
 
 def quality(letters: list[dict], contexts: list[dict]) -> list[dict]:
-    """How good the main latents are whose silence counts as absorption: per kind, grid and arm at matched clean L0 the mean absorption, the
-    mean F1 of the main latents, and the share of absorbed words credited to a latent that fires on many words."""
-    found = []
+    """How good the main latents are whose silence counts as absorption: per kind, grid and arm at matched clean L0 the
+    mean absorption, the mean F1 of the main latents, and the share of absorbed words credited to a latent that fires on
+    many words."""
+    table = []
     for kind, rows, items, prefix in (
         ("letters", letters, "letters", ("mean_full", "dense_absorbers")),
         ("contexts", contexts, "parents", ("context_full", "context_dense_absorbers")),
     ):
-        table = pd.DataFrame([row for row in rows if row["mode"] == "matched"])
-        table["f1"] = [np.mean([item["f1"] for item in row]) for row in table[items]]
-        means = table.groupby(["grid", "arm"], sort=False)[[prefix[0], "f1", prefix[1]]].mean().reset_index()
+        matched = pd.DataFrame([row for row in rows if row["mode"] == "matched"])
+        matched["f1"] = [np.mean([item["f1"] for item in row]) for row in matched[items]]
+        means = matched.groupby(["grid", "arm"], sort=False)[[prefix[0], "f1", prefix[1]]].mean().reset_index()
         means.columns = ["SAEs", "arm", "absorption", "F1 of main latents", "dense absorbers"]
-        found += [{"kind": KINDS[kind]} | row for row in means.to_dict("records")]
-    return found
+        table += [{"kind": KINDS[kind]} | row for row in means.to_dict("records")]
+    return table
 
 
-def caption(found: list[dict]) -> str:
-    """The numbers that belong under the headline: each arm less the unmasked one, at equal steps."""
-    parts = []
-    for arm in dict.fromkeys(row["arm"] for row in found):
-        by_kind = {row["kind"]: Effect.from_dict(row) for row in found if row["arm"] == arm and row["equal"] == "steps"}
+def caption(entries: list[dict]) -> str:
+    """The numbers that belong under the headline: each arm less the unmasked one, at equal steps; rows of `effects`."""
+    parts, at_steps = [], [row for row in entries if row["equal"] == "steps"]
+    for arm in dict.fromkeys(row["arm"] for row in entries):
+        by_kind = {row["kind"]: Effect.from_dict(row) for row in at_steps if row["arm"] == arm}
         numbers = ", ".join(f"{short} {change(by_kind[KINDS[kind]])}" for kind, short in SHORT.items())
         parts.append(f"{arm.replace('_', ' ')}: {numbers}")
     return "Less unmasked, at the last step: " + "; ".join(parts) + "."
 
 
-def effect_table(found: list[dict]) -> pd.DataFrame:
+def effect_table(entries: list[dict]) -> pd.DataFrame:
     """`effects` for a reader: a row per arm and kind, a column per what is held equal."""
-    table = pd.DataFrame([row | {"text": describe(Effect.from_dict(row))} for row in found])
+    table = pd.DataFrame([row | {"text": describe(Effect.from_dict(row))} for row in entries])
     wide = table.pivot_table(index=["arm", "kind"], columns="equal", values="text", aggfunc="first", sort=False)
     wide = wide.rename(columns={"steps": "at equal steps", "EV": "at equal clean EV"})
     return wide.fillna("the unmasked curve does not reach it").reset_index()

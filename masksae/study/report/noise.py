@@ -1,4 +1,4 @@
-"""Where the variance of absorption comes from, and scores averaged over evaluations."""
+"""The noise study: where the variance of absorption comes from, and scores averaged over evaluations."""
 
 import pandas as pd
 
@@ -6,8 +6,8 @@ from masksae.study import stats
 
 
 def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
-    """Where the variance of absorption comes from, per arm and for the difference of each later arm to the first: standard deviations by
-    source, and their shares of the variance. Rows of the noise study."""
+    """Where the variance of absorption comes from, per arm and for the difference of each later arm to the first:
+    standard deviations by source, and their shares of the variance. Rows of the noise study."""
     table = pd.DataFrame(rows)
     axes = ["seed", "draw", "split"]
     values = {
@@ -16,29 +16,30 @@ def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
     }
     first, *others = values
     values |= {f"{arm} less {first}": values[arm] - values[first] for arm in others}
-    found = []
+    sources = []
     for name, array in values.items():
         used = [axis for axis, size in zip(axes, array.shape) if size > 1]
         parts = stats.variance_components(array.squeeze(), used)
         total = sum(parts.values()) or 1.0
-        found += [
+        sources += [
             {"of": name, "mean": float(array.mean()), "source": source, "sd": v**0.5, "share": v / total}
             for source, v in parts.items()
         ]
-    return found
+    return sources
 
 
 def noise_means(rows: list[dict]) -> list[dict]:
     """Per SAE of the noise study, absorption of each letter averaged over draws and splits."""
-    found = []
+    means = []
     for sae, part in pd.DataFrame(rows).groupby("sae", sort=False):
         letters = pd.DataFrame(part["letters"].tolist()).mean().sort_index()
-        found.append({"sae": sae, "cells": len(part), "letters": letters.to_dict()})
-    return found
+        means.append({"sae": sae, "cells": len(part), "letters": letters.to_dict()})
+    return means
 
 
 def averaged(scores: pd.DataFrame, means: list[dict]) -> pd.DataFrame:
-    """`scores` with the absorption of the SAEs of the noise study averaged over its draws and splits, so that less noise is left in C1."""
+    """`scores` with the absorption of the SAEs of the noise study averaged over its draws and splits, so that less
+    noise is left in C1."""
     scores = scores.copy()
     for row in means:
         here = scores.index[scores["sae"] == row["sae"]]

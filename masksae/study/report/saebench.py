@@ -1,9 +1,9 @@
 """Scores of a run as SAEBench result files, one per SAE and evaluation, so that tools which read those can read ours.
 
-The keys are those of SAEBench 0.6.0's schemas (a test validates against the schemas that it ships). What a run did not measure is -1,
-SAEBench's own mark for it; k and n that its schemas do not know are in `eval_result_unstructured`. The shifted sets have no evaluation
-there and come as type "masksae_ood". Data and model differ from SAEBench's, so compare numbers between such files of ours only. Ids and
-times are fixed, so that the same scores give the same bytes.
+The keys are those of SAEBench 0.6.0's schemas (a test validates against the schemas that it ships). What a run did not
+measure is -1, SAEBench's own mark for it; k and n that its schemas do not know are in `eval_result_unstructured`. The
+shifted sets have no evaluation there and come as type "masksae_ood". Data and model differ from SAEBench's, so compare
+numbers between such files of ours only. Ids and times are fixed, so that the same scores give the same bytes.
 """
 
 import statistics
@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 
 from masksae.files import ANYTHING, atomic_dir, write_json
+from masksae.study.inputs import Scored
 from masksae.study.run import Run
 
 NOT_MEASURED = -1.0
@@ -19,7 +20,7 @@ KNOWN_NS = (2, 5, 10, 20, 50, 100, 500)
 PRECISION = "float32"
 
 
-def core(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
+def core(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
     """(eval_result_metrics, eval_result_details, eval_config) of the type "core"."""
     n_latents = run.latents_of(row)
     metrics = {
@@ -58,17 +59,16 @@ def core(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
     return metrics, [], config | {"compute_kl": True, "compute_ce_loss": True}
 
 
-def absorption(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
+def absorption(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
     """The same of the type "absorption_first_letter"."""
     letters = row["letters"]
-    spread = lambda values: statistics.stdev(values) if len(values) > 1 else 0.0
     metrics = {
         "mean_absorption_fraction_score": row["mean_fraction"],
         "mean_full_absorption_score": row["mean_full"],
         "mean_num_split_features": row["mean_split_latents"],
-        "std_dev_absorption_fraction_score": spread([r["fraction"] for r in letters]),
-        "std_dev_full_absorption_score": spread([r["full"] for r in letters]),
-        "std_dev_num_split_features": spread([float(len(r["main"])) for r in letters]),
+        "std_dev_absorption_fraction_score": _spread([r["fraction"] for r in letters]),
+        "std_dev_full_absorption_score": _spread([r["full"] for r in letters]),
+        "std_dev_num_split_features": _spread([float(len(r["main"])) for r in letters]),
     }
     details = [
         {
@@ -82,7 +82,11 @@ def absorption(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
     return {"mean": metrics}, details, {"random_seed": task.seed, "min_feats_for_eval": task.min_letters}
 
 
-def sparse_probing(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
+def _spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def sparse_probing(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
     """The same of the type "sparse_probing": texts averaged over tokens."""
 
     def columns(raw: dict, accuracy: dict) -> tuple[dict, dict]:
@@ -93,41 +97,46 @@ def sparse_probing(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
         return llm, {"sae_test_accuracy": accuracy["all"]} | {f"sae_top_{k}_test_accuracy": v for k, v in known.items()}
 
     tables = [(g["group"], *columns(g["raw"], g["accuracy"])) for g in row["groups"]]
-    mean = lambda parts: {key: statistics.fmean(part[key] for part in parts) for key in parts[0]}
-    metrics = {"llm": mean([llm for _, llm, _ in tables]), "sae": mean([sae for _, _, sae in tables])}
+    metrics = {"llm": _mean([llm for _, llm, _ in tables]), "sae": _mean([sae for _, _, sae in tables])}
     details = [{"dataset_name": name, **llm, **sae} for name, llm, sae in tables]
     return metrics, details, _perturbation_config(run) | {"k_values": run.profile.perturbation.ks}
 
 
-def tpp(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
+def _mean(tables: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.fmean(table[key] for table in tables) for key in tables[0]}
+
+
+def tpp(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
     """The same of the type "tpp"."""
     names = {"total": "total_metric", "intended": "intended_diff_only", "unintended": "unintended_diff_only"}
-    columns = lambda get: {
-        f"tpp_threshold_{n}_{name}": get(kind, n) for n in _known_ns(run) for kind, name in names.items()
-    }
-    metrics = columns(lambda kind, n: row[f"tpp_{n}" if kind == "total" else f"tpp_{kind}_{n}"])
-    details = [{"dataset_name": g["group"], **columns(lambda kind, n, g=g: g[kind][str(n)])} for g in row["groups"]]
-    return (
-        {"tpp_metrics": metrics},
-        details,
-        _perturbation_config(run) | {"perform_scr": False, "n_values": _known_ns(run)},
-    )
+    metrics, details = {}, [{"dataset_name": group["group"]} for group in row["groups"]]
+    for n in _known_ns(run):
+        for kind, name in names.items():
+            column = f"tpp_threshold_{n}_{name}"
+            metrics[column] = row[f"tpp_{n}" if kind == "total" else f"tpp_{kind}_{n}"]
+            for detail, group in zip(details, row["groups"]):
+                detail[column] = group[kind][str(n)]
+    config = _perturbation_config(run) | {"perform_scr": False, "n_values": _known_ns(run)}
+    return {"tpp_metrics": metrics}, details, config
 
 
-def scr(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
+def scr(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
     """The same of the type "scr"; pairs without room are left out."""
     names = {"scr": "metric", "direction_1": "dir1", "direction_2": "dir2"}
-    columns = lambda get: {
-        f"scr_{name}_threshold_{n}": get(kind, n) for n in _known_ns(run) for kind, name in names.items()
-    }
     used = [pair for pair in row["pairs"] if pair["scr"]]
-    metrics = columns(lambda kind, n: row.get(f"scr_{n}" if kind == "scr" else f"scr_{kind}_{n}"))
-    details = [{"dataset_name": p["pair"], **columns(lambda kind, n, p=p: p[kind][str(n)])} for p in used]
+    metrics, details = {}, [{"dataset_name": pair["pair"]} for pair in used]
+    for n in _known_ns(run):
+        for kind, name in names.items():
+            column = f"scr_{name}_threshold_{n}"
+            metrics[column] = row.get(f"scr_{n}" if kind == "scr" else f"scr_{kind}_{n}")
+            for detail, pair in zip(details, used):
+                detail[column] = pair[kind][str(n)]
     return {"scr_metrics": metrics}, details, _perturbation_config(run) | {"n_values": _known_ns(run)}
 
 
-def sae_probes(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
-    """The same of the type "sparse_probing_sae_probes": AUC on last tokens; the tables by task are in `eval_result_unstructured`."""
+def sae_probes(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
+    """The same of the type "sparse_probing_sae_probes": AUC on last tokens; the tables by task are in
+    `eval_result_unstructured`."""
     options = run.profile.probing
     sae = {f"sae_top_{k}_test_auc": row[f"probing_auc_{k}"] for k in options.ks if k in KNOWN_KS}
     metrics = {"llm": {"llm_test_auc": row["probing_raw_auc"]}, "sae": sae}
@@ -135,15 +144,12 @@ def sae_probes(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
     return metrics, [], config
 
 
-def ood(run: Run, row: dict) -> tuple[dict, list[dict], dict]:
+def ood(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
     """The same of our own type "masksae_ood"."""
     columns = {key: value for key, value in row.items() if key.startswith(("ood_", "domain_", "invariance_"))}
     options = run.profile.probing
-    return (
-        {"ood": columns},
-        row["tasks"],
-        {"dataset_names": options.shifted, "ks": options.shifted_ks, "random_seed": options.seed},
-    )
+    config = {"dataset_names": options.shifted, "ks": options.shifted_ks, "random_seed": options.seed}
+    return {"ood": columns}, row["tasks"], config
 
 
 EVALUATIONS = {
@@ -158,18 +164,14 @@ EVALUATIONS = {
 """Type of evaluation: the run's result it comes from, and its form."""
 
 
-def result(run: Run, kind: str, row: dict) -> dict:
+def result(run: Scored, kind: str, row: dict) -> dict:
     """One SAEBench result."""
     metrics, details, config = EVALUATIONS[kind][1](run, row)
     model, name = run.profile.model, f"{row['sae']}-{row['mode']}"
-    hook = model.hook_name
+    precision = {} if kind.endswith("sae_probes") else {"llm_dtype": PRECISION}
     return {
         "eval_type_id": kind,
-        "eval_config": {
-            "model_name": model.source,
-            **({} if kind.endswith("sae_probes") else {"llm_dtype": PRECISION}),
-            **config,
-        },
+        "eval_config": {"model_name": model.source, **precision, **config},
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"masksae/{run.profile.name}/{kind}/{name}")),
         "datetime_epoch_millis": 0,
         "eval_result_metrics": metrics,
@@ -181,7 +183,7 @@ def result(run: Run, kind: str, row: dict) -> dict:
         "sae_cfg_dict": {
             "architecture": row["architecture"],
             "model_name": model.source,
-            "hook_name": hook,
+            "hook_name": model.hook_name,
             "hook_layer": model.layer,
         },
         "eval_result_unstructured": row,
@@ -189,23 +191,30 @@ def result(run: Run, kind: str, row: dict) -> dict:
 
 
 def write_results(run: Run) -> Path:
-    """Write build/<profile>/saebench/TYPE/NAME_custom_sae_eval_results.json for every SAE of the run, as trained and at matched L0."""
+    """Write build/<profile>/saebench/TYPE/NAME_custom_sae_eval_results.json for every SAE of the run, as trained and at
+    matched L0."""
     rows = {name: run.result(name) for name in {source for source, _ in EVALUATIONS.values()}}
     folder = run.build / "saebench"
     with atomic_dir(folder, ANYTHING) as tmp:
-        for kind, (source, _) in EVALUATIONS.items():
-            (tmp / kind).mkdir()
-            for row in rows[source]:
-                write_json(
-                    tmp / kind / f"{row['sae']}-{row['mode']}_custom_sae_eval_results.json", result(run, kind, row)
-                )
+        write_scores(run, rows, tmp)
     return folder
 
 
-def _known_ns(run: Run) -> list[int]:
+def write_scores(run: Scored, scores: dict[str, list[dict]], folder: Path) -> list[Path]:
+    """Write TYPE/NAME_custom_sae_eval_results.json below a folder for each row of the scores that are there: result ->
+    rows."""
+    return [
+        write_json(folder / kind / f"{row['sae']}-{row['mode']}_custom_sae_eval_results.json", result(run, kind, row))
+        for kind, (source, _) in EVALUATIONS.items()
+        for row in scores.get(source, ())
+        if "failed" not in row
+    ]
+
+
+def _known_ns(run: Scored) -> list[int]:
     return [n for n in run.profile.perturbation.ns if n in KNOWN_NS]
 
 
-def _perturbation_config(run: Run) -> dict:
+def _perturbation_config(run: Scored) -> dict:
     options = run.profile.perturbation
     return {"dataset_names": list(options.groups), "context_length": options.max_tokens, "random_seed": options.seed}

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from masksae.errors import DataError
-from masksae.metrics.absorption import first_letter, icl_prefixes, single_token_words
-from masksae.metrics.contexts import context_absorption
+from masksae.metrics import contexts
+from masksae.metrics.absorption import AbsorptionResult, first_letter, icl_prefixes, single_token_words
 from masksae.metrics.probes import letter_probe
 from masksae.parallel import in_threads
-from masksae.study.run import Run
+from masksae.study.inputs import Scored
 from masksae.study.scores.matched import score_saes, thresholds
 from masksae.tracing import activations_after
 
@@ -18,60 +18,59 @@ def vocabulary(tokenizer) -> list[str]:
     return [tokenizer.decode([token]) for token in range(len(tokenizer))]
 
 
-def context_sample(run: Run) -> tuple[Tensor, Tensor, Tensor]:
-    """Words of the context text, sinks left out: activations [m, d], labels bool [m, parents], block and position int64 [m, 2]."""
-    from masksae.metrics import contexts
-
-    ids, first = run.ids("contexts"), 0 if run.bos_id is None else 1
+def context_sample(run: Scored) -> tuple[Tensor, Tensor, Tensor]:
+    """Words of the context text, sinks left out: activations [m, d], labels bool [m, parents], block and position int64
+    [m, 2]."""
+    ids, first = run.ids("contexts"), len(run.start)
     where, labels = contexts.occurrences(ids, vocabulary(run.language_model.tokenizer))
     if len(where) == 0:
         raise DataError(
             "The held-out text holds no word that a parent could be told of: parents are read off English words."
         )
     rows = where[:, 0] * (ids.shape[1] - first) + where[:, 1] - first
-    key = [run.identity(run.profile.text), run.profile.contexts.tokens]
-    make = lambda: {"x": run.activations(ids, label="activations of the context text")[rows]}
-    x = run.scratch("contexts", key, make)["x"]
+
+    def make() -> dict[str, Tensor]:
+        return {"x": run.activations(ids, label="activations of the context text")[rows]}
+
+    x = run.scratch("contexts", [run.identity(run.profile.text), run.profile.contexts.tokens], make)["x"]
     kept = ~contexts.sinks(x)
     return x[kept], labels[kept], where[kept]
 
 
-def context_probes(run: Run) -> tuple[Tensor, list]:
+def context_probes(run: Scored) -> tuple[Tensor, list]:
     """Activations [m, d] at the words of the context text, and a probe for each parent; shared by all SAEs."""
-    from masksae.metrics import contexts
-
     x, labels, where = context_sample(run)
     task = run.profile.contexts
     return x, contexts.context_probes(x, labels, where[:, 0], positives=task.positives, seed=task.seed)
 
 
-def context_scores(run: Run) -> list[dict]:
+def context_scores(run: Scored) -> list[dict]:
     """As `absorption_scores`, for parents that another token sets."""
 
     def make() -> list[dict]:
         x, probes = context_probes(run)
         options = dict(min_parents=run.profile.contexts.min_parents, seed=run.profile.contexts.seed)
-        return score_saes(
-            run,
-            "absorption by context",
-            lambda sae, t: _context_row(context_absorption(sae, x, probes, threshold=t, **options)),
-        )
+
+        def score(sae, threshold) -> dict:
+            return _context_row(contexts.context_absorption(sae, x, probes, threshold=threshold, **options))
+
+        return score_saes(run, "absorption by context", score)
 
     return run.rows("contexts", run.profile.contexts, make)
 
 
-def _context_row(found) -> dict:
+def _context_row(result: AbsorptionResult) -> dict:
     """A result under names that can stand beside those of first letters in a row."""
     renamed = {"mean_full": "context_full", "mean_fraction": "context_fraction", "letters": "parents"}
     renamed |= {"dense_absorbers": "context_dense_absorbers", "excluded": "excluded"}
-    return {new: value for old, value in found.to_dict().items() if (new := renamed.get(old))}
+    return {new: value for old, value in result.to_dict().items() if (new := renamed.get(old))}
 
 
-def word_activations(run: Run, draw: int = 0) -> tuple[list[str], Tensor]:
+def word_activations(run: Scored, draw: int = 0) -> tuple[list[str], Tensor]:
     """Single-token words and the residual stream [n, d] at each, after an in-context prefix of the first-letter task.
 
-    The model is causal, so only the word's own token runs, on top of the cached keys and values of one of a few prefixes. Another `draw`
-    has other prefixes for the same words.
+    The model is causal, so only the word's own token runs, on top of the cached keys and values of one of a few
+    prefixes. Another `draw` has other prefixes for the same words.
     """
     task, tokenizer = run.profile.absorption, run.language_model.tokenizer
     words, ids = single_token_words(tokenizer, task.min_word_letters)
@@ -81,13 +80,12 @@ def word_activations(run: Run, draw: int = 0) -> tuple[list[str], Tensor]:
     return words, run.scratch("words", key, lambda: {"x": _word_activations(run, words, ids, draw)})["x"]
 
 
-def _word_activations(run: Run, words: list[str], ids: Tensor, draw: int) -> Tensor:
+def _word_activations(run: Scored, words: list[str], ids: Tensor, draw: int) -> Tensor:
     task, model, block = run.profile.absorption, run.language_model.model, run.profile.model.block
-    start = [] if run.bos_id is None else [run.bos_id]
     prefixes = icl_prefixes(words, n_prefixes=task.prefixes, seed=task.seed + draw)
     x = torch.empty(len(words), run.width)
     for i, prefix in enumerate(prefixes):
-        tokens = start + run.language_model.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+        tokens = run.start + run.language_model.tokenizer(prefix, add_special_tokens=False)["input_ids"]
         mine = slice(i, None, len(prefixes))
         label = f"words after prefix {i + 1} of {len(prefixes)}"
         after = activations_after(model, torch.tensor([tokens]), ids[mine, None], block=block, batch=128, label=label)
@@ -95,30 +93,32 @@ def _word_activations(run: Run, words: list[str], ids: Tensor, draw: int) -> Ten
     return x
 
 
-def absorption_scores(run: Run) -> list[dict]:
+def absorption_scores(run: Scored) -> list[dict]:
     """One row per SAE and mode: mean full absorption, absorption fraction, and the table of letters."""
 
     def make() -> list[dict]:
         task = run.profile.absorption
         words, x = word_activations(run)
         options = dict(probe=letter_probe(x, words, seed=task.seed), seed=task.seed, min_letters=task.min_letters)
-        return score_saes(
-            run, "absorption", lambda sae, t: first_letter(sae, x, words, threshold=t, **options).to_dict()
-        )
+
+        def score(sae, threshold) -> dict:
+            return first_letter(sae, x, words, threshold=threshold, **options).to_dict()
+
+        return score_saes(run, "absorption", score)
 
     return run.rows("absorption", run.profile.absorption, make)
 
 
-def absorption_noise(run: Run) -> list[dict]:
-    """The noise study: absorption at matched clean L0 of the SAEs of the first grid for each draw of in-context examples and each split of
-    the words, [] where the profile asks for one of each."""
+def absorption_noise(run: Scored) -> list[dict]:
+    """The noise study: absorption at matched clean L0 of the SAEs of the first grid for each draw of in-context
+    examples and each split of the words, [] where the profile asks for one of each."""
     task = run.profile.absorption
     if task.draws * task.splits == 1:
         return []
     return run.rows("noise", task, lambda: _absorption_noise(run))
 
 
-def _absorption_noise(run: Run) -> list[dict]:
+def _absorption_noise(run: Scored) -> list[dict]:
     task, saes, at, rows = run.profile.absorption, run.load_saes(), thresholds(run), []
     table = [row for row in run.table if row["grid"] == run.profile.grids[0].name]
     for draw in range(task.draws):
@@ -126,13 +126,11 @@ def _absorption_noise(run: Run) -> list[dict]:
         for split in range(task.splits):
             options = dict(probe=letter_probe(x, words, seed=task.seed + split), seed=task.seed + split, min_letters=1)
 
-            def one(row, x=x, words=words, options=options) -> dict:
-                found = first_letter(saes[row["sae"]], x, words, threshold=at[row["sae"]]["matched"], **options)
-                return found.to_dict() | {"letters": {r.letter: r.full for r in found.letters}}
+            def score(row, draw=draw, split=split, x=x, words=words, options=options) -> dict:
+                result = first_letter(saes[row["sae"]], x, words, threshold=at[row["sae"]]["matched"], **options)
+                cell = row | {"mode": "matched", "draw": draw, "split": split} | result.to_dict()
+                return cell | {"letters": {r.letter: r.full for r in result.letters}}
 
             label = f"noise study, draw {draw + 1} of {task.draws}, split {split + 1} of {task.splits}"
-            found = in_threads(one, table, label=label, unit="SAE")
-            rows += [
-                row | {"mode": "matched", "draw": draw, "split": split} | scores for row, scores in zip(table, found)
-            ]
+            rows += in_threads(score, table, label=label, unit="SAE")
     return rows

@@ -1,7 +1,9 @@
-"""Absorption along training: the same-token kind and the cross-token kind, for every arm and ablation, at matched clean L0.
+"""Scores of notebook 04 along training: absorption of the same-token kind and of the cross-token kind, for every arm
+and ablation.
 
-Absorption grows while an SAE trains, and a masked SAE is further behind on clean text at the same step. So the arms are compared
-against steps and against clean explained variance, at snapshots that are finished SAEs of shorter runs.
+Absorption grows while an SAE trains, and a masked SAE is further behind on clean text at the same step. So the arms are
+compared against steps and against clean explained variance, at snapshots that are finished SAEs of shorter runs, at
+matched clean L0. Only a `Run` has snapshots.
 """
 
 from torch import Tensor
@@ -21,8 +23,9 @@ KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what
 
 
 def along_scores(run: Run) -> list[dict]:
-    """One row per SAE of the first grid and snapshot, the finished SAE included: step, clean L0 as trained, explained variance at clean
-    L0 = k, and full absorption of first letters and of contexts, parent by parent. All of them from one arm at a time, kept per arm."""
+    """One row per SAE of the first grid and snapshot, the finished SAE included: step, clean L0 as trained, explained
+    variance at clean L0 = k, and full absorption of first letters and of contexts, parent by parent. All of them from
+    one arm at a time, kept per arm."""
     return [row for arm in run.arms for row in _arm_rows(run, arm)]
 
 
@@ -36,10 +39,12 @@ def _arm_rows(run: Run, arm) -> list[dict]:
             for step, saes in sorted(run.snapshots(arm).items())
             for name, sae in saes.items()
         ]
-        return in_threads(
-            lambda cell: cell[0] | _scores(run, cell[1], cell[0]["k"], *shared),
-            cells, label=f"absorption along training, arm {arm.name}", unit="SAE",
-        )  # fmt: skip
+
+        def score(cell) -> dict:
+            row, sae = cell
+            return row | _scores(run, sae, row["k"], *shared)
+
+        return in_threads(score, cells, label=f"absorption along training, arm {arm.name}", unit="SAE")
 
     options = [run.profile.absorption.model_dump(exclude={"draws", "splits"}), run.profile.contexts.model_dump()]
     return cache.kept_rows("along", [run.rows_of([arm]), run.ids_of([arm]), options, cache.code_of(make)], make)

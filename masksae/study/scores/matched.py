@@ -1,7 +1,7 @@
 """At which threshold an SAE is scored: as trained (its own), and at matched sparsity (clean L0 exactly k).
 
-Every SAE of every arm is scored on the same clean held-out text, with the same prompts and probes, twice. Masking moves the threshold, so
-only the second compares arms at equal sparsity.
+Every SAE of every arm is scored on the same clean held-out text, with the same prompts and probes, twice. Masking moves
+the threshold, so only the second compares arms at equal sparsity.
 """
 
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from collections.abc import Callable
 from masksae.metrics.reconstruction import calibrated_threshold
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
-from masksae.study.run import Run
+from masksae.study.inputs import Scored
 
 
-def thresholds(run: Run) -> dict[str, dict[str, float | None]]:
+def thresholds(run: Scored) -> dict[str, dict[str, float | None]]:
     """Inference thresholds of every SAE in each mode; TopK needs none, it keeps k latents of every token anyway."""
 
     def make() -> dict:
@@ -26,13 +26,13 @@ def thresholds(run: Run) -> dict[str, dict[str, float | None]]:
     return run.rows("thresholds", run.profile.text, make)
 
 
-def matched_threshold(run: Run, sae: SAE, k: float) -> float | None:
+def matched_threshold(run: Scored, sae: SAE, k: float) -> float | None:
     """The threshold at which clean L0 is k; None for TopK, which keeps k latents of every token anyway."""
     return None if sae.config.selection.keeps_k_per_token else calibrated_threshold(sae, run.held_out, k)
 
 
-def score_saes(run: Run, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
-    """One row per SAE and mode with what `score(sae, threshold)` finds."""
+def score_saes(run: Scored, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
+    """One row per SAE and mode with the scores that `score(sae, threshold)` gives."""
     saes, at = run.load_saes(), thresholds(run)
     cells = [(row, mode, at[row["sae"]][mode]) for row in run.table for mode in ("as_trained", "matched")]
 

@@ -1,14 +1,17 @@
-"""A world with known features in which a parent's child comes from the same token or from another one: which absorption can masking remove?
+"""Scores of notebook 00: a world with known features in which a parent's child comes from the same token or from
+another one: which absorption can masking remove?
 
 Each sample is the activation at a word that follows a context token.
 
-    word      one of 16 common words, each a direction of its own (a child), or a rare one (one of many directions, too rare to be learned)
+    word      one of 16 common words, each a direction of its own (a child), or a rare one (one of many directions, too
+              rare to be learned)
     same      a parent that half of the words have, set by the word itself ("starts with S")
-    cross     a parent that is set by the context token ("follows 'the'"); half of the common words stand after such a context only
+    cross     a parent that is set by the context token ("follows 'the'"); half of the common words stand after such a
+              context only
 
-So every common word always comes with the same parents, and an SAE that is short of latents folds a parent into the word's latent:
-absorption. Masking the context takes the cross parent away and leaves the word; masking the word takes the word and the same parent
-away together. Only the first breaks a co-occurrence.
+So every common word always comes with the same parents, and an SAE that is short of latents folds a parent into the
+word's latent: absorption. Masking the context takes the cross parent away and leaves the word; masking the word takes
+the word and the same parent away together. Only the first breaks a co-occurrence.
 """
 
 from dataclasses import dataclass
@@ -58,14 +61,20 @@ class World:
     def directions(self) -> dict[str, Tensor]:
         """Unit vectors: parents [2, 64] (same, cross), words [16, 64], rare [400, 64], mask [64]."""
         generator = torch.Generator().manual_seed(self.seed)
-        draw = lambda n: torch.nn.functional.normalize(torch.randn(n, WIDTH, generator=generator), dim=1)
+
+        def draw(n: int) -> Tensor:
+            return torch.nn.functional.normalize(torch.randn(n, WIDTH, generator=generator), dim=1)
+
         return {"parents": draw(2), "words": draw(WORDS), "rare": draw(RARE), "mask": draw(1)[0]}
 
     def sample(self, n: int, *, p: float, seed: int) -> Samples:
         """n samples; word and context are masked independently with probability p."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + seed)
-        rand = lambda: torch.rand(n, generator=generator)
         features = self.directions()
+
+        def rand() -> Tensor:
+            return torch.rand(n, generator=generator)
+
         common, rare = rand() < 0.5, (rand() * RARE).long()
         word = (rand() * WORDS).long()
         after = torch.where(common, word < WORDS // 2, rand() < 0.5)
@@ -84,14 +93,14 @@ def absorption(sae: SAE, world: World, samples: Samples, threshold: float) -> tu
 
     The main latent of a parent is the one whose decoder row is nearest to its true direction.
     """
-    f, found = sae.encode(samples.x, threshold), []
+    f, shares = sae.encode(samples.x, threshold), []
     for parent, direction in enumerate(world.directions()["parents"]):
         main = int((sae.W_dec @ direction).argmax())
         has = samples.parents[:, parent]
         full, _ = absorbed(samples.x[has], f[has], sae.W_dec, direction, [main])
         word = samples.word[has]
-        found.append(torch.stack([full[word == w].double().mean() for w in word[word >= 0].unique()]).mean().item())
-    return found[0], found[1]
+        shares.append(torch.stack([full[word == w].double().mean() for w in word[word >= 0].unique()]).mean().item())
+    return shares[0], shares[1]
 
 
 @torch.enable_grad()
@@ -117,8 +126,8 @@ def simulate(
 
 
 def grid(options) -> list[dict]:
-    """What a profile's `simulation` section asks for: every p at the first width, kept and dropped; at the others p = 0 and the main p,
-    dropped."""
+    """What a profile's `simulation` section asks for: every p at the first width, kept and dropped; at the others p = 0
+    and the main p, dropped."""
     first, *others = options.widths
     cells = [{"p": 0.0, "n_latents": first}]
     cells += [{"p": p, "n_latents": first, "drop_masked": drop} for p in options.ps for drop in (False, True)]
@@ -132,21 +141,21 @@ def simulation_rows(options: Simulation) -> list[dict]:
 
     def make() -> list[dict]:
         cells = grid(options)
-        found = in_threads(lambda cell: simulate(steps=options.steps, **cell), cells, label="simulation", unit="SAE")
-        return [row for rows in found for row in rows]
+        rows = in_threads(lambda cell: simulate(steps=options.steps, **cell), cells, label="simulation", unit="SAE")
+        return [row for pair in rows for row in pair]
 
     return cache.kept_rows("simulation", [options.model_dump(), cache.code_of(make)], make)
 
 
 def effects(rows: list[dict], arm: str, *, mode: str = "matched") -> list[dict]:
-    """Paired effect of an arm on absorption of either parent: one row per parent, p, width and k, with a 95 % interval over seeds."""
+    """Paired effect of an arm on absorption of either parent: one row per parent, p, width and k, with a 95 % interval
+    over seeds."""
     value = {(r["arm"], r["p"], r["n_latents"], r["k"], r["seed"]): r for r in rows if r["mode"] == mode}
-    found = []
+    table = []
     for p, width, k in dict.fromkeys((key[1], key[2], key[3]) for key in value if key[0] == arm):
         seeds = sorted(key[4] for key in value if key[:4] == (arm, p, width, k))
         for parent in ("same", "cross"):
             sides = [[value[a, q, width, k, s][parent] for s in seeds] for a, q in (("unmasked", 0.0), (arm, p))]
-            found.append(
-                {"parent": parent, "arm": arm, "p": p, "n_latents": width, "k": k, **paired_effect(*sides).to_dict()}
-            )
-    return found
+            cell = {"parent": parent, "arm": arm, "p": p, "n_latents": width, "k": k}
+            table.append(cell | paired_effect(*sides).to_dict())
+    return table

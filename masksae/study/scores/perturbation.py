@@ -1,10 +1,13 @@
-"""Labelled texts averaged over their tokens: SAEBench's k-sparse probing, and what ablating a concept's latents does (TPP, SCR).
+"""Scores of notebook 06, of labelled texts averaged over their tokens: SAEBench's k-sparse probing, and what ablating a
+concept's latents does (TPP, SCR).
 
-A text is its first tokens, BOS left out; activations and latents are averaged over exactly these, so there is no padding that could
-leak into a mean. One pass over the tokens per SAE gives the averaged latents, and everything else follows from them: decoding is
-linear, so ablating latents moves an averaged activation by their averages times their decoder rows.
+A text is its first tokens, BOS left out; activations and latents are averaged over exactly these, so there is no
+padding that could leak into a mean. One pass over the tokens per SAE gives the averaged latents, and everything else
+follows from them: decoding is linear, so ablating latents moves an averaged activation by their averages times their
+decoder rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +17,14 @@ from masksae.data.tasks import probe_table
 from masksae.errors import DataError
 from masksae.metrics.perturbation import Probe, Texts, fit_probe, scr, tpp
 from masksae.metrics.sparse_probing import probe, sparse_probing
-from masksae.saes.sae import at_least_single
-from masksae.study.run import Run
+from masksae.saes.sae import SAE, at_least_single
+from masksae.study.inputs import Scored
 from masksae.study.scores.matched import score_saes
 from masksae.study.scores.probing import labels, text_batches
 
 ROOM = 0.1
-"""SCR of a pair counts if the oracle probe is better than the spurious one by this much: about two standard errors for 100 test texts."""
+"""SCR of a pair counts if the oracle probe is better than the spurious one by this much: about two standard errors for
+100 test texts."""
 TOKENS = 4096
 """Tokens that are encoded at a time."""
 SAEBENCH = dict(normalised=False, penalty="l2", strengths=(1.0,), scaled=False)
@@ -30,7 +34,7 @@ BASELINE_KS = (1, 2, 5)
 
 
 @dataclass(frozen=True)
-class Pool:
+class TextPool:
     """Texts as tokens: those of text i are the next lengths[i] rows of x."""
 
     x: Tensor
@@ -38,19 +42,24 @@ class Pool:
     lengths: Tensor
     """int64 [n]"""
 
-    def averaged(self, encode=lambda x: x) -> Tensor:
-        """Mean over each text's tokens of encode(x): [n, m]."""
+    def averaged(self, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Mean over each text's tokens of encode(x), or of x: [n, m]."""
         bounds, means, low = self.lengths.cumsum(0), [], 0
         while low < len(self.lengths):
             start = int(bounds[low] - self.lengths[low])
             high = max(low + 1, int(torch.searchsorted(bounds, start + TOKENS, right=True)))
-            values = encode(self.x[start : int(bounds[high - 1])])
+            values = self.x[start : int(bounds[high - 1])]
+            values = encode(values) if encode else values
             means.append(torch.segment_reduce(values, "mean", lengths=self.lengths[low:high].to(values.device)).cpu())
             low = high
         return torch.cat(means)
 
+    def latents(self, sae: SAE, threshold: float | None) -> Tensor:
+        """Mean over each text's tokens of an SAE's latents: [n, F]."""
+        return self.averaged(lambda x: at_least_single(sae.encode(x.to(sae.device), threshold)))
 
-def pool(run: Run, texts: list[str], label: str) -> Pool:
+
+def text_pool(run: Scored, texts: list[str], label: str) -> TextPool:
     """Activations of texts, kept in scratch under an id of the texts."""
     limit = run.profile.perturbation.max_tokens
 
@@ -61,18 +70,18 @@ def pool(run: Run, texts: list[str], label: str) -> Pool:
                 parts[row] = values[:length]
         return {"x": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
 
-    return Pool(**run.scratch("pools", [texts, limit], make))
+    return TextPool(**run.scratch("pools", [texts, limit], make))
 
 
 def distinct_texts(task: str) -> dict[str, bool]:
     """Prompt -> label of a binary task; prompts that carry both labels are left out."""
     table = probe_table(task)
-    found: dict[str, bool] = {}
+    label_of: dict[str, bool] = {}
     contradictory = set()
     for prompt, label in zip(table["prompt"].astype(str), labels(table["target"].tolist()).tolist()):
-        if found.setdefault(prompt, label) != label:
+        if label_of.setdefault(prompt, label) != label:
             contradictory.add(prompt)
-    return {prompt: label for prompt, label in found.items() if prompt not in contradictory}
+    return {prompt: label for prompt, label in label_of.items() if prompt not in contradictory}
 
 
 def shuffled(items: list[str], seed: int) -> list[str]:
@@ -81,15 +90,17 @@ def shuffled(items: list[str], seed: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Group:
+class ClassGroup:
     """Classes that exclude one another: train + test texts of each, in this order in the pool."""
 
     name: str
     classes: tuple[str, ...]
-    pool: Pool
+    pool: TextPool
     x: Tensor
+    """[n, d]: activations averaged over each text."""
     probes: tuple[Probe, ...]
-    baseline: dict[str, float]
+    """Of the activations, one for each class."""
+    raw: dict[str, float]
     """Accuracy of probes on raw activations, averaged over classes: all of them, and the best k coordinates."""
 
 
@@ -105,7 +116,7 @@ def one_against_rest(values: Tensor, cls: int, classes: int, rows: slice) -> tup
     return x, torch.arange(len(x)) < by_class.shape[1]
 
 
-def group(run: Run, name: str) -> Group:
+def class_group(run: Scored, name: str) -> ClassGroup:
     """Texts and probes of a group. Raises DataError if a class has too few texts of its own."""
     options = run.profile.perturbation
     tasks, size = options.groups[name], options.train + options.test
@@ -116,44 +127,45 @@ def group(run: Run, name: str) -> Group:
         own = shuffled([p for p in mine if p not in shared], options.seed)
         if len(own) < size:
             raise DataError(
-                f"{task} has {len(own)} texts of its own, {size} are wanted (perturbation.train + test). Lower them or leave {name} out."
+                f"{task} has {len(own)} texts of its own, {size} are wanted (perturbation.train + test). "
+                f"Lower them or leave {name} out."
             )
         texts += own[:size]
-    pooled = pool(run, texts, name)
-    x, classes = pooled.averaged(), len(tasks)
+    pool, classes = text_pool(run, texts, name), len(tasks)
+    x = pool.averaged()
     sides = [[one_against_rest(x, cls, classes, rows) for rows in halves(run)] for cls in range(classes)]
     probes = tuple(fit_probe(*train) for train, _ in sides)
-    mean = lambda accuracies: sum(accuracies) / classes
-    raw = {"all": mean(probe(*train, *test, strengths=(1.0,), scaled=True).accuracy for train, test in sides)}
-    scores = [sparse_probing(*train, *test, ks=BASELINE_KS, **SAEBENCH).scores for train, test in sides]
-    raw |= {str(k): mean(found[k].accuracy for found in scores) for k in BASELINE_KS}
-    return Group(name, tuple(tasks), pooled, x, probes, raw)
+    every = [probe(*train, *test, strengths=(1.0,), scaled=True).accuracy for train, test in sides]
+    best = [sparse_probing(*train, *test, ks=BASELINE_KS, **SAEBENCH).scores for train, test in sides]
+    raw = {"all": sum(every) / classes}
+    raw |= {str(k): sum(scores[k].accuracy for scores in best) / classes for k in BASELINE_KS}
+    return ClassGroup(name, tuple(tasks), pool, x, probes, raw)
 
 
-def halves(run: Run) -> tuple[slice, slice]:
+def halves(run: Scored) -> tuple[slice, slice]:
     """Rows of a class for training and for testing."""
     train = run.profile.perturbation.train
     return slice(train), slice(train, None)
 
 
-def group_scores(run: Run, found: Group, sae, threshold) -> dict:
+def group_scores(run: Scored, group: ClassGroup, sae: SAE, threshold: float | None) -> dict:
     """TPP and SAEBench's k-sparse probing of one SAE on one group."""
-    options, classes = run.profile.perturbation, len(found.classes)
-    f, w_dec = found.pool.averaged(lambda x: at_least_single(sae.encode(x.to(sae.device), threshold))), sae.W_dec.cpu()
+    options, classes = run.profile.perturbation, len(group.classes)
+    f, w_dec = group.pool.latents(sae, threshold), sae.W_dec.cpu()
     sides, accuracy = ([], []), {k: 0.0 for k in (*options.ks, "all")}
     for cls in range(classes):
         for rows, side in zip(halves(run), sides):
-            x, y = one_against_rest(found.x, cls, classes, rows)
+            x, y = one_against_rest(group.x, cls, classes, rows)
             side.append(Texts(x, one_against_rest(f, cls, classes, rows)[0], y))
         train, test = (side[-1] for side in sides)
         scores = sparse_probing(train.f, train.y, test.f, test.y, ks=tuple(options.ks), **SAEBENCH).scores
         scores["all"] = probe(train.f, train.y, test.f, test.y, strengths=(1.0,), scaled=True)
         for k, score in scores.items():
             accuracy[k] += score.accuracy / classes
-    result = tpp(found.probes, *sides, w_dec, ns=tuple(options.ns))
+    result = tpp(group.probes, *sides, w_dec, ns=tuple(options.ns))
     named = {"total": result.total, "intended": result.intended, "unintended": result.unintended}
     tables = {kind: {str(n): v for n, v in values.items()} for kind, values in named.items()}
-    return {"group": found.name, **tables, "accuracy": {str(k): v for k, v in accuracy.items()}, "raw": found.baseline}
+    return {"group": group.name, **tables, "accuracy": {str(k): v for k, v in accuracy.items()}, "raw": group.raw}
 
 
 @dataclass(frozen=True)
@@ -161,8 +173,9 @@ class Pair:
     """Two attributes of the same texts; quadrant (a, b) holds texts with attribute 1 = a and attribute 2 = b."""
 
     name: str
-    pool: Pool
+    pool: TextPool
     x: Tensor
+    """[n, d]: activations averaged over each text."""
     y: Tensor
     """bool [n, 2]: the attributes."""
     is_test: Tensor
@@ -170,9 +183,10 @@ class Pair:
     spurious: dict[bool, Probe]
     """Trained where the attributes agree (True) or disagree (False), for attribute 1."""
     oracles: tuple[Probe, Probe]
+    """Of attribute 1 and of attribute 2, trained on all quadrants."""
 
 
-def pair(run: Run, wanted: str, other: str) -> Pair:
+def pair(run: Scored, wanted: str, other: str) -> Pair:
     """Texts and probes of two tasks that share prompts. Raises DataError if a quadrant has fewer than 30 texts."""
     options, first, second = run.profile.perturbation, distinct_texts(wanted), distinct_texts(other)
     quadrants = {
@@ -184,55 +198,54 @@ def pair(run: Run, wanted: str, other: str) -> Pair:
         raise DataError(f"{wanted} and {other} share texts {counts}; 30 of each kind are needed. Take another pair.")
     size = min(size, options.train + options.test)
     texts = [p for quadrant in quadrants.values() for p in shuffled(quadrant, options.seed)[:size]]
-    pooled = pool(run, texts, wanted)
-    x, y = pooled.averaged(), torch.tensor(list(quadrants)).bool().repeat_interleave(size, 0)
+    pool = text_pool(run, texts, wanted)
+    x, y = pool.averaged(), torch.tensor(list(quadrants)).bool().repeat_interleave(size, 0)
     is_test = (torch.arange(size) >= size - size // 3).repeat(4)
-    agree = y[:, 0] == y[:, 1]
-    fit = lambda rows, attribute: fit_probe(x[rows & ~is_test], y[rows & ~is_test, attribute])
-    everything = torch.ones_like(agree)
-    return Pair(
-        wanted,
-        pooled,
-        x,
-        y,
-        is_test,
-        {True: fit(agree, 0), False: fit(~agree, 0)},
-        (fit(everything, 0), fit(everything, 1)),
-    )
+
+    def fit(rows: Tensor, attribute: int) -> Probe:
+        return fit_probe(x[rows & ~is_test], y[rows & ~is_test, attribute])
+
+    agree, everything = y[:, 0] == y[:, 1], torch.ones(len(y), dtype=torch.bool)
+    spurious = {True: fit(agree, 0), False: fit(~agree, 0)}
+    return Pair(wanted, pool, x, y, is_test, spurious, oracles=(fit(everything, 0), fit(everything, 1)))
 
 
-def pair_scores(run: Run, found: Pair, sae, threshold) -> dict:
-    """SCR of one SAE on one pair, averaged over those of the two ways in which the attributes can go together that leave room for it."""
+def pair_scores(run: Scored, pair: Pair, sae: SAE, threshold: float | None) -> dict:
+    """SCR of one SAE on one pair, averaged over those of the two ways in which the attributes can go together that
+    leave room for it."""
     ns, w_dec = tuple(run.profile.perturbation.ns), sae.W_dec.cpu()
-    f = found.pool.averaged(lambda x: at_least_single(sae.encode(x.to(sae.device), threshold)))
+    f, (first, second) = pair.pool.latents(sae, threshold), pair.oracles
     results = {}
-    for agree, spurious in found.spurious.items():
+    for agree, spurious in pair.spurious.items():
         # where they disagree, attribute 2 is replaced by its opposite
-        labelled = found.y ^ torch.tensor([False, not agree])
+        labelled = pair.y ^ torch.tensor([False, not agree])
         sides = [
-            tuple(Texts(found.x[rows], f[rows], labelled[rows, attribute]) for attribute in (0, 1))
-            for rows in (~found.is_test, found.is_test)
+            tuple(Texts(pair.x[rows], f[rows], labelled[rows, attribute]) for attribute in (0, 1))
+            for rows in (~pair.is_test, pair.is_test)
         ]
         sign = 1 if agree else -1
-        second = Probe(sign * found.oracles[1].weight, sign * found.oracles[1].bias)
-        results["together" if agree else "apart"] = scr(spurious, (found.oracles[0], second), *sides, w_dec, ns=ns)
+        oracles = first, Probe(sign * second.weight, sign * second.bias)
+        results["together" if agree else "apart"] = scr(spurious, oracles, *sides, w_dec, ns=ns)
     used = [result for result in results.values() if result.room >= ROOM]
-    mean = lambda kind: {str(n): sum(getattr(r, kind)[n] for r in used) / len(used) for n in ns} if used else None
-    tables = {"scr": mean("score"), "direction_1": mean("direction_1"), "direction_2": mean("direction_2")}
-    return {"pair": found.name, "room": {way: result.room for way, result in results.items()}, **tables}
+    tables: dict[str, dict | None] = {"scr": None, "direction_1": None, "direction_2": None}
+    if used:
+        for table, kind in zip(tables, ("score", "direction_1", "direction_2")):
+            tables[table] = {str(n): sum(getattr(r, kind)[n] for r in used) / len(used) for n in ns}
+    return {"pair": pair.name, "room": {way: result.room for way, result in results.items()}, **tables}
 
 
-def concept_scores(run: Run) -> list[dict]:
-    """One row per SAE and mode: TPP and SCR by number of ablated latents, accuracy of k-sparse probes, and the tables they are means of."""
+def concept_scores(run: Scored) -> list[dict]:
+    """One row per SAE and mode: TPP and SCR by number of ablated latents, accuracy of k-sparse probes, and the tables
+    they are means of."""
 
     def make() -> list[dict]:
         options = run.profile.perturbation
-        groups = [group(run, name) for name in options.groups]
+        groups = [class_group(run, name) for name in options.groups]
         pairs = [pair(run, *names) for names in options.pairs]
 
         def score(sae, threshold) -> dict:
-            by_group = [group_scores(run, g, sae, threshold) for g in groups]
-            by_pair = [pair_scores(run, p, sae, threshold) for p in pairs]
+            by_group = [group_scores(run, group, sae, threshold) for group in groups]
+            by_pair = [pair_scores(run, pair, sae, threshold) for pair in pairs]
             return _means(by_group, by_pair) | {"groups": by_group, "pairs": by_pair}
 
         return score_saes(run, "concepts", score)

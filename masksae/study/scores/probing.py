@@ -1,7 +1,9 @@
-"""Labelled texts as activations, and what probes on an SAE's latents make of them: in distribution (C2) and under a shift (C3).
+"""Scores of notebooks 05 and 07: what probes on an SAE's latents make of labelled texts, in distribution (C2) and under
+a shift (C3).
 
-A text is seen as sae-probes sees it: the residual stream at its last token, texts cut on the left. Probes and splits are the same for
-every SAE of both arms; the probe on raw activations is the reference that an SAE could at best reach with all its latents.
+A text is seen as sae-probes sees it: the residual stream at its last token, texts cut on the left. Probes and splits
+are the same for every SAE of both arms; the probe on raw activations is the reference that an SAE could at best reach
+with all its latents.
 """
 
 from collections.abc import Iterator
@@ -16,17 +18,19 @@ from masksae.data.tasks import Shift, binary_tasks, probe_table
 from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads
-from masksae.study.run import Run
+from masksae.study.inputs import Inputs, Scored
 from masksae.study.scores.matched import score_saes
 from masksae.tracing import activations
 
 BATCH = 64
 USABLE = 0.55
-"""A shifted set counts if the probe on raw activations reaches this AUC there: 300 rows have a standard error of about .03."""
+"""A shifted set counts if the probe on raw activations reaches this AUC there: 300 rows have a standard error of about
+.03."""
 
 
-def text_batches(run: Run, texts: list[str], limit: int, *, from_end: bool, label: str | None = None) -> Iterator:
-    """Texts as activations, short ones first: (rows, x [b, s, d], lengths int64 [b]) with x padded on the right and BOS left out.
+def text_batches(run: Inputs, texts: list[str], limit: int, *, from_end: bool, label: str | None = None) -> Iterator:
+    """Texts as activations, short ones first: (rows, x [b, s, d], lengths int64 [b]) with x padded on the right and BOS
+    left out.
 
     limit     tokens of a text at most
     from_end  keep the last tokens of a longer text instead of the first
@@ -34,7 +38,7 @@ def text_batches(run: Run, texts: list[str], limit: int, *, from_end: bool, labe
     Raises DataError for a text without tokens.
     """
     tokenizer, model = run.language_model.tokenizer, run.language_model.model
-    start = [] if run.bos_id is None else [run.bos_id]
+    start = run.start
     cut = slice(-limit, None) if from_end else slice(limit)
     tokens = [ids[cut] for ids in tokenise(tokenizer, texts)]
     if not all(tokens):
@@ -50,16 +54,18 @@ def text_batches(run: Run, texts: list[str], limit: int, *, from_end: bool, labe
         yield rows, x[:, len(start) :], lengths
 
 
-def last_token_activations(run: Run, texts: list[str], label: str | None = None) -> Tensor:
-    """Residual stream [n, d] at the last token of each text, after BOS and at most `probing.max_tokens` tokens of its end."""
-    found = torch.empty(len(texts), run.width)
+def last_token_activations(run: Inputs, texts: list[str], label: str | None = None) -> Tensor:
+    """Residual stream [n, d] at the last token of each text, after BOS and at most `probing.max_tokens` tokens of its
+    end."""
+    last = torch.empty(len(texts), run.width)
     for rows, x, lengths in text_batches(run, texts, run.profile.probing.max_tokens, from_end=True, label=label):
-        found[rows] = x[torch.arange(len(rows)), lengths - 1]
-    return found
+        last[rows] = x[torch.arange(len(rows)), lengths - 1]
+    return last
 
 
 def labels(targets) -> Tensor:
-    """bool [n] from a table's target column; the larger of the two values is positive. Raises DataError for another number of values.
+    """bool [n] from a table's target column; the larger of the two values is positive. Raises DataError for another
+    number of values.
 
     >>> labels(["no", "yes", "no"])
     tensor([False,  True, False])
@@ -72,7 +78,7 @@ def labels(targets) -> Tensor:
     return torch.tensor([value == values[1] for value in targets])
 
 
-def task_activations(run: Run, task: str, shift: Shift | None = None) -> dict[str, Tensor]:
+def task_activations(run: Inputs, task: str, shift: Shift | None = None) -> dict[str, Tensor]:
     """x_train, y_train, x_test, y_test of a task; the test side is that of `shift` if one is given."""
     options = run.profile.probing
 
@@ -102,35 +108,40 @@ def _rows(source: str) -> tuple[list[str], Tensor]:
 
 
 RANKINGS = {"": True, "_plain": False}
-"""How latents are ranked: by the difference of class means divided by a latent's mean non-zero value (sae-probes), or not divided (the
-published figure of the shifted sets)."""
+"""How latents are ranked: by the difference of class means divided by a latent's mean non-zero value (sae-probes), or
+not divided (the published figure of the shifted sets)."""
 
 
-def probing_scores(run: Run) -> list[dict]:
-    """One row per SAE and mode: mean AUC over tasks for each k, and the table of tasks with the raw probe beside them."""
+Tasks = dict[str, tuple[str, Shift | None]]
+"""Name in the table of results -> the task, and how its test texts are shifted."""
+
+
+def probing_scores(run: Scored) -> list[dict]:
+    """One row per SAE and mode: mean AUC over tasks for each k, and the table of tasks with the raw probe beside
+    them."""
     tasks = run.profile.probing.tasks
-    return _scores(
-        run, "probing", {task: (task, None) for task in (binary_tasks() if tasks == ["all"] else tasks)}, ("",)
-    )
+    return _scores(run, "probing", {task: (task, None) for task in (binary_tasks() if tasks == ["all"] else tasks)})
 
 
-def ood_scores(run: Run) -> list[dict]:
-    """One row per SAE and mode: mean AUC on the shifted sets of each family, for each k and ranking, and its gap to the probe on raw
-    activations."""
+def ood_scores(run: Scored) -> list[dict]:
+    """One row per SAE and mode: mean AUC on the shifted sets of each family, for each k and ranking, and its gap to the
+    probe on raw activations."""
     shifts = {text: Shift.parse(text) for text in run.profile.probing.shifted}
-    return _scores(run, "ood", {text: (shift.task, shift) for text, shift in shifts.items()}, tuple(RANKINGS))
+    return _scores(run, "ood", {text: (shift.task, shift) for text, shift in shifts.items()})
 
 
-def _scores(run: Run, kind: str, tasks: dict[str, tuple[str, Shift | None]], rankings: tuple[str, ...]) -> list[dict]:
-    return run.rows(kind, run.profile.probing, lambda: _score_all(run, kind, tasks, rankings))
+def _scores(run: Scored, kind: str, tasks: Tasks) -> list[dict]:
+    return run.rows(kind, run.profile.probing, lambda: _score_all(run, kind, tasks))
 
 
-def _score_all(
-    run: Run, kind: str, tasks: dict[str, tuple[str, Shift | None]], rankings: tuple[str, ...]
-) -> list[dict]:
-    seed, ks = run.profile.probing.seed, run.profile.probing.shifted_ks if kind == "ood" else run.profile.probing.ks
-    data, excluded = _load(run, tasks, skip=run.profile.probing.tasks == ["all"])
-    raw_auc = lambda d: probe(*_sides(d, d["x_train"], d["x_test"]), seed=seed).auc
+def _score_all(run: Scored, kind: str, tasks: Tasks) -> list[dict]:
+    options = run.profile.probing
+    ks, rankings = (options.shifted_ks, tuple(RANKINGS)) if kind == "ood" else (options.ks, ("",))
+    data, excluded = _load(run, tasks, skip=options.tasks == ["all"])
+
+    def raw_auc(task: dict[str, Tensor]) -> float:
+        return probe(*_sides(task, task["x_train"], task["x_test"]), seed=options.seed).auc
+
     raw = dict(zip(data, in_threads(raw_auc, data.values(), label=f"{kind}, raw activations", unit="task")))
     used = [name for name in data if kind != "ood" or raw[name] >= USABLE]
     families = {name: shift.family if shift else kind for name, (_, shift) in tasks.items()}
@@ -139,20 +150,19 @@ def _score_all(
     excluded |= {name: f"raw probe's AUC {raw[name]:.3f}, below {USABLE}" for name in data if name not in used}
 
     def score(sae, threshold) -> dict:
-        found = [_score_one(sae, threshold, data[name], ks, rankings, seed) for name in used]
-        table = [{"task": n, "family": families[n], "raw_auc": raw[n], "auc": auc} for n, auc in zip(used, found)]
-        means = [
-            _means(family, [t for t in table if t["family"] == family]) for family in dict.fromkeys(families.values())
-        ]
-        return {key: value for part in means for key, value in part.items()} | {"tasks": table, "excluded": excluded}
+        aucs = {name: _auc_by_k(sae, threshold, data[name], ks, rankings, options.seed) for name in used}
+        table = [{"task": n, "family": families[n], "raw_auc": raw[n], "auc": auc} for n, auc in aucs.items()]
+        row = {}
+        for family in dict.fromkeys(families.values()):
+            row |= _means(family, [t for t in table if t["family"] == family])
+        return row | {"tasks": table, "excluded": excluded}
 
     return score_saes(run, kind, score)
 
 
-def _load(
-    run: Run, tasks: dict[str, tuple[str, Shift | None]], skip: bool
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """Activations of the tasks, and why some are left out: with `skip`, a task that has too few rows does not end the run."""
+def _load(run: Scored, tasks: Tasks, skip: bool) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """Activations of the tasks, and why some are left out: with `skip`, a task that has too few rows does not end the
+    run."""
     data, excluded = {}, {}
     for name, where in tasks.items():
         try:
@@ -174,15 +184,15 @@ def _means(family: str, table: list[dict]) -> dict[str, float]:
     return means | {f"{family}_gap_{k}": raw - value for k, value in auc.items()}
 
 
-def _score_one(sae, threshold, data: dict[str, Tensor], ks: list[int], rankings: tuple[str, ...], seed: int) -> dict:
+def _auc_by_k(sae, threshold, data: dict[str, Tensor], ks: list[int], rankings: tuple[str, ...], seed: int) -> dict:
     """AUC by k and ranking, such as {"5": .8, "5_plain": .7}."""
     f_train, f_test = (sae.latents(data[key], threshold) for key in ("x_train", "x_test"))
-    found = {}
+    auc = {}
     for ranking in rankings:
         choice = dict(ks=tuple(ks), normalised=RANKINGS[ranking], penalty="l2", seed=seed)
         scores = sparse_probing(*_sides(data, f_train, f_test), **choice).scores
-        found |= {f"{k}{ranking}": score.auc for k, score in scores.items()}
-    return found
+        auc |= {f"{k}{ranking}": score.auc for k, score in scores.items()}
+    return auc
 
 
 def _sides(data: dict[str, Tensor], train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

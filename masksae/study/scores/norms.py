@@ -1,0 +1,26 @@
+"""Norms of the residual stream at ordinary and at masked positions (notebook 01): a special token may become an
+attention sink."""
+
+import pandas as pd
+
+from masksae.study.inputs import Inputs
+
+
+def norms(run: Inputs, sequences: int = 32) -> list[dict]:
+    """Norm of the residual stream at every position of some training blocks, by arm and by whether the position is
+    masked."""
+    rows = []
+    for arm in run.profile.arms:
+        ids, is_masked = run.corrupt(arm, run.ids("train", slice(sequences)))
+        norm = run.activations(ids).norm(dim=1)
+        rows += [
+            {"arm": arm.name, "masked": m, "norm": round(v, 4)}
+            for m, v in zip(is_masked[:, len(run.start) :].flatten().tolist(), norm.tolist())
+        ]
+    return rows
+
+
+def norm_table(rows: list[dict]) -> list[dict]:
+    """Median and largest norm by arm and by whether the position is masked; rows of `norms`."""
+    grouped = pd.DataFrame(rows).groupby(["arm", "masked"], sort=False)["norm"]
+    return grouped.agg(positions="size", median="median", largest="max").reset_index().to_dict("records")

@@ -1,0 +1,162 @@
+"""The command line: what it prints, in which form, and with which exit status."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from browser import CHROMIUM, troubles
+
+import masksae
+from masksae import SAE
+from masksae.app import cli
+from masksae.errors import ConfigError
+
+COMMANDS = ("fetch", "plan", "train", "evaluate", "explore", "export")
+
+
+def told(capsys, *command):
+    """What a command prints on stdout; it succeeds."""
+    capsys.readouterr()
+    assert cli.main([*map(str, command)]) == 0
+    return capsys.readouterr().out
+
+
+def test_evaluate(run, folder, tmp_path, capsys):
+    command = ["evaluate", folder, "--profile", run.source, "--metrics", "reconstruction", "--out", tmp_path / "out"]
+    text = told(capsys, *command)
+    assert "explained variance" in text and "matched" in text and max(map(len, text.splitlines()[:-1])) <= 80
+    assert json.loads(told(capsys, *command, "--json"))["explained variance"].keys() == {"as_trained", "matched"}
+    page = (tmp_path / "out/report.html").read_text()
+    assert "mine" in page and "explained variance" in page and "@BODY@" not in page
+    if CHROMIUM:
+        assert troubles(tmp_path / "out", ["report.html"]) == []
+
+
+def test_train(run, capsys):
+    text = told(capsys, "train", run.source)
+    assert max(map(len, text.splitlines()[:-3])) <= 80 and "unmasked-plain-s0" in text
+    found = json.loads(told(capsys, "train", run.source, "--json"))
+    assert {row["sae"] for row in found} == {row["sae"] for row in run.table}
+    assert all(isinstance(SAE.load(row["folder"]), SAE) and 0 < row["explained_variance"] < 1 for row in found)
+
+
+def test_train_names_the_next_step(run, capsys):
+    line = told(capsys, "train", run.source).splitlines()[-1]
+    next_, *command = shlex.split(line)
+    options = cli.parser().parse_args(command[1:])
+    assert (next_, command[0]) == ("Next:", "masksae") and SAE.load(options.sae) and options.profile == str(run.source)
+
+
+def test_pages_of_two_saes_lie_beside_each_other(run, folder, tmp_path, monkeypatch, capsys):
+    from masksae.study import explore
+
+    story = explore.Story("starts with S", (0,), 0.5, 4, [], 0.9)
+    monkeypatch.setattr(explore.Explorer, "letter", lambda *_: story)  # random weights pass no gate
+    pages = set()
+    for name in ("first", "second <b>"):  # a name is text, and no HTML
+        shutil.copytree(folder, tmp_path / name)
+        command = ["explore", tmp_path / name, "--letter", "s", "--profile", run.source, "--out", tmp_path / "out"]
+        pages.add(told(capsys, *command).strip())
+    assert pages == {str(tmp_path / "out" / f"{name}-starts-with-S.html") for name in ("first", "second-b-")}
+    assert "second &lt;b&gt;" in (tmp_path / "out/second-b--starts-with-S.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["evaluate", "x", "--l0", "-3"], "'-3' is no mean number of active latents; give one above 0"),
+        (["evaluate", "x", "--l0", "nan"], "'nan' is no mean number"),
+        (["evaluate", "x", "--l0", "inf"], "'inf' is no mean number"),
+        (["evaluate", "x", "--l0", "many"], "'many' is no mean number"),
+        (["evaluate", "x", "--metrics", "typo"], "there is no metric 'typo'. Known: reconstruction"),
+        (["evaluate", "x", "--metrics", "absorbtion,"], "there is no metric 'absorbtion'. Did you mean 'absorption'"),
+        (["evaluate", "x", "--metrics", ""], "there is no metric ''"),
+        (["explore", "x", "--letter", "ab"], "'ab' is no letter from a to z"),
+        (["explore", "x", "--letter", ""], "'' is no letter"),
+        (["explore", "x", "--letter", "é"], "'é' is no letter"),
+    ],
+)
+def test_hostile_arguments_are_refused_before_anything_is_loaded(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("redirection", ["<&- >&- 2>&-", ">/dev/full"])
+def test_closed_streams(redirection):
+    command = f'"{sys.executable}" -m masksae.app.cli plan smoke {redirection}'
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert result.returncode == (2 if "full" in redirection else 0) and "Traceback" not in result.stderr, result.stderr
+
+
+def test_a_poor_terminal():
+    """Dumb, 20 columns wide, in a locale without our dashes and arrows."""
+    poor = {"TERM": "dumb", "COLUMNS": "20", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for arguments, status in (["train", "--help"], 0), (["plan", "smoke"], 0), (["plan", "smö"], 2):
+        command = [sys.executable, "-m", "masksae.app.cli", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | poor)
+        assert result.returncode == status and "Traceback" not in result.stderr, result.stderr
+
+
+def test_export(folder, tmp_path, capsys):
+    text = told(capsys, "export", folder, tmp_path / "dl", "--to", "dictionary_learning", "--json")
+    assert json.loads(text) == {"folder": str(tmp_path / "dl")}
+    assert torch.equal(masksae.load_sae(tmp_path / "dl").W_dec, masksae.load_sae(folder).W_dec)
+
+
+def test_fetch_and_plan(run, capsys):
+    assert "blocks of train" in told(capsys, "fetch", run.source)
+    assert json.loads(told(capsys, "fetch", run.source, "--json"))["blocks"]["train"] == 200
+    text = told(capsys, "plan", run.source)
+    assert "Space:" in text and max(map(len, text.splitlines()[3:-1])) <= 80
+    plan = json.loads(told(capsys, "plan", "paper", "--json"))
+    assert (
+        plan["flop"].keys() == {"activations", "training", "evaluation"} and plan["hours"]["H100 SXM"]["training"] > 1
+    )
+    assert plan["memory_bytes"]["cuda"] > 5e9 and plan["saes"] == 24
+
+
+def test_errors_are_one_line_and_a_status(run, tmp_path, capsys):
+    bad = ["evaluate", str(tmp_path), "--profile", run.source, "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert cli.main(bad) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("masksae: ") and shown.err.count("\n") == 1
+    with pytest.raises(ConfigError):
+        cli.main([*bad, "--debug"])
+    assert cli.main(["train", "laptpo"]) == 2 and "Did you mean 'laptop'?" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_130(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "print_plan", interrupted)
+    assert cli.main(["plan", "smoke"]) == 130 and "interrupted; what was finished is kept" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m masksae.app.cli plan paper --json | head -1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "{\n", "")
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda c: " ".join(c) or "masksae")
+def test_help_teaches_in_80_columns(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and max(map(len, text.splitlines())) <= 80
+    assert all(name in text for name in COMMANDS) if not command else f"  masksae {command[0]} " in text
+
+
+def test_help_needs_nothing_heavy():
+    code = "import sys\nfrom masksae import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,212 @@
+"""dvc.yaml names what its stages use, notebooks are projected and executed without a trace of when, errors come without a traceback."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from masksae.app import repro
+from masksae.errors import ConfigError
+from masksae.study.profile import Profile
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+NOTEBOOKS = {stage["cmd"].split()[4]: name for name, stage in STAGES.items() if " run " in stage["cmd"]}
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_stage_depends_on_its_notebook_and_on_the_package(notebook):
+    deps = STAGES[NOTEBOOKS[notebook]]["deps"]
+    assert {"masksae", f"build/${{profile}}/projection/{notebook}.json"} <= {*deps}
+
+
+def test_every_notebook_has_a_stage_and_every_output_is_of_one_profile():
+    files = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert files == sorted(NOTEBOOKS)
+    assert STAGES["projection"]["deps"] == ["notebooks"]
+    for stage in STAGES.values():
+        for kind in ("outs", "metrics", "plots"):
+            for out in stage.get(kind, []):
+                path, options = next(iter(out.items())) if isinstance(out, dict) else (out, {})
+                assert "/${profile}/" in path
+                assert ("cache" in options) == (kind != "outs")  # elsewhere it would disable the run cache
+        for params in stage.get("params", []):
+            assert set(params["${profile_values}"]) <= set(Profile.model_fields)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "masksae/profiles").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_has_every_key_that_a_stage_depends_on(path):
+    """DVC stops at a key that is not there, even one with a default."""
+    keys = {
+        key for stage in STAGES.values() for params in stage.get("params", []) for key in params["${profile_values}"]
+    }
+    assert keys <= set(yaml.safe_load(path.read_text()))
+
+
+def test_a_missing_result_is_blamed_on_the_notebook_that_writes_it():
+    from masksae.study.inputs import WRITES
+
+    written = {
+        Path(next(iter(out))).stem: stage["cmd"].split()[4]
+        for stage in STAGES.values()
+        for out in stage.get("metrics", [])
+    }
+    assert {name: notebook for notebook, names in WRITES.items() for name in names} == written
+
+
+def test_default_profile():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert params == {
+        "profile": "laptop",
+        "profile_file": "masksae/profiles/laptop.yaml",
+        "profile_values": "masksae/profiles/laptop.yaml",
+        "root": ".",
+    }
+    assert repro.DEFAULT == "laptop"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").write_text("")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_notebook(folder, *sources, name="01_try", outputs=()):
+    cells = [nbformat.v4.new_code_cell(s, id=f"01-{i:02d}") for i, s in enumerate(sources)]
+    cells[0].metadata["tags"] = ["parameters"]
+    cells[-1].outputs = list(outputs)
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / f"notebooks/{name}.ipynb")
+
+
+def projection(folder):
+    repro.project_notebooks("smoke")
+    return (folder / "build/smoke/projection/01_try.json").read_text()
+
+
+def test_projection_sees_sources_and_tags_only(project):
+    write_notebook(project, "profile = 1", "x = 1")
+    plain = projection(project)
+    write_notebook(project, "profile = 1", "x = 1", outputs=[nbformat.v4.new_output("stream", text="ran")])
+    assert projection(project) == plain
+    write_notebook(project, "profile = 1", "x = 2")
+    assert projection(project) != plain
+    assert json.loads(plain)[0] == {"type": "code", "source": "profile = 1", "tags": ["parameters"]}
+
+
+def test_execution_injects_the_profile_and_leaves_no_trace_of_when(project, capfd):
+    source = "import sys, time\nfrom tqdm.notebook import tqdm\nprint(profile)\nprint(time.time(), file=sys.stderr)"
+    source += "\nfor _ in tqdm(range(3)): pass"
+    write_notebook(project, 'profile = "other"', source)
+    target, contents = project / "build/smoke/01_try.ipynb", []
+    for _ in range(2):
+        repro.execute("01_try", "smoke")
+        contents.append(target.read_bytes())
+    assert contents[0] == contents[1]
+    outputs = [o for c in nbformat.read(target, 4).cells if c.cell_type == "code" for o in c.outputs]
+    assert [o.text for o in outputs] == ["smoke\n"] and not list(target.parent.glob("*.failed.ipynb"))
+    assert "smoke" in capfd.readouterr().out  # and the terminal saw it as it went
+
+
+def test_a_notebook_that_fails_is_kept_for_reading(project):
+    write_notebook(project, 'profile = "other"', "assert 1 + 1 == 3, 'arithmetic'")
+    from papermill import PapermillExecutionError
+
+    with pytest.raises(PapermillExecutionError, match="arithmetic"):
+        repro.execute("01_try", "smoke")
+    kept = list((project / "build/smoke").glob("*.ipynb"))
+    assert [path.name for path in kept] == ["01_try.failed.ipynb"] and "arithmetic" in kept[0].read_text()
+
+
+def test_each_profile_has_a_pipeline_of_its_own(project):
+    text = (ROOT / "masksae/profiles/smoke.yaml").read_text().replace("name: smoke", "name: mine", 1)
+    for folder in ("a", "b"):
+        (project / folder).mkdir()
+        (project / folder / "mine.yaml").write_text(text)
+    assert repro.pipeline_file("laptop") == Path("dvc.yaml")
+    assert repro.pipeline_file("a/mine.yaml") == Path("build/mine/dvc.yaml")
+    assert (project / "build/mine/dvc.yaml").resolve() == project / "dvc.yaml"
+    params = yaml.safe_load((project / "build/mine/params.yaml").read_text())
+    values = "build/mine/values.yaml"
+    assert params == {"profile": "mine", "profile_file": "a/mine.yaml", "profile_values": values, "root": "../.."}
+    assert repro.pipeline_file("a/mine.yaml") == Path("build/mine/dvc.yaml")
+    with pytest.raises(ConfigError, match="belongs to the profile a/mine.yaml, not to b/mine.yaml"):
+        repro.pipeline_file("b/mine.yaml")
+
+
+def test_pipelines_of_the_version_before_are_upgraded(project):
+    """DVC would stop at their params.yaml, whichever profile is run."""
+    (project / "build/old").mkdir(parents=True)
+    (project / "build/old/params.yaml").write_text("profile: old\nprofile_file: old.yaml\nroot: ../..\n")
+    repro.pipeline_file("laptop")
+    assert yaml.safe_load((project / "build/old/params.yaml").read_text())["profile_values"] == "old.yaml"
+
+
+def test_a_short_profile_gets_every_key_that_a_stage_depends_on(project):
+    (project / "mine.yaml").write_text(
+        "name: mine\nmodel: {source: smollm2-135m, block: 4, mask_token: <|endoftext|>}\ntext: {sources: [web-news], train_tokens: 9000}\n"
+        "saes: [{name: a, selection: {rule: batch_topk, k: 9}, n_latents: 64}]\n"
+    )
+    repro.pipeline_file("mine.yaml")
+    keys = {
+        key for stage in STAGES.values() for params in stage.get("params", []) for key in params["${profile_values}"]
+    }
+    values = yaml.safe_load((project / "build/mine/values.yaml").read_text())
+    assert keys <= set(values) and values["saes"][0]["seeds"] == [0, 1, 2] and values["arms"][1]["p"] == 0.3
+
+
+@pytest.mark.parametrize("command", ["repro", "status", "project"])
+def test_bad_profiles_are_told_in_a_line(command, capsys, project):
+    assert repro.main([command, "smok"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("masksae: There is no profile 'smok'. Did you mean 'smoke'") and "Traceback" not in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_dvc_its_stage_and_the_kernel_in_a_line(number, project):
+    """To our process alone, as `kill` sends it: real DVC, a real kernel in the middle of a cell, nothing left, no lock held."""
+    (project / ".dvc").mkdir()
+    (project / ".dvc/config").write_text("[core]\n    no_scm = True\n    analytics = false\n")
+    (project / "dvc.yaml").write_text("stages: {try: {cmd: python -m masksae.app.repro run 01_try laptop}}")
+    busy = "import os, time\nopen('pids', 'w').write(f'{os.getpid()} {os.getppid()}')\nprint('busy', flush=True)\ntime.sleep(99)"
+    write_notebook(project, 'profile = "x"', busy)
+    code = "import sys\nfrom masksae.app import cli, repro\nsys.exit(cli.exit_status(lambda: repro.dvc('repro', 'laptop')))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    begun = list(itertools.takewhile("busy\n".__ne__, process.stdout))  # or all it says, if it ends before
+    assert process.poll() is None, begun
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=40)
+    assert process.returncode == 128 + number and "Traceback" not in said, said
+    assert said.endswith("masksae: interrupted; what was finished is kept, and the same command goes on.\n")
+    assert len(said.splitlines()) <= 4, said  # the stage's own, and DVC's about the stage
+    for pid in map(int, (project / "pids").read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert subprocess.run([sys.executable, "-m", "dvc", "status", "-q"], env=environment).returncode in (0, 1)
+
+
+def test_a_notebook_that_nobody_interrupts_ends_without_a_word(project, capfd):
+    """Jupyter interrupts a kernel before it asks it to end; here that always meets one that has just answered and is not yet idle."""
+    slow = "import time\nhandlers = get_ipython().kernel.shell_handlers\nanswer = handlers['kernel_info_request']\n"
+    slow += "async def late(*message): await answer(*message); time.sleep(2)\nhandlers['kernel_info_request'] = late"
+    write_notebook(project, 'profile = "x"', slow)
+    repro.execute("01_try", "smoke")
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+
+
+def test_nobody_is_asked_through_a_closed_stdin(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    repro.ask_for_terms("smollm2-135m")

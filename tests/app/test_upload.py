@@ -1,0 +1,68 @@
+"""The folder for the hub: SAEs that come back as they were, a card whose numbers are the results', a push that fails with its reason."""
+
+import pytest
+import torch
+import yaml
+from tiny_project import profile
+
+from masksae import Run, load_saelens
+from masksae.app import repro, upload
+from masksae.errors import ConfigError, DataError, SourceError
+
+
+@pytest.fixture
+def run(project):
+    run = Run(profile(project))
+    run.saes
+    rows = [{"grid": "plain", "arm": arm, "mode": mode, "seed": s, "l0": 3.0, "ev_centred": 0.5 + s / 10, "ce_score": 0.25} for arm in ("unmasked", "masked") for mode in ("as_trained", "matched") for s in (0, 1)]  # fmt: skip
+    run.save_result("reconstruction", rows)
+    return run
+
+
+def test_the_folder_holds_every_sae_as_it_is(run):
+    folder = upload.build(run)
+    for name, sae in run.load_saes().items():
+        assert torch.equal(load_saelens(folder / name).W_dec, sae.W_dec)
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == len(run.table)
+
+
+def test_the_card_says_what_the_run_was(run):
+    text = upload.card(run)
+    head = yaml.safe_load(text.split("---")[1])
+    assert head == {"library_name": "saelens", "tags": ["saelens", "sparse-autoencoder", "masked-regularization"]}
+    assert "* `masked`: 30% of the input tokens replaced by `<mask>`" in text and "* `unmasked`: no masking" in text
+    assert "| plain | masked | 2 | 3.000 | 0.550 | 0.250 |" in text and "6,400 tokens an arm" in text
+    (run.results / "reconstruction.json").unlink()
+    assert "No scores were taken." in upload.card(run)
+
+
+def test_pushing(run, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda self, name, **options: pushed.append((name, options["private"]))
+    )
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder",
+        lambda self, **options: pushed.append(sorted(p.name for p in options["folder_path"].iterdir())) or "address",
+    )
+    assert upload.upload(run, "someone/saes") == "address"
+    assert pushed[0] == ("someone/saes", True) and "README.md" in pushed[1] and "masked-plain-s0" in pushed[1]
+    with pytest.raises(ConfigError, match="owner/name, found 'saes'"):
+        upload.upload(run, "saes")
+
+    def refused(*_, **__):
+        raise OSError("no route\nmore")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refused)
+    with pytest.raises(SourceError, match=r"hub is built, but could not be pushed to a/b: no route\. Check"):
+        upload.upload(run, "a/b")
+
+
+def test_the_command(run, capsys):
+    assert repro.main(["share", run.source]) == 0
+    assert "build/tiny/hub" in capsys.readouterr().out
+
+
+def test_nothing_to_share(project):
+    with pytest.raises(DataError, match="Run notebook 02_train"):
+        upload.build(Run(profile(project)))

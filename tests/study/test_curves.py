@@ -1,0 +1,120 @@
+"""Absorption along training: effects at equal steps and at equal explained variance on curves that are known, tables and pictures."""
+
+import pytest
+from tiny_project import profile
+
+from masksae import Run
+from masksae.study.figures import absorption, style
+from masksae.study.report import curves
+from masksae.study.stats import paired_effect, pairs_needed
+
+
+def curve(arm, p, seed, ev, letters, contexts, steps=(10, 20, 40)):
+    shared = {"arm": arm, "p": p, "seed": seed, "k": 20, "grid": "g", "l0_as_trained": 20.0 + 10 * p}
+    return [
+        shared
+        | {"step": s, "ev_centred": e, "letters": a, "contexts": c, "letters_items": {"a": a, "b": a}}
+        | {"contexts_items": {"the": c, "to": c}, "dead_latents": 0}
+        for s, e, a, c in zip(steps, ev, letters, contexts)
+    ]
+
+
+@pytest.fixture
+def rows():
+    found = []
+    for seed, d in enumerate((0.0, 0.01, -0.01)):
+        found += curve("unmasked", 0.0, seed, (0.7, 0.8, 0.9), (0.1 + d, 0.2 + d, 0.3 + d), (0.05, 0.10, 0.15 + d))
+        found += curve("masked", 0.3, seed, (0.6, 0.7, 0.75), (0.05, 0.1, 0.15 + d), (0.02, 0.02, 0.025))
+        found += curve("worse", 0.3, seed, (0.3, 0.4, 0.5), (0.1, 0.2, 0.3 + d), (0.1, 0.1, 0.1))
+    return found
+
+
+def test_effects_at_equal_steps_and_at_equal_explained_variance(rows):
+    found = {(e["arm"], e["kind"][:5], e["equal"]): e for e in curves.effects(rows)}
+    steps, equal = found["masked", "same ", "steps"], found["masked", "same ", "EV"]
+    assert steps["difference"] == pytest.approx(-0.15) and steps["items"] == 2
+    assert equal["baseline"] == pytest.approx(0.15) and equal["difference"] == pytest.approx(
+        0.0
+    )  # all of it under-training
+    assert found["masked", "cross", "EV"]["difference"] == pytest.approx(0.025 - 0.075)  # and this is not
+    assert ("worse", "same ", "EV") not in found  # nothing is extrapolated
+    both = [e for e in curves.effects(rows) if e["kind"].startswith("cross-token less") and e["arm"] == "masked"]
+    assert both[0]["difference"] == pytest.approx((0.025 - 0.15) - (0.15 - 0.30), abs=1e-9)
+
+
+def test_tables(rows):
+    table = curves.effect_table(curves.effects(rows))
+    assert "does not reach it" in table.set_index("arm").loc["worse", "at equal clean EV"].iloc[0]
+    growth = curves.growth(rows)
+    assert len(growth) == 6 and growth[0]["from"] == 20 and "0.200 → 0.300" in growth[0]["change"]
+    assert {row["step"] for row in curves.finished(rows)} == {40}
+
+
+def test_pictures_show_every_arm(rows):
+    style.style()
+    along = absorption.draw_along(rows)
+    assert len(along.axes) == 4 and all(axis.get_ylim()[0] == 0 for axis in along.axes)
+    labels = {text.get_text() for text in along.axes[1].get_legend().get_texts()}
+    assert labels == {"unmasked", "masked", "worse"}
+    arms = absorption.draw_ablations(rows)
+    assert [t.get_text() for t in arms.axes[0].get_yticklabels()] == ["unmasked", "masked", "worse"]
+
+
+@pytest.mark.parametrize("size", [0.4, 0.8, 2.0])
+def test_pairs_needed_is_where_the_detectable_difference_is_the_effect(size):
+    n = pairs_needed(size)
+    alternating = lambda n: [size + (1 if i % 2 else -1) * ((n - 1) / n) ** 0.5 for i in range(n)]
+    even = n + n % 2
+    assert paired_effect([0.0] * even, alternating(even)).detectable <= size * 1.001
+    fewer = even - 2
+    assert fewer < 2 or paired_effect([0.0] * fewer, alternating(fewer)).detectable > size
+
+
+def test_snapshots_of_a_run(project):
+    ablations = [
+        {"name": "dropped", "p": 0.3, "drop_masked": True},
+        {"name": "fewer", "p": 0.0, "tokens": 0.5, "seeds": [1]},
+    ]
+    run = Run(profile(project, training={"snapshots": [12, 24]}, ablations=ablations))
+    run.saes
+    unmasked, _, dropped, fewer = run.arms
+    steps = run.snapshots(unmasked)
+    last = max(steps)
+    assert list(steps) == [12, 24, last] and list(steps[12]) == ["unmasked-plain-s0", "unmasked-plain-s1"]
+    finished = run.load_saes([unmasked])["unmasked-plain-s0"]
+    assert (steps[last]["unmasked-plain-s0"].W_dec == finished.W_dec).all()
+    assert not (steps[24]["unmasked-plain-s0"].W_dec == finished.W_dec).all()
+    assert list(run.snapshots(dropped)[last]) == ["dropped-plain-s0", "dropped-plain-s1"]
+    short = run.snapshots(fewer)
+    assert list(short[max(short)]) == ["fewer-plain-s1"] and max(short) == pytest.approx(last / 2, abs=2)
+
+
+def test_the_caption_has_the_numbers(rows):
+    text = curves.caption(curves.effects(rows))
+    assert (
+        "masked: same token −0.150 (95 % −0.150 to −0.150), cross-token −0.125" in text and "worse: same token" in text
+    )
+
+
+def test_quality_of_the_main_latents():
+    shared = {"grid": "g", "mode": "matched"}
+    letters = [
+        shared | {"arm": arm, "mean_full": full, "dense_absorbers": 0.5, "letters": [{"f1": 0.2}, {"f1": f1}]}
+        for arm, full, f1 in (("unmasked", 0.1, 0.4), ("unmasked", 0.3, 0.6), ("masked", 0.2, 0.8))
+    ]
+    contexts = [
+        shared | {"arm": "unmasked", "context_full": 0.1, "context_dense_absorbers": None, "parents": [{"f1": 0.9}]}
+    ]
+    contexts.append(contexts[0] | {"mode": "as_trained", "context_full": 9.0})
+    first, second, third = curves.quality(letters, contexts)
+    assert first["absorption"] == pytest.approx(0.2) and first["F1 of main latents"] == pytest.approx((0.3 + 0.4) / 2)
+    assert second["arm"] == "masked" and third["kind"].startswith("cross-token") and third["absorption"] == 0.1
+
+
+def test_parent_by_parent(rows):
+    for row in rows:
+        if row["arm"] == "masked":
+            row["contexts_items"]["to"] = 0.15 + 0.01 * row["seed"]
+    table = curves.by_parent(rows, "masked")
+    assert [row["parent"] for row in table] == ["the", "to"] and "0.150 → 0.025" in table[0]["effect"]
+    assert table[0]["p"] < 0.01 < table[1]["p"] and table[0]["p_holm"] == pytest.approx(2 * table[0]["p"])
