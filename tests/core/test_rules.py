@@ -1,8 +1,10 @@
 """A selection rule is one class: one that is defined here, outside the package, is trained, kept, exported, planned and
 scored."""
 
+import importlib
 import json
 import math
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -194,3 +196,32 @@ def test_its_name_is_its_own():
     with pytest.raises(ConfigError, match="rules has a selection rule TopK already"):
         type("TOpK", (Selection,), {"__module__": "elsewhere"})
     assert SELECTIONS["Cutoff"] is Cutoff
+
+
+EDITED = """
+from dataclasses import dataclass
+from masksae.saes.rules import Selection
+
+@dataclass(frozen=True)
+class Edited(Selection):
+    k: float
+    goal = {goal}
+"""
+
+
+def test_its_code_is_in_the_id_of_what_it_trains(project, monkeypatch):  # noqa: F811
+    """A rule that was edited trains again, though no line of the package has changed."""
+    monkeypatch.syspath_prepend(project)
+    path = profile(
+        project, saes=[{"name": "a", "selection": {"rule": "edited", "k": 3}, "n_latents": 32, "seeds": [0]}]
+    )
+    (project / "edited.py").write_text(EDITED.format(goal=2))
+    importlib.import_module("edited")
+    try:
+        before = Run(path).ids_of(Run(path).arms)
+        assert Run(path).ids_of(Run(path).arms) == before
+        (project / "edited.py").write_text(EDITED.format(goal=3))
+        os.utime(project / "edited.py", ns=(10**18, 10**18))
+        assert not set(Run(path).ids_of(Run(path).arms)) & set(before)
+    finally:
+        del SELECTIONS["Edited"]
