@@ -1,5 +1,5 @@
-"""Scores of notebook 00: a world with known features in which a parent's child comes from the same token or from
-another one: which absorption can masking remove?
+"""Scores of notebook 00, a world with known features: which absorption can masking remove, that of a parent set by the
+same token as its child or that of one set by another token?
 
 Each sample is the activation at a word that follows a context token.
 
