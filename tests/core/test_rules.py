@@ -12,7 +12,7 @@ import torch
 from random_saes import random_batch
 from safetensors.torch import load_file
 from small_training import D, F, run, same, sparse_world, train_config
-from test_stages import profile, project  # noqa: F401
+from tiny_project import profile
 
 from masksae import MATRYOSHKA, SAE, AuxK, Run, SAEConfig, TopK, load_profile, load_sae, load_saelens, metrics
 from masksae.errors import ConfigError
