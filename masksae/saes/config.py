@@ -146,7 +146,7 @@ class SAEConfig:
     def to_dict(self) -> dict:
         """Plain values for JSON; `from_dict` reads them back."""
         return asdict(self) | {
-            "selection": {"rule": type(self.selection).__name__} | asdict(self.selection),
+            "selection": {"rule": type(self.selection).__name__} | asdict(self.selection),  # type: ignore[call-overload]  # every rule is a dataclass
             "prefixes": list(self.prefixes),
         }
 

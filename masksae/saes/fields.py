@@ -7,11 +7,12 @@ from masksae.errors import ConfigError
 
 def whole(name: str, value, least: int = 1, most: int | None = None) -> int:
     """A whole number, NumPy's too, as an int. Raises ConfigError for anything else, and outside of least .. most."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least or (most and value > most):
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is None or number < least or (most and number > most):
         kind = {1: "a positive integer"}.get(least, f"an integer of at least {least}")
         limit = "" if most is None else f", {most} at most"
         raise ConfigError(f"{name} must be {kind}{limit}, found {value!r}.")
-    return int(value)
+    return number
 
 
 def keep_whole(config, name: str, least: int = 1, most: int | None = None) -> None:

@@ -16,17 +16,13 @@ The formulas of the five rules here are those of dictionary_learning 0.1.0.
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from masksae.errors import ConfigError
 from masksae.saes.fields import check_positive, keep_whole
-
-if TYPE_CHECKING:
-    from masksae.saes.sae import SAE
-    from masksae.saes.sparse import Entries
 
 SELECTIONS: dict[str, type["Selection"]] = {}
 """Every rule that is defined, by the name of its class."""
@@ -62,7 +58,8 @@ LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight"
 
 
 class Selection:
-    """Base of the selection rules. Methods get the SAE for its tensors, pre-activations are `pre` [B, F]."""
+    """Base of the selection rules. Methods get the `SAE` for its tensors; `pre` [B, F] are pre-activations, and `e` the
+    `Entries` of a sparse step."""
 
     centred: ClassVar[bool] = True
     """The encoder reads x - b_dec, not x."""
@@ -136,20 +133,20 @@ class Selection:
         """Initial values of the parameters that it adds to an SAE of n latents."""
         return {}
 
-    def magnitudes(self, sae: "SAE", pre: Tensor) -> Tensor:
+    def magnitudes(self, sae, pre: Tensor) -> Tensor:
         """Value [..., F] that each latent has if it is selected, at least 0."""
         return torch.relu(pre)
 
-    def margins(self, sae: "SAE", pre: Tensor) -> Tensor:
+    def margins(self, sae, pre: Tensor) -> Tensor:
         """What is compared with the inference threshold [..., F]."""
         return pre
 
-    def select(self, sae: "SAE", pre: Tensor, threshold: float | None = None) -> Tensor:
+    def select(self, sae, pre: Tensor, threshold: float | None = None) -> Tensor:
         """Latents [..., F] at inference; `threshold` takes the place of the trained one."""
         cut = sae.threshold if threshold is None else threshold
         return self.magnitudes(sae, pre) * (self.margins(sae, pre) > cut)
 
-    def dense(self, sae: "SAE", pre: Tensor, weight) -> tuple[Tensor, Tensor | None, Tensor | float]:
+    def dense(self, sae, pre: Tensor, weight) -> tuple[Tensor, Tensor | None, Tensor | float]:
         """(f [B, F], gate [B, F] or None, penalty) in training, with autograd.
 
         weight  sparsity coefficient of the step, warm-up and controller included
@@ -157,16 +154,16 @@ class Selection:
         """
         raise NotImplementedError
 
-    def support(self, sae: "SAE", pre: Tensor, most: float) -> Tensor | None:
+    def support(self, sae, pre: Tensor, most: float) -> Tensor | None:
         """Flat indices, ascending, of the entries of pre that can have a gradient; None for more than `most`, and for a
         rule that has no sparse step."""
         return None
 
-    def sparse(self, sae: "SAE", e: "Entries") -> tuple[Tensor, Tensor | None]:
+    def sparse(self, sae, e) -> tuple[Tensor, Tensor | None]:
         """(f, gate or None) at the entries of the support."""
         raise NotImplementedError
 
-    def backward(self, sae: "SAE", e: "Entries", f: Tensor, grad_f: Tensor, grad_gate: Tensor | None, weight):
+    def backward(self, sae, e, f: Tensor, grad_f: Tensor, grad_gate: Tensor | None, weight):
         """(gradient of pre at the entries, penalty). Sets the gradients of the rule's own parameters, adds to those of
         the decoder."""
         raise NotImplementedError
@@ -176,7 +173,7 @@ class Selection:
         names, or of all latents [B, F] without it."""
         raise NotImplementedError
 
-    def project_(self, sae: "SAE") -> None:
+    def project_(self, sae) -> None:
         """Bring the rule's own parameters back to where they make sense, after an update."""
 
     def to_saelens(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
@@ -192,6 +189,7 @@ class Selection:
 class _Ranked(Selection):
     """The largest are kept, k per token on average. Without a penalty, gradients are those of what is kept."""
 
+    k: float
     ranked = estimates_threshold = median_start = revived = always_sparse = True
 
     @property

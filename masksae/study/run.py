@@ -110,11 +110,10 @@ class Run(Scored):
         """Id of all that the SAEs of a group are made of."""
         arm, training = group.arm, self.profile.training
         saes = [grid.config(1, seed).to_dict() for _, grid, seed in group.members]  # the width is the model's
-        rules = {
-            cache.code_of(type(grid.selection.config)) for _, grid, _ in group.members
-        }  # also of rules from outside
+        rules = {type(grid.selection.config) for _, grid, _ in group.members}  # one from outside has its code outside
         how = [arm.tokens, arm.drop_masked, arm.denoise, training.model_dump(), training.config(10_000).identity()]
-        return run_id([self.stream_id(arm, group.pair or 0), how, saes, sorted(rules), cache.code_id("study.run")])
+        code = [cache.code_id("study.run"), *sorted(map(cache.code_of, rules))]
+        return run_id([self.stream_id(arm, group.pair or 0), how, saes, code])
 
     def ids_of(self, arms: list[Arm]) -> list[str]:
         """Ids of the groups of some arms."""

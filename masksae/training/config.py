@@ -112,7 +112,7 @@ class TrainConfig:
         """
         if self.snapshots == "log":
             return [self.steps >> i for i in range(self.steps.bit_length()) if self.steps >> i >= 16][::-1]
-        return sorted(set(self.snapshots))
+        return sorted({int(n) for n in self.snapshots})
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ..., steps - 1."""

@@ -124,7 +124,7 @@ class Group:
         self.stream, self.step, self.scale = stream.to(device), 0, 1.0
         self.saved: int | None = None
         self.views = list(dict.fromkeys(view_of(c, stream) for c in configs))
-        self.identity = {
+        self.identity: dict = {
             "saes": [c.to_dict() for c in configs],
             "train": config.identity(),
             "batch_size": stream.batch_size,

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from masksae.errors import ConfigError, nearest
 from masksae.files import explained, write_text
@@ -23,7 +24,8 @@ class JsonLines:
     step on first."""
 
     def __init__(self, path, names: list[str]):
-        self.path, self.names, self._file = Path(path), names, None
+        self.path, self.names = Path(path), names
+        self._file: TextIO | None = None
 
     def __call__(self, number: int, record: dict) -> None:
         with explained(self.path):
@@ -99,7 +101,7 @@ def chosen(folder, names: list[str]) -> Log:
     for name in wanted:
         if name not in ADAPTERS:
             raise ConfigError(f"MASKSAE_LOG names {name!r}.{nearest(name, ADAPTERS)}")
-    logs = [
+    logs: list[Log] = [
         JsonLines(Path(folder) / "log.jsonl", names),
         *(ADAPTERS[name](Path(folder) / name, names) for name in wanted),
     ]

@@ -167,14 +167,14 @@ def test_a_grid_takes_it_by_the_snake_case_of_its_name():
         ({"rule": "gated", "l1": float("inf"), "target_l0": 3}, "l1: Input should be a finite number"),
     ],
 )
-def test_a_profile_with_a_mistake_in_a_rule_is_told_which(project, selection, words):  # noqa: F811
+def test_a_profile_with_a_mistake_in_a_rule_is_told_which(project, selection, words):
     path = profile(project, saes=[{"name": "a", "selection": selection, "n_latents": 32}])
     with pytest.raises(ConfigError) as error:
         load_profile(path)
     assert words in str(error.value)
 
 
-def test_a_profile_is_run_with_it_and_scored(project):  # noqa: F811
+def test_a_profile_is_run_with_it_and_scored(project):
     grids = [{"name": "mine", "selection": {"rule": "cutoff", "k": 3}, "n_latents": 32, "seeds": [0]}]
     study = Run(profile(project, saes=grids))
     study.saes
@@ -209,7 +209,7 @@ class Edited(Selection):
 """
 
 
-def test_its_code_is_in_the_id_of_what_it_trains(project, monkeypatch):  # noqa: F811
+def test_its_code_is_in_the_id_of_what_it_trains(project, monkeypatch):
     """A rule that was edited trains again, though no line of the package has changed."""
     monkeypatch.syspath_prepend(project)
     path = profile(
