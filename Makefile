@@ -9,7 +9,7 @@ export MASKSAE_EXECUTOR := $(or $(EXECUTOR),$(MASKSAE_EXECUTOR))
 # An environment keeps the Python it was made with, unless PYTHON names another one.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup repro paper plan verify share guide release test-slurm site status test lint lab clean peers test-peers benchmark
+.PHONY: help setup repro paper plan verify share guide release test-slurm site status test test-all lint lab clean peers test-peers benchmark
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -19,41 +19,45 @@ setup:  ## make the virtual environment with the pinned packages of requirements
 	@$(PYTHON) tools/environment.py .venv
 
 repro: setup  ## bring every result of PROFILE up to date
-	@python -m masksae.app.repro repro "$(PROFILE)"
+	@python -m masksae repro "$(PROFILE)"
 
 paper: setup  ## the paper at its own scale, both models: needs a hub and a GPU
-	@python -m masksae.app.repro repro paper paper-gemma
+	@python -m masksae repro paper paper-gemma
 
 plan: setup  ## what PROFILE costs: work, hours, memory, disk; MEASURE=1 times a fraction here
-	@python -m masksae.app.repro plan "$(PROFILE)" $(if $(MEASURE),--measure)
+	@python -m masksae plan "$(PROFILE)" $(if $(MEASURE),--measure)
 
 verify: setup  ## published numbers of the paper's models beside those of PROFILE=paper or paper-gemma
-	@python -m masksae.app.repro verify "$(if $(filter laptop,$(PROFILE)),paper,$(PROFILE))"
+	@python -m masksae verify "$(if $(filter laptop,$(PROFILE)),paper,$(PROFILE))"
 
 share: setup  ## SAEs of PROFILE for the hub: build/PROFILE/hub; TO=owner/name pushes them
-	@python -m masksae.app.repro share "$(PROFILE)" $(if $(TO),--to "$(TO)")
+	@python -m masksae share "$(PROFILE)" $(if $(TO),--to "$(TO)")
 
 test-slurm: setup  ## jobs on a real SLURM of one node, started and stopped here (Debian, as root)
 	@command -v slurmctld munged >/dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge >/dev/null; }
 	@MASKSAE_TEST_SLURM=1 python -m pytest -q tests/app/test_slurm.py
 
 guide: setup  ## the guide to a model of your own, on Gemma 3 270M (terms to be accepted once): docs/own-model.md
-	@python -m masksae.app.repro guide
+	@python -m masksae guide
 
 site: setup  ## static pages of all that was run: build/site/index.html
-	@python -m masksae.app.site
+	@python -m masksae site
 
 status: setup  ## what `make repro` would do for PROFILE
-	@python -m masksae.app.repro status "$(PROFILE)"
+	@python -m masksae status "$(PROFILE)"
 
-test: setup  ## unit and property tests, the smoke pipeline, every notebook; minutes
+test: setup  ## what must pass everywhere: seven minutes on two cores
 	@python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
-lint: setup  ## style
-	@ruff format --check masksae tests benchmarks tools && ruff check
+test-all: setup  ## everything, for a night: long tests and faults too, peers, SLURM
+	@MASKSAE_FUZZ=$${MASKSAE_FUZZ:-300} python -m pytest -q -n 2 --dist loadfile
+	@$(MAKE) --no-print-directory test-peers test-slurm
+
+lint: setup  ## style, and types of the core
+	@ruff format --check masksae tests benchmarks tools && ruff check && mypy
 
 lab: setup  ## step through the notebooks in JupyterLab
-	@jupyter lab --config jupyter_server_config.py notebooks
+	@jupyter lab --config notebooks/jupyter_server_config.py notebooks
 
 peers:  ## a second environment with the libraries we compare with: dictionary_learning, SAELens, SAEBench
 	@PATH="$(CURDIR)/.venv-peers/bin:$$PATH" $(PYTHON) tools/environment.py .venv-peers

@@ -4,10 +4,11 @@
     .venv-peers/bin/python benchmarks/train.py                    # the table of benchmarks/README.md
     .venv-peers/bin/python benchmarks/train.py --only Matryoshka  # one architecture
 
-Same process, same threads, same batches, same initial weights; the trainers take turns of a few steps, and every number is a
-median over steps, every ratio a median over rounds with its quartiles. "Settled" rows have encoder biases (or thresholds) moved
-so that the SAE starts at the L0 of the row, as it is for most of a training; "fresh" rows start as initialised, half of all
-latents active. "floor" is the encoder's product alone, the part that a sparse step cannot avoid.
+Same process, same threads, same batches, same initial weights; the trainers take turns of a few steps, and every number
+is a median over steps, every ratio a median over rounds with its quartiles. "Settled" rows have encoder biases (or
+thresholds) moved so that the SAE starts at the L0 of the row, as it is for most of a training; "fresh" rows start as
+initialised, half of all latents active. "floor" is the encoder's product alone, the part that a sparse step cannot
+avoid.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 from peers import dictionary_learning_trainer, saelens_trainer
 
 from masksae import MATRYOSHKA, SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig
-from masksae.training.step import Member
+from masksae.training.step import Trainer
 
 RECIPE = TrainConfig(steps=100_000, lr=1e-6, warmup=10)  # nothing moves, so that a row stays at its L0
 CASES = [
@@ -53,7 +54,7 @@ def make_batches(n: int, batch: int, d: int) -> list[torch.Tensor]:
 @torch.no_grad()
 def settle(sae: SAE, x: torch.Tensor, l0: float) -> None:
     """Move biases (or thresholds) latent by latent so that each fires on its share of the tokens."""
-    if isinstance(sae.config.selection, TopK):
+    if sae.config.selection.ranked:
         return
     pre = sae.pre_activations(x)
     cut = pre.kthvalue(int(len(x) * (1 - l0 / pre.shape[1])), dim=0).values
@@ -80,7 +81,7 @@ def updates(sae: SAE, batch: int) -> dict:
     """Name -> function of a batch that makes one update, for each trainer."""
     theirs, ours, lens = (
         dictionary_learning_trainer(sae, RECIPE),
-        Member(sae, RECIPE),
+        Trainer(sae, RECIPE),
         saelens_trainer(sae, RECIPE, batch),
     )
     numbers = {"DictionaryLearning": itertools.count(1), "Ours": itertools.count(1)}
@@ -92,8 +93,9 @@ def updates(sae: SAE, batch: int) -> dict:
 
 
 def measure(rule, prefixes, settled: bool, batches, d: int, n_latents: int, rounds: int, turns: int) -> dict:
-    """Milliseconds per step, ratio and its quartiles, and peak memory of each trainer; the encoder product's milliseconds."""
-    aux = AuxK(dead_after_tokens=10_000_000) if isinstance(rule, TopK) else None
+    """Milliseconds per step, ratio and its quartiles, and peak memory of each trainer; the encoder product's
+    milliseconds."""
+    aux = AuxK(dead_after_tokens=10_000_000) if rule.revived else None
     sae = SAE(SAEConfig(d, n_latents, rule, prefixes, aux=aux))
     if settled:
         settle(sae, batches[0], getattr(rule, "target_l0", None) or 40.0)

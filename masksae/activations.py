@@ -469,7 +469,7 @@ class _ModelPools:
     def identity(self) -> dict:
         """Of the whole: runs that use a share, another order or other batches have the same scratch."""
         p, drawn = float(self.masking["p"]), self.masking["replacements"]
-        masks = {
+        masks: dict = {
             "token_id": int(self.masking["token_id"]),
             "mask_seed": int(self.masking["seed"]),
             "replacements": None,

@@ -10,7 +10,7 @@ Finding the id of a study's code takes about 0.1 s, the content of a model's fol
 import ast
 import functools
 import hashlib
-import inspect
+import sys
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ PACKAGE = Path(__file__).resolve().parent
 NEUTRAL = {
     "errors", "files", "progress", "parallel", "memory", "jobs", "cache", "training.logs",  # ground
     "study.profile", "study.sections",  # a profile's values are in an id by themselves
-    "export",  # forms of other libraries
+    "export", "saes.formats",  # forms of other libraries
 }  # fmt: skip
 """Modules that cannot change a number, at which the walk stops."""
 
@@ -65,9 +65,11 @@ def _id(found: dict[str, Path]) -> str:
     return run_id({module: _normal(path) for module, path in sorted(found.items())})
 
 
-def code_of(function) -> str:
-    """Id of what a function's module does, and of all that it imports from masksae; of a function typed into a notebook, nothing."""
-    return _id(_reached([_named(Path(inspect.getsourcefile(function) or ""))]))
+def code_of(thing) -> str:
+    """Id of what the module of a function or a class does, and of all that it imports from masksae; of one typed into a
+    notebook, nothing."""
+    file = getattr(sys.modules.get(thing.__module__), "__file__", None)
+    return _id(_reached([_named(Path(file or ""))]))
 
 
 def reached(*modules: str) -> dict[str, Path]:
@@ -193,7 +195,7 @@ def _hashes(path: Path) -> dict[str, str]:
     """sha256 of the files of a folder, or of a file: looked up where its size and its times are what they were."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _counts(file, path))
     memory = cache_dir("contents", f"{run_id(str(path))}.json")
-    known, now = (read_json(memory) if memory.exists() else {}), {}
+    known, now = (read_json(memory) if memory.exists() else {}), dict[str, list]()
     for file in files:
         stat = file.stat()
         name, stamp = str(file.relative_to(path)), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

@@ -1,4 +1,5 @@
-"""How much memory training needs, by formula, and whether it is there: asked before the start, not found out in the night."""
+"""How much memory training needs, by formula, and whether it is there: asked before the start, not found out in the
+night."""
 
 import os
 from pathlib import Path
@@ -15,7 +16,8 @@ CGROUP_FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
 }
-"""By version: the files that hold a cgroup's limit and use, and the entry of `memory.stat` for file caches that can be dropped."""
+"""By version: the files that hold a cgroup's limit and use, and the entry of `memory.stat` for file caches that can be
+dropped."""
 
 
 def parameters(config: SAEConfig) -> int:
@@ -26,14 +28,16 @@ def parameters(config: SAEConfig) -> int:
     6296320
     """
     d, n = config.d_model, config.n_latents
-    extra = {"JumpReLU": n, "Gated": 2 * n}.get(type(config.selection).__name__, 0)
-    return 2 * d * n + n + d + extra
+    with torch.device("meta"):
+        extra = config.selection.tensors(n).values()
+    return 2 * d * n + n + d + sum(tensor.numel() for tensor in extra)
 
 
 def training_bytes(configs: list[SAEConfig], batch_size: int, *, sparse: bool = True, branch: bool = False) -> int:
     """Peak memory of training these SAEs together, in bytes, without the activations themselves and the language model.
 
-    sparse  the step of `saes/sparse.py` with few active entries, else the dense one; L1 kinds start dense
+    sparse  the step of `saes/sparse.py` with few active entries, else the dense one; rules that are not `always_sparse`
+            start dense
     branch  a second copy of all state, for snapshots with a branch
     """
     state = ADAM_AND_WEIGHTS * sum(parameters(c) for c in configs) * (2 if branch else 1)
@@ -43,15 +47,16 @@ def training_bytes(configs: list[SAEConfig], batch_size: int, *, sparse: bool = 
 def _step(config: SAEConfig, batch: int, sparse: bool) -> int:
     """Numbers that live during one SAE's step: gradients, pre-activations, errors of each prefix, active entries."""
     d, n, groups = config.d_model, config.n_latents, len(config.group_sizes)
-    kinds = type(config.selection).__name__
+    rule = config.selection
     work = parameters(config) + batch * n + batch * d * (groups + 4) + d * n
-    if sparse and kinds in ("TopK", "BatchTopK"):
-        return int(work + batch * n / 2 + 16 * config.selection.k * batch)
-    return work + {"Gated": 9}.get(kinds, 6) * batch * n
+    if sparse and rule.always_sparse:
+        return int(work + batch * n / 2 + 16 * rule.goal * batch)
+    return work + rule.dense_copies * batch * n
 
 
 def available_bytes(device) -> int | None:
-    """Memory that is free on a device, what this process holds there in reserve included; None where that cannot be told."""
+    """Memory that is free on a device, what this process holds there in reserve included; None where that cannot be
+    told."""
     device = torch.device(device)
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's cached blocks
@@ -60,7 +65,8 @@ def available_bytes(device) -> int | None:
 
 
 def host_bytes(root: Path = Path("/")) -> int | None:
-    """Ordinary memory that is free to this process: on the machine, and within the limits of its cgroups (a container's, a SLURM job's)."""
+    """Ordinary memory that is free to this process: on the machine, and within the limits of its cgroups (a
+    container's, a SLURM job's)."""
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -70,7 +76,8 @@ def host_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _room_in_cgroups(root: Path) -> list[int]:
-    """Limit less use of each memory cgroup that this process is in, and of those around it. File caches do not count: they give way."""
+    """Limit less use of each memory cgroup that this process is in, and of those around it. File caches do not count:
+    they give way."""
     try:
         entries = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -104,6 +111,6 @@ def check_memory(
     needed, free = training_bytes(configs, batch_size, sparse=sparse, branch=branch), available_bytes(device)
     if free is not None and needed > free:
         raise ConfigError(
-            f"Training {len(configs)} SAEs needs about {needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free. Train fewer at "
-            "once (one group per run), lower n_latents or batch_size, or use a device with more memory."
+            f"Training {len(configs)} SAEs needs about {needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are "
+            "free. Train fewer at once (one group per run), lower n_latents or batch_size, or use a device with more memory."
         )

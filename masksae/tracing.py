@@ -252,7 +252,7 @@ def _whole(model, ids: Tensor, block: int | str) -> tuple[list, Tensor]:
     paths = [hook_point(model, i) for i in ([block] if isinstance(block, str) else range(block + 1))]
     envoys = [traced.get(path) for path in paths]
     with traced.trace(input_ids=ids, use_cache=False):
-        outputs = [envoy.output for envoy in envoys].save()
+        outputs = [envoy.output for envoy in envoys].save()  # type: ignore[attr-defined]  # nnsight gives it to lists
         logits = traced.output.logits.save()
     _check_shape(_first(outputs[-1]), ids, paths[-1])
     return outputs, logits
@@ -268,7 +268,7 @@ def _can_skip(model, ids: Tensor, block: int | str, outputs: list, logits: Tenso
     return False
 
 
-def _skipped(model, ids: Tensor, outputs: list, x: Tensor, block: int) -> Tensor:
+def _skipped(model, ids: Tensor, outputs: list, x: Tensor, block) -> Tensor:
     """Logits of a forward that starts after `block` with the residual stream x [b, s, d]; earlier blocks do not run,
     and each stands for x in the form in which it gives its output."""
     traced = _traced(model)

@@ -4,7 +4,7 @@ committed ones to it.
 docs/results.md and docs/data.md are written whole; of metrics.md, scale.md and reproduce.md what stands between
 `<!-- NAME: written by tools/pages.py -->` and `<!-- end -->`. The numbers are read from results/, from plans and from
 the lists of packages; the words about a difference follow its interval (`moved`). What else the prose says of results
-is held to them by tests/test_docs.py.
+is held to them by tests/app/test_docs.py.
 """
 
 import re
@@ -14,14 +14,16 @@ from statistics import mean
 
 import pandas as pd
 
-from masksae.app.plan import Plan
-from masksae.app.plan_text import beyond, costs
+from masksae.app.amounts import amount
+from masksae.app.plan import GPUS, Plan
+from masksae.app.plan_text import costs
 from masksae.data.models import MODELS
 from masksae.data.packages import PACKAGES
 from masksae.data.tasks import VADER
 from masksae.data.texts import TEXTS
 from masksae.files import read_json, shipped_profiles, write_text
-from masksae.study.profile import load_profile
+from masksae.memory import ADAM_AND_WEIGHTS, parameters
+from masksae.study.profile import Profile, load_profile
 from masksae.study.report import curves, effects, reliability, tables
 from masksae.study.stats import Effect
 
@@ -40,6 +42,37 @@ WHAT = {
     "vader": "sentences of four domains with ratings of sentiment",
 }
 """What each name stands for; a new name without a word here stops this script."""
+
+
+def beyond(profile: Profile) -> str:
+    """A markdown table: a profile as it is, with 16 times the latents, with 20 times the tokens, on a model of 27 B parameters, and all
+    three."""
+    wide = profile.model_copy(
+        update={"saes": [g.model_copy(update={"n_latents": 16 * g.n_latents}) for g in profile.saes]}
+    )
+    long = profile.model_copy(
+        update={"text": profile.text.model_copy(update={"train_tokens": 20 * profile.text.train_tokens})}
+    )
+    model = profile.model.model_copy(update={"source": "hub:google/gemma-2-27b", "block": 22})
+    large = profile.model_copy(update={"model": model})
+    cases = {"as it is": profile, "16 x latents": wide, "20 x tokens": long, "27 B model": large}
+    cases["all three"] = large.model_copy(update={"saes": wide.saes, "text": long.text})
+    gpu = GPUS[-1]
+    titles = ["", "forwards", "training", "H100 hours", "GPU memory: model", "one SAE with Adam", "all of an arm"]
+    rows = [[*titles, "disk", "activations, if stored"]]
+    for name, case in cases.items():
+        plan = Plan(case)
+        harvest, training, _ = plan.work
+        one = 4 * ADAM_AND_WEIGHTS * parameters(plan.saes[0])
+        stored = 2 * case.text.train_tokens * plan.width * plan.streams
+        work = [
+            amount(harvest.flop, "FLOP"),
+            amount(training.sae_flop, "FLOP"),
+            f"{sum(plan.hours(w, gpu) for w in plan.work):.3g}",
+        ]
+        memory = [plan.memory()["language model"], one, sum(plan.memory().values()), sum(plan.disk().values()), stored]
+        rows.append([name, *work, *(amount(value, "B") for value in memory)])
+    return tables.to_markdown(rows).rstrip("\n")
 
 
 def as_markdown(table: pd.DataFrame) -> str:

@@ -1,35 +1,37 @@
-"""The command `masksae`: thin over the public functions.
+"""The command line, `masksae` or `python -m masksae`: the only parser, thin over the functions of this package.
 
-Exit status: 0 done, 2 bad input or a place that cannot be written, said in one line on stderr, 130 interrupted. What was asked for goes to
-stdout, as text or with --json as one JSON value; progress and messages go to stderr.
+Exit status: 0 done, 1 a stage failed or a published number differs, 2 bad input or a place that cannot be written, said in one line on
+stderr, 130 interrupted. What was asked for goes to stdout, as text or with --json as one JSON value; progress and messages go to stderr.
+What a command needs is imported when it runs, so that --help takes no second.
 """
 
 import argparse
 import contextlib
-import errno
 import html
-import io
 import json
 import math
-import os
 import re
 import shlex
-import signal
 import sys
-import threading
+from dataclasses import asdict
 from pathlib import Path
 
-from masksae.errors import MasksaeError, nearest, require
-
-DEFAULT = "laptop"
+from masksae.app import DEFAULT
+from masksae.app.exits import exit_status
+from masksae.errors import nearest, require
+from masksae.files import shipped_profiles, write_text
 
 EPILOG = """A PROFILE fixes model, block, text, arms and SAEs. It is a shipped name
 ({names})
 or the path of a YAML file. Downloads and scratch go to ~/.cache/masksae, or
 MASKSAE_CACHE. Killed commands go on where they were. `masksae COMMAND --help`
-has examples."""
+has examples. Those that read or write results/ run in a clone of the project."""
 
 EXAMPLES = {
+    "repro": "masksae repro smoke                 every notebook, minutes\n"
+    "masksae repro mine.yaml             on a model of your own\n"
+    "masksae repro paper paper-gemma     one after the other",
+    "status": "masksae status laptop",
     "fetch": "masksae fetch laptop",
     "plan": "masksae plan paper\nmasksae plan mine.yaml --measure",
     "train": "masksae train smoke                 three minutes on two CPU cores\n"
@@ -39,6 +41,13 @@ EXAMPLES = {
     "masksae evaluate MY_SAE --profile mine.yaml --json | jq keys",
     "explore": "masksae explore MY_SAE --letter s\nmasksae explore MY_SAE --context the --profile mine.yaml",
     "export": "masksae export MY_SAE OUT --to saelens",
+    "verify": "masksae verify paper\nmasksae verify paper-gemma --json",
+    "reliability": "masksae reliability laptop",
+    "share": "masksae share laptop                the folder, build/laptop/hub\nmasksae share laptop --to OWNER/NAME",
+    "site": "masksae site",
+    "guide": "masksae guide",
+    "run": "masksae run 03_reconstruction laptop",
+    "project": "masksae project laptop",
 }
 
 
@@ -48,76 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_status(lambda: _run(parser().parse_args(arguments)), debug)
 
 
-def _run(options) -> None:
-    options.run(options)
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal that asks to end: the same way out as Ctrl-C, with a status of its own."""
-
-    def __init__(self, number: int):
-        self.status = 128 + number
-
-
-def exit_status(work, debug: bool = False) -> int:
-    """Do `work()` as a command does it, and give its exit status: what goes wrong on purpose is one line on stderr."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a locale without our dashes and arrows
-    try:
-        with stopped_by_signals():
-            status = work() or 0
-            if sys.stdout:  # None where it was closed
-                sys.stdout.flush()
-            return status
-    except MasksaeError as error:
-        if debug:
-            raise
-        print(f"masksae: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print("masksae: interrupted; what was finished is kept, and the same command goes on.", file=sys.stderr)
-        return getattr(stop, "status", 130)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        _drop_output()
-        return 0
-    except OSError as error:
-        if debug or error.errno != errno.ENOSPC:
-            raise
-        _drop_output()
-        print("masksae: the disk is full. Free some space; what was finished is kept.", file=sys.stderr)
-        return 2
-
-
-def _drop_output() -> None:
-    """Python would try once more on its way out, and complain."""
-    if sys.stdout:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextlib.contextmanager
-def stopped_by_signals():
-    """SIGTERM and SIGHUP raise Stopped inside, so that the way out ends children; one that is ignored (nohup) stays ignored."""
-
-    def stop(number, _):
-        raise Stopped(number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _run(options) -> int | None:
+    return options.run(options)
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands."""
     import masksae
-    from masksae.files import shipped_profiles
 
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
@@ -127,30 +73,52 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"masksae {masksae.__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, text: str, run, *, profile: bool = False):
+    def add(name: str, text: str, run, profile: str | None = None):
+        """A command of that name; with a default `profile`, one that takes a profile."""
         shown = "examples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[name].splitlines())
         command = commands.add_parser(name, help=text, description=text, epilog=shown, formatter_class=raw)
         command.set_defaults(run=run)
-        command.add_argument("--json", action="store_true", help="print JSON")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if profile:
-            command.add_argument("profile", nargs="?", default=DEFAULT, help=f"name or YAML file (default: {DEFAULT})")
+            command.add_argument("profile", nargs="?", default=profile, help=f"name or YAML file (default: {profile})")
         return command
 
-    add(
-        "fetch",
-        "Get and check a profile's model and text; later commands need no network.",
-        fetch,
-        profile=True,
-    )
-    plan = add("plan", "What a profile costs: work, hours, memory, disk. Needs no network.", print_plan, profile=True)
+    _add_study(add)
+    _add_sae(add)
+    _add_stages(add)
+    return top
+
+
+def _add_study(add) -> None:
+    """Commands about a profile."""
+    repro = add("repro", "Bring every result of a profile up to date.", reproduce)
+    repro.add_argument("profiles", nargs="*", default=[DEFAULT], help=f"names or YAML files (default: {DEFAULT})")
+    add("status", "What `masksae repro` would do.", print_status, DEFAULT)
+    plan = add("plan", "What a profile costs: work, hours, memory, disk. No network.", print_plan, DEFAULT)
     plan.add_argument("--measure", action="store_true", help="time a fraction of the work here, too: a minute")
-    add("train", "Train the SAEs of a profile, or go on with them.", train, profile=True)
-    _add_evaluate(add)
-    explore = add(
-        "explore", "One parent of an SAE: what it fires on, what it misses, who absorbed that. HTML.", explore_sae
+    fetch_ = add("fetch", "Get a profile's model and text; later commands need no network.", fetch, DEFAULT)
+    train_ = add("train", "Train the SAEs of a profile, or go on with them.", train, DEFAULT)
+    verify = add("verify", "Published numbers beside a profile's; status 1 if some differ.", print_checks, "paper")
+    noise = add(
+        "reliability", "Which scores of a finished profile can be trusted: a table.", print_reliability, DEFAULT
     )
-    _own_sae(explore)
+    share = add("share", "SAEs of a profile for the hub, in SAELens' form, with a card.", share_saes, DEFAULT)
+    share.add_argument("--to", metavar="OWNER/NAME", help="push them to this repository of the hub")
+    site = add("site", "Static pages of all that was run: build/site/index.html.", build_site)
+    _add_json(plan, fetch_, train_, verify, noise, share, site)
+
+
+def _add_sae(add) -> None:
+    """Commands about one SAE."""
+    evaluate = add("evaluate", "Score an SAE on a profile's model, text and tasks: report.html.", evaluate_sae)
+    _add_own_sae(evaluate)
+    evaluate.add_argument(
+        "--metrics", type=_metrics, default="reconstruction,absorption,contexts",
+        help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation (default: the first three)",
+    )  # fmt: skip
+    evaluate.add_argument("--l0", type=_l0, help="clean L0 of the matched scores (default: the SAE's own k or L0)")
+    explore = add("explore", "One parent of an SAE: what it misses, who absorbed that. HTML.", explore_sae)
+    _add_own_sae(explore)
     parent = explore.add_mutually_exclusive_group(required=True)
     parent.add_argument("--letter", type=_letter, help='the parent "starts with LETTER"')
     parent.add_argument("--context", help='the parent "follows CONTEXT", such as the')
@@ -158,21 +126,28 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("sae", help="folder of one SAE (SAELens, dictionary_learning or masksae)")
     export.add_argument("out", help="folder to write")
     export.add_argument("--to", choices=("saelens", "dictionary_learning", "masksae"), required=True)
-    return top
+    _add_json(evaluate, explore, export)
 
 
-def _add_evaluate(add) -> None:
-    evaluate = add(
-        "evaluate",
-        "Score an SAE with a profile's model, text and tasks; writes report.html.",
-        evaluate_sae,
-    )
-    _own_sae(evaluate)
-    evaluate.add_argument(
-        "--metrics", type=_metrics, default="reconstruction,absorption,contexts",
-        help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation (default: the first three)",
-    )  # fmt: skip
-    evaluate.add_argument("--l0", type=_l0, help="clean L0 of the matched scores (default: the SAE's own k or L0)")
+def _add_stages(add) -> None:
+    """Commands that DVC or a maintainer calls."""
+    add("guide", "Run the guide to a model of one's own into docs/own-model.md.", run_guide)
+    run = add("run", "Execute one notebook of a profile (a DVC stage).", run_notebook)
+    run.add_argument("notebook", help="such as 03_reconstruction")
+    run.add_argument("profile", help="name or YAML file")
+    project = add("project", "Write what matters of each notebook (a DVC stage).", project_notebooks)
+    project.add_argument("profile", help="name or YAML file")
+
+
+def _add_json(*commands) -> None:
+    for command in commands:
+        command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_own_sae(command) -> None:
+    command.add_argument("sae", help="folder of one SAE (SAELens, dictionary_learning or masksae)")
+    command.add_argument("--profile", default=DEFAULT, help=f"whose model, block, text and tasks (default: {DEFAULT})")
+    command.add_argument("--out", default="masksae-report", help="folder for what is written (default: masksae-report)")
 
 
 def _l0(text: str) -> float:
@@ -201,30 +176,41 @@ def _metrics(text: str) -> list[str]:
     return names
 
 
-def _own_sae(command) -> None:
-    command.add_argument("sae", help="folder of one SAE (SAELens, dictionary_learning or masksae)")
-    command.add_argument("--profile", default=DEFAULT, help=f"whose model, block, text and tasks (default: {DEFAULT})")
-    command.add_argument("--out", default="masksae-report", help="folder for what is written (default: masksae-report)")
-
-
 def _show(options, value, text: str) -> None:
     print(json.dumps(value, indent=1) if options.json else text)
 
 
+def reproduce(options) -> int:
+    """Profiles, one after the other, up to the first that fails."""
+    from masksae.app import repro
+
+    return next(filter(None, map(repro.reproduce, options.profiles)), 0)
+
+
+def print_status(options) -> int:
+    """DVC's word on a profile's pipeline."""
+    from masksae.app import repro
+
+    return repro.dvc("status", options.profile)
+
+
 def fetch(options) -> None:
-    """Model, text blocks and tasks of a profile, into the user's cache."""
+    """Model and text blocks of a profile, into the user's cache."""
+    run = _run_with_terms(options.profile)
+    sizes = {split: len(blocks) for split, blocks in run.blocks.items()}
+    words = ", ".join(f"{n:,} blocks of {split}" for split, n in sizes.items())
+    name = run.profile.name
+    _show(options, {"profile": name, "blocks": sizes}, f"{name}: model and text are there ({words})")
+
+
+def _run_with_terms(profile: str):
+    """A run, once the terms of its model are accepted."""
     from masksae.app.repro import ask_for_terms
     from masksae.study.run import Run
 
-    run = Run(options.profile)
+    run = Run(profile)
     ask_for_terms(run.profile.model.source)
-    sizes = {split: len(blocks) for split, blocks in run.blocks.items()}
-    words = ", ".join(f"{n:,} blocks of {split}" for split, n in sizes.items())
-    _show(
-        options,
-        {"profile": run.profile.name, "blocks": sizes},
-        f"{run.profile.name}: model and text are there ({words})",
-    )
+    return run
 
 
 def print_plan(options) -> None:
@@ -238,12 +224,9 @@ def print_plan(options) -> None:
 
 def train(options) -> None:
     """SAEs of a profile; where each is, and how well it did in training."""
-    from masksae.app.repro import ask_for_terms
     from masksae.study.report.tables import number, to_text
-    from masksae.study.run import Run
 
-    run = Run(options.profile)
-    ask_for_terms(run.profile.model.source)
+    run = _run_with_terms(options.profile)
     trained, cells = [], [["in training", "EV", "L0"]]
     for name, sae in run.saes.items():
         folder = next((run.build / "saes").glob(f"*/{name}"))
@@ -252,6 +235,68 @@ def train(options) -> None:
         cells.append([name, number(last["explained_variance"]), number(last["l0"], 1)])  # no EV in batches of one token
     next_step = shlex.join(["masksae", "evaluate", trained[-1]["folder"], "--profile", options.profile])
     _show(options, trained, f"{to_text(cells)}\n\n{run.build / 'saes'}\n\nNext: {next_step}")
+
+
+def print_checks(options) -> int:
+    """Published numbers beside those of a profile; 1 if some differ."""
+    from masksae.app import verify
+    from masksae.study.run import Run
+
+    run = Run(options.profile)
+    checks = verify.verify(run)
+    rows = [asdict(check) | {"verdict": check.verdict} for check in checks]
+    _show(options, rows, verify.text(checks, run.profile.name))
+    return int(any(check.verdict == "differs" for check in checks))
+
+
+def print_reliability(options) -> None:
+    """The table of docs/metrics.md for a profile that is finished."""
+    from masksae.study.report.reliability import page_table, reliability
+    from masksae.study.run import Run
+
+    Run(options.profile).result("claims")  # what is written last; without it, it says what to run
+    table = reliability(options.profile)
+    _show(options, json.loads(table.to_json(orient="records")), page_table(table).rstrip())
+
+
+def share_saes(options) -> None:
+    """The folder for the hub; pushed, if a repository is named."""
+    from masksae.app import upload
+    from masksae.study.run import Run
+
+    run = Run(options.profile)
+    place = upload.upload(run, options.to) if options.to else str(upload.build(run))
+    _show(options, {"address" if options.to else "folder": place}, place)
+
+
+def build_site(options) -> None:
+    """The pages, and where to begin."""
+    require("pipeline", "nbconvert", "pygments", "markdown_it", "pdoc")
+    from masksae.app import site
+
+    address = site.build().as_uri()
+    _show(options, {"page": address}, address)
+
+
+def run_guide(options) -> None:
+    """docs/own-model.md, run again."""
+    from masksae.app import repro
+
+    print(repro.run_guide())
+
+
+def run_notebook(options) -> None:
+    """One notebook of a profile, into build/."""
+    from masksae.app import repro
+
+    repro.execute(options.notebook, options.profile)
+
+
+def project_notebooks(options) -> None:
+    """What a stage depends on of each notebook."""
+    from masksae.app import repro
+
+    repro.project_notebooks(options.profile)
 
 
 def evaluate_sae(options) -> None:
@@ -273,10 +318,7 @@ def evaluate_sae(options) -> None:
 
 def explore_sae(options) -> None:
     """One parent of an SAE as a page."""
-    from dataclasses import asdict
-
     from masksae import progress
-    from masksae.files import write_text
     from masksae.study import explore, own_sae
 
     own = own_sae.OwnSAE(options.profile, options.sae, out=options.out)
@@ -314,7 +356,3 @@ def export_sae(options) -> None:
     writers = {"saelens": sae.to_saelens, "dictionary_learning": sae.to_dictionary_learning, "masksae": sae.save}
     folder = str(writers[options.to](options.out))
     _show(options, {"folder": folder}, folder)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

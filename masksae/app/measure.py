@@ -9,7 +9,7 @@ import torch
 from masksae.app.plan import Plan, step_flop
 from masksae.saes.sae import SAE
 from masksae.tracing import activations
-from masksae.training.step import Member
+from masksae.training.step import Trainer
 
 BLOCKS = 2
 """Blocks of the language model that are built and timed; its others are alike."""
@@ -45,9 +45,9 @@ def forward_rate(plan: Plan, device: str) -> float:
 def step_seconds(plan: Plan, config, device: str) -> float:
     """Of one training step of one SAE."""
     batch = plan.profile.training.batch_size
-    member = Member(SAE(config), plan.profile.training.config(max(plan.steps, 2)), device)
+    trainer = Trainer(SAE(config), plan.profile.training.config(max(plan.steps, 2)), device)
     x = torch.randn(batch, config.d_model, generator=torch.Generator().manual_seed(0)).to(device) / config.d_model**0.5
-    return _best(lambda: member.step(x, member.config.warmup), device)
+    return _best(lambda: trainer.step(x, trainer.config.warmup), device)
 
 
 def _kinds(plan: Plan) -> Counter:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from masksae.data.models import require_decoder
 from masksae.errors import ConfigError, SourceError
 from masksae.files import cache_dir
 from masksae.memory import ADAM_AND_WEIGHTS, available_bytes, parameters, training_bytes
@@ -98,12 +99,14 @@ class Plan:
             return AutoConfig.for_model(kind, **values)
         name, _, revision = source.removeprefix("hub:").partition("@")
         try:
-            return _looked_up(name, revision or "main").get_text_config()
+            config = _looked_up(name, revision or "main")
         except (OSError, ValueError) as error:
             raise SourceError(
                 f"The shape of {source} is not known here and cannot be looked up ({str(error).splitlines()[0]}). Known without a network: "
                 f"{', '.join(SHAPES)}; or give a folder with a config.json, or a .gguf file."
             ) from error
+        require_decoder(config, source)
+        return config.get_text_config()
 
     @cached_property
     def model(self):
@@ -123,7 +126,7 @@ class Plan:
     def length(self) -> int:
         return self.profile.text.block_length
 
-    def forward_flop(self, last: int, tokens: float, length: int | None = None) -> float:
+    def forward_flop(self, last: int, tokens: float) -> float:
         """Of a forward through block `last`, without the unembedding."""
         from masksae.tracing import hook_point
 
@@ -133,7 +136,7 @@ class Plan:
         heads = self.config.num_attention_heads * getattr(
             self.config, "head_dim", self.width // self.config.num_attention_heads
         )
-        return tokens * (2 * linear + 4 * heads * (length or self.length) * len(blocks))
+        return tokens * (2 * linear + 4 * heads * self.length * len(blocks))
 
     @property
     def prefix(self) -> int:
@@ -272,10 +275,9 @@ class Plan:
         loaded = 2 * size * sum(p.numel() for p in self.model.parameters())
         return BASE + max(loaded, self.scores())
 
-    def check(self, device: str, kept: float = 0.0, free: float | None = None) -> None:
-        """Raise ConfigError, with the remedy, if the run cannot fit on the device (`free` bytes; None: ask it), or on the disk beside the `kept`
-        bytes that it has there."""
-        needed, free = sum(self.memory(device).values()), available_bytes(device) if free is None else free
+    def check(self, device: str, kept: float = 0.0) -> None:
+        """Raise ConfigError, with the remedy, if the run cannot fit on the device, or on the disk beside the `kept` bytes that it has there."""
+        needed, free = sum(self.memory(device).values()), available_bytes(device)
         if free is not None and needed > free:
             parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in self.memory(device).items())
             raise ConfigError(

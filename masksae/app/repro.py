@@ -1,11 +1,10 @@
-"""What `dvc.yaml` and the Makefile call: `python -m masksae.app.repro repro PROFILE`, `run NOTEBOOK PROFILE`, `project PROFILE`.
+"""The pipeline: its notebooks, run by DVC in the order of what they need.
 
 The stages are written once, in the root's dvc.yaml, whose params.yaml names the default profile; a bare `dvc repro` runs that.
 Another profile gets a folder build/NAME/ in which dvc.yaml is a link to the same file and params.yaml names the profile: its
 own lock, its own outputs.
 """
 
-import argparse
 import contextlib
 import os
 import pydoc
@@ -16,51 +15,15 @@ from pathlib import Path
 
 import yaml
 
-from masksae.app.cli import exit_status
+from masksae.app import DEFAULT
 from masksae.cache import contents
-from masksae.errors import ConfigError
+from masksae.errors import ConfigError, require
 from masksae.files import PROFILES, ensure_writable, read_json, repository, write_json, write_text
 from masksae.study.profile import Profile, load_profile, profile_path
 from masksae.study.sections import Section
 
-DEFAULT = "laptop"
-
 PATIENCE = 30.0
 """Seconds that a stage has to end."""
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a stage failed, 2 bad input, 130 interrupted (both said in one line)."""
-    parser = argparse.ArgumentParser(prog="python -m masksae.app.repro", description="Run the notebooks through DVC.")
-    commands = parser.add_subparsers(required=True)
-    repro = commands.add_parser("repro", help="bring every result of some profiles up to date")
-    repro.add_argument("profiles", nargs="*", default=[DEFAULT], help="names or paths of YAML files")
-    repro.set_defaults(run=lambda a: next(filter(None, map(reproduce, a.profiles)), 0))
-    plan = commands.add_parser("plan", help="what a profile costs; needs no network")
-    plan.add_argument("profiles", nargs="*", default=[DEFAULT])
-    plan.add_argument("--measure", action="store_true", help="time a fraction of the work here, too: a minute")
-    plan.set_defaults(run=lambda a: [print_plan(profile, a.measure) for profile in a.profiles] and None)
-    verify = commands.add_parser("verify", help="published numbers beside ours; exit status 1 if some differ")
-    verify.add_argument("profile", nargs="?", default="paper")
-    verify.set_defaults(run=lambda a: print_verification(a.profile))
-    upload = commands.add_parser("share", help="SAEs of a finished profile in SAELens' form, with a model card")
-    upload.add_argument("profile", nargs="?", default=DEFAULT)
-    upload.add_argument("--to", metavar="OWNER/NAME", help="push them to this repository of the hub")
-    upload.set_defaults(run=lambda a: share_saes(a.profile, a.to))
-    guide = commands.add_parser("guide", help="run the guide to a model of one's own, into docs/own-model.md")
-    guide.set_defaults(run=lambda a: print(run_guide()))
-    status = commands.add_parser("status", help="what `repro` would do")
-    status.add_argument("profile", nargs="?", default=DEFAULT)
-    status.set_defaults(run=lambda a: dvc("status", a.profile))
-    run = commands.add_parser("run", help="execute one notebook (a DVC stage)")
-    run.add_argument("notebook", help="such as 03_reconstruction")
-    run.add_argument("profile")
-    run.set_defaults(run=lambda a: execute(a.notebook, a.profile))
-    project = commands.add_parser("project", help="write what matters of each notebook (a DVC stage)")
-    project.add_argument("profile")
-    project.set_defaults(run=lambda a: project_notebooks(a.profile))
-    options = parser.parse_args(arguments)
-    return exit_status(lambda: options.run(options))
 
 
 def reproduce(profile) -> int:
@@ -88,15 +51,13 @@ def check_fit(profile) -> None:
     plan = Plan(run.profile)
     if not run.finished:
         memory, disk = (sum(parts.values()) / 1e9 for parts in (plan.memory(run.device), plan.disk()))
-        print(
-            f"{run.profile.name} needs up to {memory:.1f} GB of memory on {run.device} and {disk:.1f} GB of disk (`make plan`)",
-            flush=True,
-        )
+        needs = f"{run.profile.name} needs up to {memory:.1f} GB of memory on {run.device} and {disk:.1f} GB of disk"
+        print(f"{needs} (`masksae plan {profile}`)", flush=True)
         plan.check(run.device, run.kept_bytes)
 
 
 def planned(profile, measure: bool) -> tuple:
-    """What `plan_report` takes: the plan of a profile, the device, the bytes kept already, and with `measure` the hours it would take here."""
+    """What `plan_text` takes: the plan of a profile, the device, the bytes kept already, and with `measure` the hours it would take here."""
     from masksae.app.plan import Plan
     from masksae.study.run import Run
 
@@ -107,32 +68,6 @@ def planned(profile, measure: bool) -> tuple:
 
         measured = hours_here(plan, run.device)
     return plan, run.device, run.kept_bytes, measured
-
-
-def print_plan(profile, measure: bool) -> None:
-    """Print the cost of a profile; with `measure`, time a fraction of it here."""
-    from masksae.app import plan_text
-
-    print(plan_text.text(*planned(profile, measure)) + "\n")
-
-
-def print_verification(profile) -> int:
-    """Print the reference checks of a profile; 1 if some number differs."""
-    from masksae.app import verify
-    from masksae.study.run import Run
-
-    run = Run(profile)
-    checks = verify.verify(run)
-    print(verify.text(checks, run.profile.name))
-    return int(any(check.verdict == "differs" for check in checks))
-
-
-def share_saes(profile, repository: str | None) -> None:
-    """Build the folder for the hub, and push it if a repository is named."""
-    from masksae.app import upload
-    from masksae.study.run import Run
-
-    print(upload.upload(Run(profile), repository) if repository else upload.build(Run(profile)))
 
 
 def run_guide() -> Path:
@@ -159,7 +94,10 @@ def ask_for_terms(source: str) -> None:
 
 
 def dvc(command: str, profile) -> int:
-    """Run a DVC command on a profile's pipeline."""
+    """Run a DVC command on a profile's pipeline. Raises ConfigError outside a clone, or without DVC."""
+    require("pipeline", "dvc", "papermill")
+    if not (repository() / "dvc.yaml").exists():
+        raise ConfigError(f"{repository()} is in no clone of the project (there is no dvc.yaml). Change into one.")
     file = pipeline_file(profile)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the stages call `python`
     command_line = [sys.executable, "-m", "dvc", command, str(file)]
@@ -186,18 +124,9 @@ def run_group(command: list[str], **options) -> int:
         raise
 
 
-def _upgrade_params() -> None:
-    """DVC reads the pipelines of all profiles whichever it runs: give those made by version 0.1 the key that they lack."""
-    for path in (repository() / "build").glob("*/params.yaml"):
-        params = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if "profile_values" not in params:
-            write_text(path, yaml.safe_dump(params | {"profile_values": params["profile_file"]}))
-
-
 def pipeline_file(profile) -> Path:
     """The dvc.yaml of a profile, made on first use, relative to the project's root. Raises ConfigError."""
     name, file = load_profile(profile).name, os.path.relpath(profile_path(profile), repository())
-    _upgrade_params()
     if name == DEFAULT:
         return Path("dvc.yaml")
     folder = ensure_writable(repository() / "build" / name)
@@ -206,7 +135,7 @@ def pipeline_file(profile) -> Path:
         values = f"build/{name}/values.yaml"
         write_text(folder / "values.yaml", yaml.safe_dump(_values(load_profile(profile)), sort_keys=False))
     params = {"profile": name, "profile_file": file, "profile_values": values, "root": "../.."}
-    if (folder / "params.yaml").exists():
+    if values != file and (folder / "params.yaml").exists():  # a shipped name is nobody else's
         made_for = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["profile_file"]
         if made_for != file:
             raise ConfigError(
@@ -248,7 +177,3 @@ def execute(notebook: str, profile) -> None:
     root = repository()
     target = root / "build" / load_profile(profile).name / f"{notebook}.ipynb"
     execute(root / "notebooks" / f"{notebook}.ipynb", target, {"profile": str(profile)}, cwd=root)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,12 @@
+"""Static pages of what was run: `masksae site` turns build/, figures/, results/ and the docstrings into build/site/.
+
+One page per executed notebook, one per profile with every figure beside its caption, its notebook and its parameters, and the API
+reference. Plain HTML and CSS: it opens from the disk, needs no network, and follows the reader's light or dark setting.
+"""
+
 import html
 import re
 import shutil
-import sys
 from pathlib import Path
 from urllib.parse import quote
 
@@ -181,12 +186,7 @@ def _api(target: Path) -> None:
 
     import masksae
 
-    modules = [f"masksae.{m.name}" for m in pkgutil.iter_modules(masksae.__path__) if m.name not in masksae.__all__]
+    left_out = {"__main__", *masksae.__all__}
+    modules = [f"masksae.{m.name}" for m in pkgutil.iter_modules(masksae.__path__) if m.name not in left_out]
     pdoc.render.configure(docformat="markdown", show_source=True, search=False)
     pdoc.pdoc("masksae", *modules, output_directory=target)
-
-
-if __name__ == "__main__":
-    from masksae.app.cli import exit_status
-
-    sys.exit(exit_status(lambda: print(build().as_uri())))

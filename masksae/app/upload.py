@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from masksae.app.plan import Plan
 from masksae.errors import ConfigError, DataError, SourceError
 from masksae.export import to_saelens
 from masksae.files import ANYTHING, atomic_dir
@@ -19,7 +18,7 @@ def build(run: Run) -> Path:
     """Write build/PROFILE/hub/ and return it. Raises DataError if the SAEs are not trained."""
     saes, target = run.load_saes(), run.build / "hub"
     model = run.profile.model
-    hook, name = hook_point(Plan(run.profile).model, model.block), model.source.removeprefix("hub:")
+    hook, name = hook_point(run.language_model.model, model.block), model.source.removeprefix("hub:")
     with atomic_dir(target, ANYTHING) as tmp:
         for row in run.table:
             to_saelens(

@@ -1,4 +1,4 @@
-"""Reference checks: what was published about unmasked SAEs of the paper's models, beside what this code finds; `make verify PROFILE=paper`.
+"""Reference checks: what was published about unmasked SAEs of the paper's models, beside what this code finds; `masksae verify paper`.
 
 Three kinds. The released SAEs of SAEBench's suite, scored by our metrics: they test the metrics, and should agree closely. Our own unmasked
 SAEs: they test the trainer, and agree loosely, since the released ones were trained with an auxiliary loss that hardly worked. And raw
@@ -159,11 +159,11 @@ def score_released(run: Run, suite: Suite) -> dict[int, dict[str, float]]:
         for k, folder in _download(suite, run.profile.model.block).items()
     }
     key = run_id([TEXT, TOKENS, run.profile.model.source, run.profile.text.block_length])
-    blocks = blocks.build(
+    built = blocks.build(
         texts.TextStream([TEXT]), run.language_model.tokenizer, cache_dir("blocks", key), tokens={"train": TOKENS},
         block_length=run.profile.text.block_length, bos_id=run.bos_id, held_out_share=0.0, seed=0, ordered=False,
     )  # fmt: skip
-    ids = blocks.Blocks(blocks["train"])[:]
+    ids = blocks.Blocks(built["train"])[:]
     x = run.activations(ids, label="activations of the reference text")
     splices = {str(k): lambda y, sae=sae: sae.decode(sae.encode(y)) for k, sae in saes.items()}
     options = dict(block=run.profile.model.block, keep_first=run.bos_id is not None, label="CE with the released SAEs")

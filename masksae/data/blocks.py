@@ -166,7 +166,8 @@ class Parts:
         self.folder, self.block_length = folder, block_length
         self.wanted = {split: -(-size // block_length) for split, size in tokens.items()}
         self.found = dict.fromkeys(tokens, 0)
-        self.place, self.documents = None, 0
+        self.place: tuple | None = None
+        self.documents = 0
         self._new: dict[str, list[np.ndarray]] = {split: [] for split in tokens}
 
     def resume(self, stream) -> Iterator[tuple[str, tuple]]:

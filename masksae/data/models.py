@@ -111,11 +111,7 @@ def _check_config(folder, source: str, device: str, dtype: str, options: dict) -
 
     with _loading(source):
         config = AutoConfig.from_pretrained(folder, **options)
-    if config.is_encoder_decoder:  # transformers would load the decoder of some alone, with weights missing
-        raise SourceError(
-            f"Cannot load the model {source!r}: it is an encoder-decoder ({config.model_type}). "
-            "Use a decoder-only model."
-        )
+    require_decoder(config, source)
     try:
         with torch.device("meta"):
             numbers = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
@@ -126,6 +122,15 @@ def _check_config(folder, source: str, device: str, dtype: str, options: dict) -
         raise ConfigError(
             f"The weights of {source!r} need {needed / 1e9:.1f} GB on {device} as {dtype}, {free / 1e9:.1f} GB are free. Use model.dtype bfloat16, a "
             "larger device, or a smaller model; parts of a model that do not fit are not swapped."
+        )
+
+
+def require_decoder(config, source: str) -> None:
+    """Raise SourceError if a transformers config is an encoder-decoder's: of some, transformers would load the decoder alone, with weights
+    missing."""
+    if config.is_encoder_decoder:
+        raise SourceError(
+            f"Cannot load the model {source!r}: it is an encoder-decoder ({config.model_type}). Use a decoder-only model."
         )
 
 

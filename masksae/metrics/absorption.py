@@ -185,8 +185,11 @@ def parent_result(
     full, fraction = absorbed(x, f, w_dec, direction, main)
     legacy = legacy_fraction(f, w_dec, direction, main)
     absorbers = (f[full] * (w_dec @ direction)).argmax(1)
-    means = [values.double().mean().item() for values in (full, fraction, legacy)]
-    return LetterResult(name, len(x), *means, main, main_f1, probe_f1), absorbers
+    mean = {
+        key: v.double().mean().item()
+        for key, v in (("full", full), ("fraction", fraction), ("fraction_legacy", legacy))
+    }
+    return LetterResult(name, len(x), main=main, f1=main_f1, probe_f1=probe_f1, **mean), absorbers
 
 
 def summary(found: list[tuple[LetterResult, Tensor]], density: Tensor, excluded: tuple[str, ...]) -> AbsorptionResult:

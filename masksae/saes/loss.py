@@ -1,11 +1,14 @@
-"""The training loss and its gradient as the definition has it: dense, by autograd. GPUs run this; CPUs mostly `saes/sparse.py`.
+"""The training loss and its gradient as the definition has it: dense, by autograd. GPUs run this; CPUs mostly
+`saes/sparse.py`.
 
 With B tokens, G prefix groups and e_g = x_hat_g - x the error of the reconstruction from groups 1..g,
 
-    loss = w sum_g mean_b |e_g|^2  +  penalty  +  [ the first term for the gate ]  +  c mean_b |r - x_aux|^2 / mean_b |r - mean r|^2
+    loss = w sum_g mean_b |e_g|^2  +  penalty  +  [ the first term for the gate ]
+           +  c mean_b |r - x_aux|^2 / mean_b |r - mean r|^2
 
-w is the prefix weight; penalty and gate belong to the selection rule (`saes/rules.py`). The last term, AuxK, exists only while
-latents are dead: r is the detached residual x - x_hat and x_aux its reconstruction by the k_aux strongest dead latents.
+w is the prefix weight; penalty and gate belong to the selection rule (`saes/rules.py`). The last term, AuxK, exists
+only while latents are dead: r is the detached residual x - x_hat and x_aux its reconstruction by the k_aux strongest
+dead latents.
 
 Nothing here waits for the device: no number is read back, and no shape depends on data.
 """
@@ -15,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from masksae.saes.rules import rule_of
 from masksae.saes.sae import SAE
 
 
@@ -32,7 +34,7 @@ class Outcome:
     l0: Tensor
     """Scalar: mean number of active latents per token."""
     smallest: Tensor | None
-    """Scalar that the inference threshold follows (TopK kinds); 0 if no latent was active."""
+    """Scalar that the inference threshold follows, if one is estimated; 0 if no latent was active."""
 
 
 def reconstruction_loss(sae: SAE, x: Tensor, f: Tensor, w_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +47,8 @@ def reconstruction_loss(sae: SAE, x: Tensor, f: Tensor, w_dec: Tensor, b_dec: Te
 
 
 def aux_loss(sae: SAE, x: Tensor, residual: Tensor, dead: Tensor, pre: Tensor | None = None) -> Tensor:
-    """AuxK with its coefficient: share of the residual's variance that the strongest dead latents leave unexplained; 0 without any.
+    """AuxK with its coefficient: share of the residual's variance that the strongest dead latents leave unexplained; 0
+    without any.
 
     pre  pre-activations of all latents [B, F]; without them, only those of the dead latents are computed
     """
@@ -69,12 +72,14 @@ def dead_latents(sae: SAE, fired: Tensor, batch: int, dead_after: int) -> Tensor
 def dense_loss(
     sae: SAE, x: Tensor, pre: Tensor, weight=0.0, dead_after: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition: (loss, residual [B, d], f [B, F]) with autograd from `pre`, the pre-activations of x, and the parameters.
+    """The definition: (loss, residual [B, d], f [B, F]) with autograd from `pre`, the pre-activations of x, and the
+    parameters.
 
-    weight      sparsity coefficient (L1 kinds and JumpReLU)
-    dead_after  add AuxK for latents that have not fired for so many tokens: 0 without any, but a top-k over all latents; None: do not
+    weight      sparsity coefficient
+    dead_after  add AuxK for latents that have not fired for so many tokens: 0 without any, but a top-k over all
+                latents; None: do not
     """
-    f, gate, penalty = rule_of(sae.config).dense(sae, pre, weight)
+    f, gate, penalty = sae.config.selection.dense(sae, pre, weight)
     loss, error = reconstruction_loss(sae, x, f, sae.W_dec, sae.b_dec)
     loss = loss + penalty
     if gate is not None:
@@ -86,15 +91,15 @@ def dense_loss(
 
 
 def dense_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, weight, dead_after: int | None, estimate: bool) -> Outcome:
-    """Fill every `.grad`. `xc` is the encoder's input, `pre` [B, F] its pre-activations, `dead_after` as in `dense_loss`; `estimate`: fill
-    `Outcome.smallest`."""
+    """Fill every `.grad`. `xc` is the encoder's input, `pre` [B, F] its pre-activations, `dead_after` as in
+    `dense_loss`; `estimate`: fill `Outcome.smallest`."""
     sae.zero_grad()
     pre = pre.detach().requires_grad_()
     with torch.enable_grad():
         loss, residual, f = dense_loss(sae, x, pre, weight, dead_after)
         loss.backward()
     encoder_gradients(sae, (pre.grad.t() @ xc).to(sae.dtype), pre.grad.sum(0, dtype=sae.dtype))
-    smallest = rule_of(sae.config).smallest(f, None, len(f)) if estimate else None
+    smallest = sae.config.selection.smallest(f, None, len(f)) if estimate else None
     active = f > 0
     return Outcome(loss.detach(), residual, active.any(0), active.sum() / len(f), smallest)
 

@@ -1,13 +1,15 @@
 """The SAE of every architecture: its weights, what they mean at inference, and the two files it is saved as.
 
     pre = (x - b_dec) W_enc + b_enc             pre-activations (JumpReLU: x W_enc + b_enc)
-    f = ReLU(pre) where it is selected, else 0  latents (Gated: ReLU(exp(r_mag) (pre - b_enc) + b_mag) where pre, the gate, is)
+    f = ReLU(pre) where it is selected, else 0  latents (Gated: ReLU(exp(r_mag) (pre - b_enc) + b_mag) there)
     x_hat = f W_dec + b_dec                     reconstruction
 
-Selected is what exceeds the threshold: a running mean of the smallest value kept for BatchTopK, one number per latent for
-JumpReLU, 0 for ReLU and Gated; TopK keeps the k largest of each token.
+Selected is what exceeds the threshold: a running mean of the smallest value kept for BatchTopK, one number per latent
+for JumpReLU, 0 for ReLU and Gated; TopK keeps the k largest of each token. All that differs between rules is asked of
+`config.selection`.
 
-`W_enc` has shape [d, F] but is stored latent by latent, as `W_dec` is: the gradient of a sparse step arrives in that order.
+`W_enc` has shape [d, F] but is stored latent by latent, as `W_dec` is: the gradient of a sparse step arrives in that
+order.
 """
 
 import hashlib
@@ -19,24 +21,23 @@ from torch import Tensor, nn
 
 from masksae.errors import CheckpointError, DataError, readable
 from masksae.files import atomic_dir, save_tensors, sha256
-from masksae.saes.config import Gated, JumpReLU, SAEConfig, TopK
-
-SAE_FILES = ("sae.safetensors", "config.json", "sae_weights.safetensors", "cfg.json", "ae.pt")
-"""What the folder of one SAE may hold, in our form, SAELens' and dictionary_learning's: such a folder may be written over."""
+from masksae.saes import formats
+from masksae.saes.config import SAEConfig
+from masksae.saes.formats import SAE_FILES
 
 SCHEMA = 1
 """Version of the saved form; raise it when the files change meaning."""
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder. Inputs may be [n, d] or [batch, sequence, d], of any float type: they are computed with in the type of the weights,
-    which is also that of what comes out. Latents are dense [..., F]. Whatever takes an input raises DataError for another width and for
-    what are no floats.
+    """A sparse autoencoder. Inputs may be [n, d] or [batch, sequence, d], of any float type: they are computed with in
+    the type of the weights, which is also that of what comes out. Latents are dense [..., F]. Whatever takes an input
+    raises DataError for another width and for what are no floats.
 
-    Parameters: `W_enc` [d, F], `b_enc` [F], `W_dec` [F, d], `b_dec` [d]; JumpReLU also `thresholds` [F], Gated `r_mag` and `b_mag` [F].
-    Buffers: `threshold` (in units of the input; -1 before it was estimated, 0 where the rule needs none), `tokens_since_fired` int64 [F].
-    `history` holds the records of training (empty for an SAE that was not trained here); "explained_variance" is None where a batch does not
-    vary, one of a single token for example.
+    Parameters: `W_enc` [d, F], `b_enc` [F], `W_dec` [F, d], `b_dec` [d]; JumpReLU also `thresholds` [F], Gated `r_mag`
+    and `b_mag` [F]. Buffers: `threshold` (in units of the input; -1 before it was estimated, 0 where the rule needs
+    none), `tokens_since_fired` int64 [F]. `history` holds the records of training (empty for an SAE that was not
+    trained here); "explained_variance" is None where a batch does not vary, one of a single token for example.
 
     >>> from masksae import BatchTopK
     >>> sae = SAE(SAEConfig(d_model=4, n_latents=16, selection=BatchTopK(2)))
@@ -57,11 +58,9 @@ class SAE(nn.Module):
         self.W_enc = nn.Parameter(directions.t())
         self.b_enc = nn.Parameter(torch.zeros(n))
         self.b_dec = nn.Parameter(torch.zeros(config.d_model))
-        if isinstance(rule, JumpReLU):
-            self.thresholds = nn.Parameter(torch.full((n,), rule.initial_threshold))
-        if isinstance(rule, Gated):
-            self.r_mag, self.b_mag = nn.Parameter(torch.zeros(n)), nn.Parameter(torch.zeros(n))
-        self.register_buffer("threshold", torch.tensor(-1.0 if isinstance(rule, TopK) else 0.0))
+        for name, value in rule.tensors(n).items():
+            self.register_parameter(name, nn.Parameter(value))
+        self.register_buffer("threshold", torch.tensor(-1.0 if rule.estimates_threshold else 0.0))
         self.register_buffer("tokens_since_fired", torch.zeros(n, dtype=torch.int64))
         if device is not None:
             self.to(device)
@@ -87,25 +86,21 @@ class SAE(nn.Module):
 
     def magnitudes(self, pre: Tensor) -> Tensor:
         """Value [..., F] that each latent has if it is selected, at least 0."""
-        if isinstance(self.config.selection, Gated):
-            pre = self.r_mag.exp() * (pre - self.b_enc) + self.b_mag
-        return torch.relu(pre)
+        return self.config.selection.magnitudes(self, pre)
 
     def margins(self, pre: Tensor) -> Tensor:
-        """What is compared with the inference threshold [..., F]: pre, for JumpReLU less each latent's own threshold."""
-        return pre - self.thresholds if isinstance(self.config.selection, JumpReLU) else pre
+        """What is compared with the inference threshold [..., F]: pre, for JumpReLU less each latent's own
+        threshold."""
+        return self.config.selection.margins(self, pre)
 
     def encode(self, x: Tensor, threshold: float | None = None) -> Tensor:
-        """Latents f [..., F]. `threshold` takes the place of the trained one (of ranks for TopK; JumpReLU: is added to its own)."""
-        pre = self.pre_activations(x)
-        if type(self.config.selection) is TopK and threshold is None:
-            value, index = torch.relu(pre).topk(self.config.selection.k, dim=-1, sorted=False)
-            return torch.zeros_like(pre).scatter(-1, index, value)
-        cut = self.threshold if threshold is None else threshold
-        return self.magnitudes(pre) * (self.margins(pre) > cut)
+        """Latents f [..., F]. `threshold` takes the place of the trained one (of ranks for TopK; JumpReLU: is added to
+        its own)."""
+        return self.config.selection.select(self, self.pre_activations(x), threshold)
 
     def latents(self, x: Tensor, threshold: float | None = None) -> Tensor:
-        """`encode` as scores take it: on the CPU and in single precision at least, whatever the device and the type of the SAE."""
+        """`encode` as scores take it: on the CPU and in single precision at least, whatever the device and the type of
+        the SAE."""
         return at_least_single(self.encode(x.to(self.device), threshold).cpu())
 
     def decode(self, f: Tensor) -> Tensor:
@@ -120,35 +115,31 @@ class SAE(nn.Module):
     @torch.no_grad()
     def rescale_(self, scale: float) -> "SAE":
         """Make an SAE that was trained on x / scale take x: biases and thresholds grow by `scale`, directions stay."""
-        for name, tensor in self.state_dict(keep_vars=True).items():
-            if name.startswith(("b_", "threshold")):
-                tensor.mul_(scale)
+        for name in ("b_enc", "b_dec", "threshold", *self.config.selection.scaled):
+            getattr(self, name).mul_(scale)
         return self
 
     @torch.no_grad()
     def normalise_(self) -> "SAE":
-        """Give decoder rows norm 1 and latents the norms instead: f_j |d_j| for f_j, same reconstruction. Not for ranked selections."""
+        """Give decoder rows norm 1 and latents the norms instead: f_j |d_j| for f_j, same reconstruction. Not for
+        ranked selections."""
         norm = self.W_dec.norm(dim=1).clamp(min=1e-12)
         self.W_dec /= norm[:, None]
-        for name in ("W_enc", "b_enc", "b_mag", "thresholds"):
-            if hasattr(self, name):
-                getattr(self, name).mul_(norm)
+        for name in ("W_enc", "b_enc", *self.config.selection.scaled):
+            getattr(self, name).mul_(norm)
         return self
 
     def to_saelens(self, folder, **metadata) -> Path:
-        """Write as a SAELens folder; see `masksae.export.to_saelens`."""
-        from masksae.export import to_saelens
-
-        return to_saelens(self, folder, **metadata)
+        """Write as a SAELens folder; see `masksae.saes.formats.write_saelens`."""
+        return formats.write_saelens(folder, self.config, self.state_dict(), self.history, **metadata)
 
     def to_dictionary_learning(self, folder, **metadata) -> Path:
-        """Write as a dictionary_learning folder; see `masksae.export.to_dictionary_learning`."""
-        from masksae.export import to_dictionary_learning
-
-        return to_dictionary_learning(self, folder, **metadata)
+        """Write as a dictionary_learning folder; see `masksae.saes.formats.write_dictionary_learning`."""
+        return formats.write_dictionary_learning(folder, self.config, self.state_dict(), self.history, **metadata)
 
     def save(self, folder) -> Path:
-        """Write `sae.safetensors` and `config.json` into `folder`, atomically. `SAE.load` reads them back bit for bit, in their type."""
+        """Write `sae.safetensors` and `config.json` into `folder`, atomically. `SAE.load` reads them back bit for bit,
+        in their type."""
         with atomic_dir(folder, SAE_FILES) as tmp:
             save_tensors(self.state_dict(), tmp / "sae.safetensors")
             record = {"schema": SCHEMA, "config": self.config.to_dict(), "history": self.history}
@@ -181,7 +172,8 @@ def floats(x: Tensor, width: int, what: str, remedy: str) -> Tensor:
 
 
 def at_least_single(x: Tensor) -> Tensor:
-    """x, in single precision if it was in half: sums and products of scores do not hang on how an SAE or its activations were stored."""
+    """x, in single precision if it was in half: sums and products of scores do not hang on how an SAE or its
+    activations were stored."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -223,7 +215,8 @@ def read_tensors(folder, tensor_file: str, json_file: str, schemas: tuple[int, .
         raise CheckpointError(f"The checkpoint in {folder} is damaged ({json_file} holds no record). {remedy}")
     if record.get("schema") not in schemas:
         raise CheckpointError(
-            f"The checkpoint in {folder} has schema {record.get('schema')!r}, this version reads {', '.join(map(str, schemas))}. Use the version that wrote it."
+            f"The checkpoint in {folder} has schema {record.get('schema')!r}, this version reads "
+            f"{', '.join(map(str, schemas))}. Use the version that wrote it."
         )
     sealed = record.pop("sha256", None)  # files of before 0.2 have none
     if sealed is not None and sealed != seal(record, folder / tensor_file):
@@ -241,6 +234,7 @@ def load_state(module: nn.Module, tensors: dict[str, Tensor], folder) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            f"The checkpoint in {folder} does not fit its configuration: {', '.join(sorted(wrong))} missing, unknown or of another shape."
+            f"The checkpoint in {folder} does not fit its configuration: {', '.join(sorted(wrong))} missing, "
+            "unknown or of another shape."
         )
     module.load_state_dict(tensors)

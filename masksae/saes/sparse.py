@@ -1,12 +1,14 @@
 """The same gradient as `saes/loss.py` at the price of k of F latents: decode and backward touch active entries only.
 
-A kept latent of prefix group g sees only E_g, the sum of the errors e_g' over g' >= g, so one backward matrix per group is enough:
+A kept latent of prefix group g sees only E_g, the sum of the errors e_g' over g' >= g, so one backward matrix per group
+is enough:
 
     df_bj = (2 w / B) E_g(b) . d_j        dW_j = (2 w / B) sum_b f_bj E_g(b)
 
-and the encoder's gradient follows from df through the rule (`saes/rules.py`). Products of a sparse and a dense matrix are CSR products,
-which need MKL; the dot products are `sampled_addmm`. Nothing of size k x d per token exists. Only the encoder product is dense: it is
-the floor of the step (`benchmarks/train.py` prints its share). Above `DENSE_SHARE` active entries the dense step is faster.
+and the encoder's gradient follows from df through the rule (`saes/rules.py`). Products of a sparse and a dense matrix
+are CSR products, which need MKL; the dot products are `sampled_addmm`. Nothing of size k x d per token exists. Only the
+encoder product is dense: it is the floor of the step (`benchmarks/train.py` prints its share). Above `DENSE_SHARE`
+active entries the dense step is faster.
 """
 
 import warnings
@@ -16,7 +18,6 @@ import torch
 from torch import Tensor
 
 from masksae.saes.loss import Outcome, encoder_gradients
-from masksae.saes.rules import rule_of
 from masksae.saes.sae import SAE
 
 DENSE_SHARE = 0.25
@@ -24,15 +25,23 @@ DENSE_SHARE = 0.25
 
 
 class Entries:
-    """The latents that take part in a step, by prefix group and in a group by token: entry i is latent `col[i]` of token `row[i]`."""
+    """The latents that take part in a step, by prefix group and in a group by token: entry i is latent `col[i]` of
+    token `row[i]`.
+
+    Everything that the step needs of them is an order and some offsets, found once; values are gathered into place by
+    need.
+    """
 
     def __init__(self, pre: Tensor, index: Tensor, sizes: tuple[int, ...]):
         self.shape, self.sizes = tuple(pre.shape), sizes
+        # int32: half the memory to sort and gather, and what MKL's products take without a copy
         row = torch.div(index, self.shape[1], rounding_mode="floor")
         row, col, value = row.int(), (index - row * self.shape[1]).int(), pre.view(-1)[index]
         self.ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self.bounds = [0, len(index)]
         if len(sizes) > 1:
+            # `index` ascends, so a stable sort by group leaves tokens and latents ascending in each group, as CSR wants
+            # them; numbers of groups fit into a byte, which is less to sort
             group = torch.bucketize(col, self.ends, right=True).to(torch.uint8)
             order = group.sort(stable=True).indices
             row, col, value = row[order], col[order], value[order]
@@ -48,11 +57,14 @@ class Entries:
 
     def by_token(self, part: slice, low: int, high: int, value: Tensor) -> Tensor:
         """CSR [B, high - low] of one group's entries; `value` holds all entries."""
+        # the entries lie in this order already: only where each token begins is looked up
         starts = torch.searchsorted(self.row[part], self._tokens, out_int32=True)
         return _csr(starts, self.col[part] - low, value[part], (self.shape[0], high - low))
 
     def by_latent(self, value: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         """CSR [high - low, B]: the transpose of the entries of latents low .. high - 1."""
+        # a group is a range of latents, so one sort of all entries serves the decoder's gradient of every group and the
+        # encoder's
         order, starts = self._by_latent
         starts = starts[low : (self.shape[1] if high is None else high) + 1]
         part = order[starts[0] : starts[-1]]
@@ -68,6 +80,8 @@ class Entries:
 
     @cached_property
     def _by_latent(self) -> tuple[Tensor, Tensor]:
+        """(order of the entries by latent, where each latent begins in it): a count gives the second without the sorted
+        latents."""
         starts = torch.zeros(self.shape[1] + 1, dtype=torch.int32)
         torch.cumsum(torch.bincount(self.col, minlength=self.shape[1]), 0, dtype=torch.int32, out=starts[1:])
         return self.col.sort(stable=True).indices, starts
@@ -76,7 +90,7 @@ class Entries:
 @torch.no_grad()
 def sparse_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, index: Tensor, weight, estimate: bool) -> Outcome:
     """Fill every `.grad`, AuxK apart. `index`: what the rule's `support` gave; the rest as in `dense_step`."""
-    rule, e = rule_of(sae.config), Entries(pre, index, sae.config.group_sizes)
+    rule, e = sae.config.selection, Entries(pre, index, sae.config.group_sizes)
     f, gate = rule.sparse(sae, e)
     sae.zero_grad()
     loss, residual, grad_f = _reconstruct(sae, x, e, f)
@@ -85,40 +99,50 @@ def sparse_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, index: Tensor, wei
         gate_loss, _, grad_gate = _reconstruct(sae, x, e, gate, frozen=True)
         loss = loss + gate_loss
     grad_pre, penalty = rule.backward(sae, e, f, grad_f, grad_gate, weight)
+    # dpre^T xc latent by latent: this is the order in which W_enc is stored, so neither product nor gradient is turned
+    # round
     encoder_gradients(sae, e.by_latent(grad_pre) @ xc, e.per_latent(grad_pre))
     active = f > 0
+    # of a latent's entries any may be active: accumulating booleans is "or", a plain assignment would keep an arbitrary
+    # one
     fired = torch.zeros(e.shape[1], dtype=torch.bool).index_put_((e.col,), active, accumulate=True)
     smallest = rule.smallest(f, e.row.long(), e.shape[0]) if estimate else None
     return Outcome(loss + penalty, residual, fired, active.sum() / e.shape[0], smallest)
 
 
 def _reconstruct(sae: SAE, x: Tensor, e: Entries, f: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(w sum_g mean_b |e_g|^2, x - x_hat, gradient of f at the entries); sets the decoder's gradients unless it is frozen."""
+    """(w sum_g mean_b |e_g|^2, x - x_hat, gradient of f at the entries); sets the decoder's gradients unless it is
+    frozen."""
     factor = 2 * sae.config.prefix_weight / e.shape[0]
     errors, loss = [], 0.0
     for part, low, high in e.groups():
+        # e_g = e_(g - 1) + f_g W_g: all prefixes together cost one reconstruction from all latents
         error = errors[-1] if errors else sae.b_dec - x
         errors.append(torch.addmm(error, e.by_token(part, low, high, f), sae.W_dec[low:high]))
-        loss = loss + torch.dot(errors[-1].view(-1), errors[-1].view(-1))
-    residual = -errors[-1]
-    grad_f, weighted = torch.empty_like(f), f * factor
+        loss = loss + torch.dot(errors[-1].view(-1), errors[-1].view(-1))  # no [B, d] of squares
+    residual = -errors[-1]  # a copy: the errors are written over from here on
+    grad_f, weighted = torch.empty_like(f), f * factor  # the factor goes to k B numbers, not to F d
     if not frozen:
-        sae.W_dec.grad = torch.empty_like(sae.W_dec)
+        sae.W_dec.grad = torch.empty_like(sae.W_dec)  # each group fills its rows
     backward = None
     for (part, low, high), error in zip(reversed(e.groups()), reversed(errors)):
+        # from the last group to the first E_g = E_(g + 1) + e_g grows in place, in the last error's memory
         backward = error if backward is None else backward.add_(error)
         pattern = e.by_token(part, low, high, f)
+        # E_g(b) . d_j for the pairs (b, j) of the pattern alone, k B of the F B that E_g W_g^T has; beta = 0: not its
+        # values
         grad_f[part] = torch.sparse.sampled_addmm(
             pattern, backward, sae.W_dec[low:high].t(), beta=0.0, alpha=factor
         ).values()
         if not frozen:
             torch.mm(e.by_latent(weighted, low, high), backward, out=sae.W_dec.grad[low:high])
     if not frozen:
-        sae.b_dec.grad = factor * backward.sum(0)
+        sae.b_dec.grad = factor * backward.sum(0)  # b_dec is in every e_g, as the first group's latents are
     return loss * sae.config.prefix_weight / e.shape[0], residual, grad_f
 
 
 def _csr(starts: Tensor, col: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        # not checked: that costs passes over the entries, and they are right by construction
         return torch.sparse_csr_tensor(starts, col, value, shape, check_invariants=False)

@@ -1,4 +1,5 @@
-"""Look at one parent of an SAE: what it fires on, which words its main latents miss, and who absorbed those; notebook 10.
+"""Look at one parent of an SAE: what it fires on, which words its main latents miss, and who absorbed those; notebook
+10.
 
 Scores say how often a parent is absorbed; a `Story` names the words and the absorbers, by the very rule of the score.
 """
@@ -35,8 +36,9 @@ class Story:
     tested: int
     """Test words with the parent."""
     missed: list[dict]
-    """Fully absorbed test words: the word, its absorber, the share of the parent's direction that the absorber carries, the absorber's
-    decoder cosine with that direction and with the first main latent, and on which share of all words it fires."""
+    """Fully absorbed test words: the word, its absorber, the share of the parent's direction that the absorber carries,
+    the absorber's decoder cosine with that direction and with the first main latent, and on which share of all words it
+    fires."""
     main_cosine: float
     """Decoder cosine of the first main latent with the parent's direction."""
 
@@ -67,7 +69,8 @@ class Explorer:
         return _story(f"follows {parent}", sae, _of(metric, parent), *sample, threshold=threshold)
 
     def top_contexts(self, sae: SAE, latent: int, n: int = 5, threshold: float | None = None) -> str:
-        """HTML: the places in held-out text where a latent fires most, at most one a block, tokens shaded by how strongly it fires."""
+        """HTML: the places in held-out text where a latent fires most, at most one a block, tokens shaded by how
+        strongly it fires."""
         ids = self.run.ids("held_out")[:, len(self.run.start) :]
         fires = torch.cat(
             [sae.encode(part.to(sae.device), threshold)[:, latent].cpu() for part in self.run.held_out.split(4096)]
@@ -151,10 +154,10 @@ def side_by_side(columns: dict[str, str]) -> str:
 def story_html(story: Story, rows: int = 8) -> str:
     """HTML: one line about the main latents, and the words they miss with who absorbed them."""
     share = len(story.missed) / max(1, story.tested)
-    head = (
-        f"<p>{html.escape(story.parent)}: main latents {', '.join(map(str, story.main))} (F1 {story.f1:.2f}, decoder cosine "
-        f"with the parent {story.main_cosine:.2f}); {len(story.missed)} of {story.tested} test words absorbed ({share:.0%})</p>"
-    )
+    told = f"F1 {story.f1:.2f}, decoder cosine with the parent {story.main_cosine:.2f}"
+    main = f"main latents {', '.join(map(str, story.main))} ({told})"
+    missed = f"{len(story.missed)} of {story.tested} test words absorbed ({share:.0%})"
+    head = f"<p>{html.escape(story.parent)}: {main}; {missed}</p>"
     if not story.missed:
         return head
     table = sorted(story.missed, key=lambda row: row["share"], reverse=True)[:rows]

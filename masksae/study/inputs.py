@@ -1,7 +1,8 @@
-"""What the SAEs of a profile are made of and scored on: model, text, masks, activations; and where results and pictures go.
+"""What the SAEs of a profile are made of and scored on: model, text, masks, activations; and where results and pictures
+go.
 
-Each part is made on first use and kept in the user's cache under an id that covers its configuration, the content of the files that
-the profile names, and the code that makes it, so a notebook may be run alone, again, or after a crash.
+Each part is made on first use and kept in the user's cache under an id that covers its configuration, the content of
+the files that the profile names, and the code that makes it, so a notebook may be run alone, again, or after a crash.
 """
 
 import sys
@@ -66,7 +67,7 @@ class Inputs:
         """How to get what a notebook makes."""
         return (
             f"Run notebook {notebook} with profile {self.profile.name} first. From here, in a cell: "
-            f"!python -m masksae.app.repro run {notebook} {self.source}. Everything: `make repro PROFILE={self.source}`."
+            f"!python -m masksae run {notebook} {self.source}. Everything: `make repro PROFILE={self.source}`."
         )
 
     def identity(self, *sections: Section) -> list:
@@ -74,7 +75,8 @@ class Inputs:
         return [[section.model_dump(mode="json"), cache.contents(section.named_data)] for section in sections]
 
     def scratch(self, kind: str, key, make) -> dict[str, Tensor]:
-        """Tensors of the model that `make()` gives, kept under an id of the model, of `key` and of the code that `make` reaches."""
+        """Tensors of the model that `make()` gives, kept under an id of the model, of `key` and of the code that `make`
+        reaches."""
         return cache.kept_tensors(kind, [self.identity(self.profile.model), key, cache.code_of(make)], make)
 
     @once
@@ -100,10 +102,12 @@ class Inputs:
         text, tokenizer = self.profile.model.bos_token, self.language_model.tokenizer
         if text is None and tokenizer.bos_token is not None:
             print(
-                f"masksae: the tokenizer has a BOS token, {tokenizer.bos_token}, and the profile names none in model.bos_token. The first position of a block is "
-                "often an attention sink of many times the usual norm; without a BOS it is a word, and it is trained on.",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                f"masksae: the tokenizer has a BOS token, {tokenizer.bos_token}, and the profile names none in "
+                "model.bos_token. The first position of a block is often an attention sink of many times the usual norm; "
+                "without a BOS it is a word, and it is trained on.",
+                file=sys.stderr,
+                flush=True,
+            )
         return None if text is None else models.token_id(tokenizer, text)
 
     @property
@@ -160,10 +164,19 @@ class Inputs:
         training = self.profile.training
         scratch = self.stream_folder(arm, pair) if training.epochs > 1 else None
         stream = activations.from_model(
-            self.language_model, blocks.Blocks(self.blocks["train"]), block=self.profile.model.block, p=arm.p, mask_seed=arm.mask_seed(pair),
-            bos_id=self.bos_id, batch_size=training.batch_size, seed=self.profile.text.seed, pool_tokens=training.pool_tokens,
-            scratch=scratch, share=arm.tokens, **self.replacement(arm),
-        )  # fmt: skip
+            self.language_model,
+            blocks.Blocks(self.blocks["train"]),
+            block=self.profile.model.block,
+            p=arm.p,
+            mask_seed=arm.mask_seed(pair),
+            bos_id=self.bos_id,
+            batch_size=training.batch_size,
+            seed=self.profile.text.seed,
+            pool_tokens=training.pool_tokens,
+            scratch=scratch,
+            share=arm.tokens,
+            **self.replacement(arm),
+        )
         return stream.with_targets(self.stream(Arm(name="clean", p=0, tokens=arm.tokens))) if arm.denoise else stream
 
     def stream_id(self, arm: Arm, pair: int = 0) -> str:
@@ -188,7 +201,8 @@ class Inputs:
 
 
 class Scored(Inputs, ABC):
-    """Inputs with SAEs to score on them: what the functions of `masksae.study.scores` take. A `Run` is one, an `OwnSAE` another."""
+    """Inputs with SAEs to score on them: what the functions of `masksae.study.scores` take. A `Run` is one, an `OwnSAE`
+    another."""
 
     @property
     @abstractmethod
@@ -205,4 +219,5 @@ class Scored(Inputs, ABC):
 
     @abstractmethod
     def rows(self, kind: str, section: Section, make: Callable[[], list[dict]]) -> list[dict]:
-        """Score rows that `make()` gives, kept under an id of the SAEs, of a section of the profile and of the code that `make` reaches."""
+        """Score rows that `make()` gives, kept under an id of the SAEs, of a section of the profile and of the code
+        that `make` reaches."""

@@ -1,7 +1,8 @@
-"""Somebody's own SAE in a run's place: `sae = OwnSAE("laptop", "MY_SAE", out="report")`, then `evaluate(sae, ["absorption"])`.
+"""Somebody's own SAE in a run's place: `sae = OwnSAE("laptop", "MY_SAE", out="report")`, then `evaluate(sae,
+["absorption"])`.
 
-The profile says whose activations the SAE reads and on which text and tasks it is scored; it is scored by the very functions that
-score a run's SAEs, as trained and at matched clean L0. Nothing is trained here.
+The profile says whose activations the SAE reads and on which text and tasks it is scored; it is scored by the very
+functions that score a run's SAEs, as trained and at matched clean L0. Nothing is trained here.
 """
 
 import hashlib
@@ -15,7 +16,6 @@ from masksae.errors import ConfigError, MasksaeError, OutputError, nearest
 from masksae.export import load_sae
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import once
-from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
 from masksae.study.inputs import Scored
 from masksae.study.scores.absorption import absorption_scores, context_scores
@@ -51,8 +51,8 @@ class OwnSAE(Scored):
         super().__init__(profile, out)
         if self.sae.config.d_model != self.width:
             raise ConfigError(
-                f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has {self.width}. "
-                "Name the profile of its model."
+                f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has "
+                f"{self.width}. Name the profile of its model."
             )
         self._check_l0()
         self.sae.to(self.device)
@@ -63,8 +63,10 @@ class OwnSAE(Scored):
             raise ConfigError(
                 f"l0 is {l0}, expected a number above 0, up to the {latents} latents of this SAE. Or leave it out."
             )
-        if l0 is not None and type(rule) is TopK and l0 != rule.k:
-            raise ConfigError(f"l0 is {l0}, and this SAE keeps its k = {rule.k} latents of every token. Leave l0 out.")
+        if l0 is not None and rule.keeps_k_per_token and l0 != rule.goal:
+            raise ConfigError(
+                f"l0 is {l0}, and this SAE keeps its k = {rule.goal} latents of every token. Leave l0 out."
+            )
 
     @once
     def k(self) -> float:
@@ -72,8 +74,9 @@ class OwnSAE(Scored):
         return self._l0 or self.sae.config.selection.goal or round(reconstruction(self.sae, self.held_out).l0, 1)
 
     def check_reach(self) -> None:
-        """If no threshold gives clean L0 = k: ConfigError if that k was asked for, a line on stderr if it is the SAE's own."""
-        if type(self.sae.config.selection) is TopK:
+        """If no threshold gives clean L0 = k: ConfigError if that k was asked for, a line on stderr if it is the SAE's
+        own."""
+        if self.sae.config.selection.keeps_k_per_token:
             return
         threshold = calibrated_threshold(self.sae, self.held_out, self.k)
         reached = reconstruction(self.sae, self.held_out, threshold=threshold).l0
@@ -85,10 +88,8 @@ class OwnSAE(Scored):
 
     @property
     def table(self) -> list[dict]:
-        config = self.sae.config
-        architecture = ("Matryoshka " if config.prefixes else "") + type(config.selection).__name__
         row = {"sae": self.name, "arm": self.name, "p": 0.0, "grid": self.name, "k": self.k, "seed": 0}
-        return [row | {"architecture": architecture}]
+        return [row | {"architecture": self.sae.config.architecture}]
 
     def load_saes(self) -> dict[str, SAE]:
         return {self.name: self.sae}
@@ -109,7 +110,8 @@ class OwnSAE(Scored):
 
 
 def evaluate(own: OwnSAE, metrics: list[str]) -> dict[str, list[dict]]:
-    """Rows of each metric, as trained and at matched clean L0, each written to `NAME.json` in the SAE's `results` as it comes.
+    """Rows of each metric, as trained and at matched clean L0, each written to `NAME.json` in the SAE's `results` as it
+    comes.
 
     A metric that cannot be taken has one row, {"sae": name, "failed": why}, and the others are taken all the same.
     Raises ConfigError for an unknown metric, and the first reason if no metric can be taken.

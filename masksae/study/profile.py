@@ -1,7 +1,8 @@
 """A profile is one YAML file that fixes every number of a run. It is checked here, before anything expensive starts.
 
-Unknown keys, wrong types and impossible combinations raise ConfigError naming the key (and the nearest known one). Values
-that cannot change a result (threads, device, progress bars) are not in a profile, so they are in no run id either.
+Unknown keys, wrong types and impossible combinations raise ConfigError naming the key (and the nearest known one).
+Values that cannot change a result (threads, device, progress bars) are not in a profile, so they are in no run id
+either.
 """
 
 import reprlib
@@ -38,7 +39,8 @@ _brief.maxstring = _brief.maxother = 80
 
 
 class Profile(Section):
-    """Every number of a run; read one with `load_profile`. Needed are name, model, text and saes; the rest has defaults."""
+    """Every number of a run; read one with `load_profile`. Needed are name, model, text and saes; the rest has
+    defaults."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
     description: str = ""
@@ -106,11 +108,13 @@ class Profile(Section):
         for arm in self.ablations:
             if missing := set(arm.seeds or ()) - set(self.grids[0].seeds):
                 raise ValueError(
-                    f"ablations.{arm.name}.seeds: {sorted(missing)} are not among the first grid's ({self.grids[0].seeds}), so nothing pairs with them."
+                    f"ablations.{arm.name}.seeds: {sorted(missing)} are not among the first grid's "
+                    f"({self.grids[0].seeds}), so nothing pairs with them."
                 )
         if self.text.train_tokens < self.training.batch_size:
             raise ValueError(
-                f"text.train_tokens ({self.text.train_tokens}) is less than one training.batch_size ({self.training.batch_size}). Raise the first."
+                f"text.train_tokens ({self.text.train_tokens}) is less than one training.batch_size "
+                f"({self.training.batch_size}). Raise the first."
             )
         return self
 
@@ -129,7 +133,8 @@ def profile_path(name_or_path) -> Path:
 def load_profile(name_or_path) -> Profile:
     """Read and check a profile, by shipped name ("smoke") or by path of a YAML file. Raises ConfigError naming the key.
 
-    The file is called after the profile, and nobody's file after a shipped profile: outputs go into folders of that name.
+    The file is called after the profile, and nobody's file after a shipped profile: outputs go into folders of that
+    name.
 
     >>> profile = load_profile("smoke")
     >>> profile.model.source, [arm.name for arm in profile.arms]
@@ -148,13 +153,13 @@ def load_profile(name_or_path) -> Profile:
         raise ConfigError(f"{path} must be a mapping of keys to values, found {type(raw).__name__}.")
     if raw.get("name") != path.stem or (path.resolve().parent != PROFILES and (PROFILES / path.name).exists()):
         raise ConfigError(
-            f"{path} holds a profile named {raw.get('name')!r}. Outputs are kept apart by name: call the file NAME.yaml and choose "
-            "a NAME that no shipped profile has."
+            f"{path} holds a profile named {raw.get('name')!r}. Outputs are kept apart by name: "
+            "call the file NAME.yaml and choose a NAME that no shipped profile has."
         )
     if raw["name"] in RESERVED:
         raise ConfigError(
-            f"{path}: name: {raw['name']!r} is a folder of the project's own under build/, as are {', '.join(RESERVED)}. "
-            "Choose another."
+            f"{path}: name: {raw['name']!r} is a folder of the project's own under build/, "
+            f"as are {', '.join(RESERVED)}. Choose another."
         )
     try:
         return Profile.model_validate(raw)

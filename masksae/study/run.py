@@ -1,9 +1,10 @@
 """The SAEs of a profile as the notebooks call them: `run = Run("laptop")`, then `run.saes`.
 
-A pair is one draw of everything that is drawn: the SAE of each arm with the same seed has the same initial weights and the same order
-of the tokens, and the masks of the masked arms are drawn from that seed too. Two pairs share nothing but the text. So the SAEs of an
-arm without masks are trained together on one activation stream, those of a masked arm pair by pair. Each such group is kept under an id
-of all that it is made of; what is finished is read back, what is missing is trained.
+A pair is one draw of everything that is drawn: the SAE of each arm with the same seed has the same initial weights and
+the same order of the tokens, and the masks of the masked arms are drawn from that seed too. Two pairs share nothing but
+the text. So the SAEs of an arm without masks are trained together on one activation stream, those of a masked arm pair
+by pair. Each such group is kept under an id of all that it is made of; what is finished is read back, what is missing
+is trained.
 """
 
 import shutil
@@ -45,7 +46,8 @@ class Run(Scored):
 
     @once
     def saes(self) -> dict[str, SAE]:
-        """Trained SAEs by name, such as "masked-matryoshka20-s0", ablations too; trains the groups that are not finished."""
+        """Trained SAEs by name, such as "masked-matryoshka20-s0", ablations too; trains the groups that are not
+        finished."""
         missing = [group for group in self.groups(self.arms) if not (self.folder_of(group) / "saes").exists()]
         if missing and jobs.executor()[0] != "inline":
             self.blocks  # made once, before several jobs want them
@@ -108,8 +110,10 @@ class Run(Scored):
         """Id of all that the SAEs of a group are made of."""
         arm, training = group.arm, self.profile.training
         saes = [grid.config(1, seed).to_dict() for _, grid, seed in group.members]  # the width is the model's
+        rules = {type(grid.selection.config) for _, grid, _ in group.members}  # one from outside has its code outside
         how = [arm.tokens, arm.drop_masked, arm.denoise, training.model_dump(), training.config(10_000).identity()]
-        return run_id([self.stream_id(arm, group.pair or 0), how, saes, cache.code_id("study.run")])
+        code = [cache.code_id("study.run"), *sorted(map(cache.code_of, rules))]
+        return run_id([self.stream_id(arm, group.pair or 0), how, saes, code])
 
     def ids_of(self, arms: list[Arm]) -> list[str]:
         """Ids of the groups of some arms."""
@@ -152,8 +156,8 @@ class Run(Scored):
         return self.build / "saes" / f"{arm.name}.json"
 
     def load_saes(self, arms: list[Arm] | None = None) -> dict[str, SAE]:
-        """Trained SAEs by name out of build/, those of the arms or of the arms given. Raises DataError if they are not there, or were made
-        of something else than the profile, its files and the code now say."""
+        """Trained SAEs by name out of build/, those of the arms or of the arms given. Raises DataError if they are not
+        there, or were made of something else than the profile, its files and the code now say."""
         saes = {}
         for arm in self.profile.arms if arms is None else arms:
             folder = self.build / "saes" / arm.name
@@ -168,7 +172,8 @@ class Run(Scored):
         return saes
 
     def snapshots(self, arm: Arm) -> dict[int, dict[str, SAE]]:
-        """SAEs of the first grid by step and name, the finished ones too; a group whose scratch was deleted is trained again."""
+        """SAEs of the first grid by step and name, the finished ones too; a group whose scratch was deleted is trained
+        again."""
         first, by_step = self.profile.grids[0].name, {}
         finished = self.load_saes([arm])
         for group in self.groups([arm]):

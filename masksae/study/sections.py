@@ -1,14 +1,19 @@
-"""The sections of a profile: every number of a run with its meaning, checked as it is read; first what is trained, then how it is scored.
+"""The sections of a profile: every number of a run with its meaning, checked as it is read; first what is trained, then
+how it is scored.
 
 Unknown keys and wrong types are refused; `masksae.study.profile` turns the refusals into one line each.
 """
 
 import re
-from typing import Annotated, Literal
+from dataclasses import MISSING, fields
+from typing import Annotated, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from masksae.saes.config import AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, Selection, TopK
+from masksae.errors import nearest
+from masksae.saes.config import AuxK, SAEConfig
+from masksae.saes.rules import SELECTIONS, Selection, snake_case
+from masksae.training.config import TrainConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -23,7 +28,8 @@ class Section(BaseModel):
 
     @property
     def named_data(self) -> list[str]:
-        """Names of models, texts and tasks in this section: what they stand for belongs to the results as much as the names do."""
+        """Names of models, texts and tasks in this section: what they stand for belongs to the results as much as the
+        names do."""
         return []
 
 
@@ -33,12 +39,13 @@ class Model(Section):
     source: str
     """A name of `masksae.data.texts`, `hub:owner/name[@revision]`, a folder, or a .gguf file."""
     block: Annotated[int, Field(ge=0)] | str
-    """Hook point: the residual stream after this block, counted from 0; or the path of any module that gives [batch, tokens, width], such as
-    "model.layers.9.mlp"."""
+    """Hook point: the residual stream after this block, counted from 0; or the path of any module that gives [batch,
+    tokens, width], such as "model.layers.9.mlp"."""
     mask_token: str
     """Text of the special token that replaces masked tokens."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of its weights and activations; bfloat16 halves the memory and suits GPUs, and is slow on most CPUs."""
+    """Number format of its weights and activations; bfloat16 halves the memory and suits GPUs, and is slow on most
+    CPUs."""
     bos_token: str | None = None
     """Text of the token that starts every block; its own activations are never used. None: no such token."""
 
@@ -49,8 +56,10 @@ class Model(Section):
     @property
     def layer(self) -> int | None:
         """Number of the block that the hook point is, or lies in; None if its path names no block."""
-        found = re.search(r"\.(\d+)(\.|$)", str(self.block))
-        return self.block if isinstance(self.block, int) else int(found[1]) if found else None
+        if isinstance(self.block, int):
+            return self.block
+        number = re.search(r"\.(\d+)(\.|$)", self.block)
+        return int(number[1]) if number else None
 
     @property
     def hook_name(self) -> str:
@@ -107,8 +116,8 @@ class Arm(Section):
     seed: Seed = 0
     """Of the masks, beside the seed of the pair: arms of one seed mask the same tokens."""
     token: str | None = None
-    """Text of the token that replaces; None: the model's mask_token; "rare": the rarest token of the training text; "random": for each position
-    a token drawn by its frequency there."""
+    """Text of the token that replaces; None: the model's mask_token; "rare": the rarest token of the training text;
+    "random": for each position a token drawn by its frequency there."""
     drop_masked: bool = False
     """Train on ordinary positions only."""
     denoise: bool = False
@@ -142,47 +151,74 @@ class Training(Section):
     pool_tokens: Positive = 131_072
     """Tokens that are shuffled together."""
     snapshots: list[Positive] = []
-    """Steps at which the SAEs are also kept, each after a learning-rate decay of its own: absorption along training (notebook 04). Those
-    that an arm does not reach are left out."""
+    """Steps at which the SAEs are also kept, each after a learning-rate decay of its own: absorption along training
+    (notebook 04). Those that an arm does not reach are left out."""
 
-    def config(self, steps: int):
+    def config(self, steps: int) -> TrainConfig:
         """The `TrainConfig` of a run of so many steps; what is None follows them."""
-        from masksae.training.config import TrainConfig
-
         shared = self.model_dump(exclude={"epochs", "batch_size", "pool_tokens", "snapshots"})
         shared["snapshots"] = tuple(n for n in self.snapshots if n < steps)
         seldom = {"checkpoint_every": max(200, steps // 100), "log_every": max(20, steps // 1000)}
         return TrainConfig(steps, **shared, **seldom)
 
 
-RULES = {"topk": TopK, "batch_topk": BatchTopK, "jump_relu": JumpReLU, "relu": ReLU, "gated": Gated}
-
-
 class Rule(Section):
-    """A selection rule by name and its parameters; see `masksae.saes.config`. Every rule states the L0 it aims at."""
+    """A selection rule by the snake case of its name, and its parameters as keys: {rule: batch_topk, k: 20}; see
+    `masksae.saes.rules`. A rule of one's own is known once its module is imported. Every rule states the L0 it aims at."""
 
-    rule: Literal["topk", "batch_topk", "jump_relu", "relu", "gated"]
-    k: Positive | None = None
-    """Of topk and batch_topk."""
-    target_l0: Annotated[float, Field(gt=0)] | None = None
-    """Of jump_relu, relu and gated; for the last two a controller adapts l1 to it."""
-    l1: Annotated[float, Field(gt=0)] | None = None
-    """First L1 coefficient of relu and gated."""
+    model_config = ConfigDict(extra="allow")
+
+    rule: str
 
     @property
     def config(self) -> Selection:
         """The selection config."""
-        return RULES[self.rule](**self.model_dump(exclude={"rule"}, exclude_none=True))
+        kind = _rules()[self.rule]
+        hints = get_type_hints(kind)
+        return kind(**{name: _value(name, value, hints[name]) for name, value in self._given.items()})
+
+    @property
+    def _given(self) -> dict:
+        return {name: value for name, value in self.model_extra.items() if value is not None}
+
+    @field_validator("rule")
+    @classmethod
+    def _known(cls, rule: str) -> str:
+        if rule not in _rules():
+            raise ValueError(f"found {rule!r}.{nearest(rule, _rules())}")
+        return rule
 
     @model_validator(mode="after")
     def _complete(self):
-        wanted = {"topk": {"k"}, "batch_topk": {"k"}, "jump_relu": {"target_l0"}}.get(self.rule, {"l1", "target_l0"})
-        found = set(self.model_dump(exclude={"rule"}, exclude_none=True))
-        if found != wanted:
+        kind = _rules()[self.rule]
+        known = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
+        wanted = kind.stated or tuple(name for name, needed in known.items() if needed)
+        if not set(wanted) <= self._given.keys() <= known.keys():
+            rest = ", ".join(sorted(known.keys() - set(wanted)))
+            further = f" (and {rest} if wanted)" if rest else ""
+            spelling = "".join(nearest(name, known) for name in sorted(self._given.keys() - known.keys())[:1])
             raise ValueError(
-                f"{self.rule} takes exactly {' and '.join(sorted(wanted))}, found {', '.join(sorted(found)) or 'nothing'}."
+                f"{self.rule} takes exactly {' and '.join(sorted(wanted))}{further}, "
+                f"found {', '.join(sorted(self._given)) or 'nothing'}.{spelling}"
+            )
+        if self.config.goal is None:
+            raise ValueError(
+                f"{self.rule} states no L0 that it aims at, and nothing could be matched: give it a `goal`."
             )
         return self
+
+
+def _rules() -> dict[str, type[Selection]]:
+    """Every rule by its name in profiles."""
+    return {snake_case(name): rule for name, rule in SELECTIONS.items()}
+
+
+def _value(name: str, value, kind):
+    """A value in the type of its field. Raises ValueError."""
+    try:
+        return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{name}: {error.errors()[0]['msg']}, found {value!r}") from None
 
 
 class Grid(Section):
@@ -194,23 +230,16 @@ class Grid(Section):
     prefixes: tuple[float, ...] = ()
     """Matryoshka group fractions, summing to 1; empty: one group."""
     dead_after_tokens: Positive | None = None
-    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (TopK kinds). None: a sixteenth of the run's
-    tokens, 10,000,000 at most."""
+    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (rules that are
+    `revived`). None: a sixteenth of the run's tokens, 10,000,000 at most."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
 
     def config(self, d_model: int, seed: int, drop_masked: bool = False) -> SAEConfig:
         """The SAE's configuration for a model of width `d_model`."""
-        aux = AuxK(dead_after_tokens=self.dead_after_tokens) if "topk" in self.selection.rule else None
-        return SAEConfig(
-            d_model,
-            self.n_latents,
-            self.selection.config,
-            self.prefixes,
-            aux=aux,
-            seed=seed,
-            drop_masked=drop_masked,
-            own_order=True,
-        )
+        rule = self.selection.config
+        aux = AuxK(dead_after_tokens=self.dead_after_tokens) if rule.revived else None
+        options = dict(aux=aux, seed=seed, drop_masked=drop_masked, own_order=True)
+        return SAEConfig(d_model, self.n_latents, rule, self.prefixes, **options)
 
     @property
     def architecture(self) -> str:
@@ -219,7 +248,7 @@ class Grid(Section):
         >>> Grid(name="a", selection=Rule(rule="jump_relu", target_l0=20), n_latents=64, seeds=[0]).architecture
         'JumpReLU'
         """
-        return ("Matryoshka " if self.prefixes else "") + RULES[self.selection.rule].__name__
+        return self.config(d_model=1, seed=0).architecture
 
     @model_validator(mode="after")
     def _possible(self):
@@ -287,10 +316,11 @@ class Probing(Section):
     """Sparse probing of labelled texts, and the same under a shift of their distribution."""
 
     tasks: Annotated[list[str], Field(min_length=1)] = TASKS
-    """Binary tasks of `sae-probes` by name, `hub:...`, or files with the columns prompt and target; [all]: every binary task of `sae-probes`,
-    those with too few rows left out by name."""
+    """Binary tasks of `sae-probes` by name, `hub:...`, or files with the columns prompt and target; [all]: every binary
+    task of `sae-probes`, those with too few rows left out by name."""
     shifted: Annotated[list[str], Field(min_length=1)] = SHIFTED
-    """Shifts of the test texts, as in `masksae.data.tasks`: "NAME_OOD", "TASK -> TABLE", "TASK -> typos", "TASK -> upper case"."""
+    """Shifts of the test texts, as in `masksae.data.tasks`: "NAME_OOD", "TASK -> TABLE", "TASK -> typos", "TASK ->
+    upper case"."""
     train: Positive = 600
     """Training rows of a task, half of them positives."""
     test: Positive = 400
@@ -312,8 +342,8 @@ class Perturbation(Section):
     """Texts averaged over tokens: SAEBench's k-sparse probing, and ablation of concepts (TPP, SCR)."""
 
     groups: Annotated[dict[str, Annotated[list[str], Field(min_length=3)]], Field(min_length=1)] = {"news": NEWS}
-    """Tasks, by name of the group, whose positives are classes that exclude one another; three at least, since of two each is the other's
-    mirror image and nothing could hit one alone."""
+    """Tasks, by name of the group, whose positives are classes that exclude one another; three at least, since of two
+    each is the other's mirror image and nothing could hit one alone."""
     pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
     """[wanted, spurious]: tasks with common prompts."""
     train: Positive = 200
@@ -334,8 +364,8 @@ class Perturbation(Section):
 
 
 class Simulation(Section):
-    """The world with known features (notebook 00). No model is in it, so what it says is the same for every profile: the
-    defaults are few worlds, made in seconds and kept for all profiles; the shipped profiles state more."""
+    """The world with known features (notebook 00). No model is in it, so what it says is the same for every profile:
+    the defaults are few worlds, made in seconds and kept for all profiles; the shipped profiles state more."""
 
     seeds: Positive = 2
     """Worlds; each with an SAE in every cell."""

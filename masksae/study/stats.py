@@ -1,8 +1,9 @@
 """Paired statistics: what an arm changes, with an interval, and what the run could have seen.
 
-SAEs of two arms are paired by everything but the arm (grid and seed), because the seed moves absorption as much as the method
-does and pairs follow their seed. With a handful of seeds the interval is Student's t; its width is the honest answer. Scores that are
-means over letters or tasks have a second interval, for other seeds *and* other letters or tasks; a verdict needs both.
+SAEs of two arms are paired by everything but the arm (grid and seed), because the seed moves absorption as much as the
+method does and pairs follow their seed. With a handful of seeds the interval is Student's t; its width is the honest
+answer. Scores that are means over letters or tasks have a second interval, for other seeds *and* other letters or
+tasks; a verdict needs both.
 """
 
 import math
@@ -40,8 +41,8 @@ class Effect:
     """95 % interval when both seeds and items are drawn anew (`crossed_interval`)."""
 
     def verdict(self, direction: int) -> str:
-        """ "supported" if the whole interval lies on the claimed side (direction +1 or -1), "contradicted" on the other, else
-        "inconclusive". Where items vary too, both intervals must agree."""
+        """ "supported" if the whole interval lies on the claimed side (direction +1 or -1), "contradicted" on the
+        other, else "inconclusive". Where items vary too, both intervals must agree."""
         bounds = [b for b in (self.low, self.high, self.items_low, self.items_high) if b is not None]
         if self.low is None:
             return "inconclusive"
@@ -59,7 +60,8 @@ class Effect:
 
 
 def paired_effect(baseline: Sequence[float], treated: Sequence[float]) -> Effect:
-    """Effect of `treated` against `baseline`, paired by position; 95 % t interval. Raises DataError for unequal or no data.
+    """Effect of `treated` against `baseline`, paired by position; 95 % t interval. Raises DataError for unequal or no
+    data.
 
     >>> e = paired_effect([1.0, 2.0, 3.0], [0.5, 1.4, 2.6])
     >>> round(e.difference, 3), round(e.low, 3), round(e.high, 3), e.verdict(-1)
@@ -70,7 +72,8 @@ def paired_effect(baseline: Sequence[float], treated: Sequence[float]) -> Effect
     n = len(baseline)
     if n == 0 or n != len(treated):
         raise DataError(
-            f"Paired values are needed, found {n} of the baseline and {len(treated)} of the treated arm. Score both arms with the same seeds."
+            f"Paired values are needed, found {n} of the baseline and {len(treated)} of the treated arm. "
+            "Score both arms with the same seeds."
         )
     if not all(map(math.isfinite, [*baseline, *treated])):
         raise DataError("A score is NaN or infinite. Look at the stage that wrote it.")
@@ -88,7 +91,8 @@ def paired_effect(baseline: Sequence[float], treated: Sequence[float]) -> Effect
 
 
 def paired_effect_by_item(baseline: Sequence[Sequence[float]], treated: Sequence[Sequence[float]]) -> Effect:
-    """As `paired_effect`, of the means over items of values [pairs, items], with a second interval that draws the items anew too.
+    """As `paired_effect`, of the means over items of values [pairs, items], with a second interval that draws the items
+    anew too.
 
     >>> e = paired_effect_by_item([[0.1, 0.3], [0.2, 0.4]], [[0.0, 0.1], [0.1, 0.2]])
     >>> round(e.difference, 3), e.items, e.items_low < -0.15 < e.items_high
@@ -102,9 +106,9 @@ def paired_effect_by_item(baseline: Sequence[Sequence[float]], treated: Sequence
 
 
 def crossed_interval(values, *, draws: int = 10_000, seed: int = 0) -> tuple[float, float] | tuple[None, None]:
-    """95 % bootstrap interval of the mean of values [a, b, ...] whose axes are crossed random samples (every seed meets every letter):
-    each axis is drawn anew with replacement, independently ("pigeonhole" bootstrap, Owen 2007, arXiv 0711.1838). It errs on the wide
-    side; with an axis of one row there is no interval.
+    """95 % bootstrap interval of the mean of values [a, b, ...] whose axes are crossed random samples (every seed meets
+    every letter): each axis is drawn anew with replacement, independently ("pigeonhole" bootstrap, Owen 2007, arXiv
+    0711.1838). It errs on the wide side; with an axis of one row there is no interval.
     """
     values = np.asarray(values, dtype=float)
     if min(values.shape) < 2:
@@ -132,10 +136,12 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def variance_components(values, names: Sequence[str]) -> dict[str, float]:
-    """Where the variance of a score comes from: values [a, b, ...] with one axis per source, crossed, one value per cell.
+    """Where the variance of a score comes from: values [a, b, ...] with one axis per source, crossed, one value per
+    cell.
 
-    Returns a variance for each source and each interaction ("seed x draw"); the last holds the residual too. Estimates of the random-effects
-    analysis of variance by expected mean squares; negative ones, which chance can produce, are set to 0.
+    Returns a variance for each source and each interaction ("seed x draw"); the last holds the residual too. Estimates
+    of the random-effects analysis of variance by expected mean squares; negative ones, which chance can produce, are
+    set to 0.
 
     >>> variance_components([[1.0, 1.0], [3.0, 3.0]], ["seed", "draw"])
     {'seed': 2.0, 'draw': 0.0, 'seed x draw': 0.0}
@@ -169,8 +175,8 @@ def _mean_square(values: np.ndarray, subset: tuple[int, ...]) -> float:
 
 
 def interpolate(l0: Sequence[float], values: Sequence[float], at: float, *, log: bool = True) -> float | None:
-    """A score at the L0 `at`, linear in log L0 (or in another quantity as it is) between the SAEs of other k; None outside of them: nothing
-    is extrapolated.
+    """A score at the L0 `at`, linear in log L0 (or in another quantity as it is) between the SAEs of other k; None
+    outside of them: nothing is extrapolated.
 
     >>> interpolate([10, 40], [0.7, 0.9], at=20)
     0.8
@@ -197,7 +203,8 @@ def pairs_needed(size: float) -> int | None:
 
 
 def combine(verdicts: Sequence[str]) -> str:
-    """Verdict of a claim that must hold in every cell: supported if all are, contradicted if any is, else inconclusive."""
+    """Verdict of a claim that must hold in every cell: supported if all are, contradicted if any is, else
+    inconclusive."""
     if "contradicted" in verdicts:
         return "contradicted"
     return "supported" if verdicts and all(v == "supported" for v in verdicts) else "inconclusive"

@@ -1,23 +1,27 @@
-"""The recipe that the SAEs of a group share: steps, learning rate, warm-ups, snapshots. Every number that training needs, checked."""
+"""The recipe that the SAEs of a group share: steps, learning rate, warm-ups, snapshots. Every number that training
+needs, checked."""
 
 import copy
 from dataclasses import asdict, dataclass
 
 from masksae.errors import ConfigError, nearest
-from masksae.saes.config import keep_whole, whole
+from masksae.saes.fields import keep_whole, whole
 
 PRECISIONS = ("float32", "bfloat16")
 
 LEAST_BRANCH = 0.1
-"""Share of its steps over which a snapshot's branch is a run of its own, where the decay is shorter: room to estimate a threshold."""
+"""Share of its steps over which a snapshot's branch is a run of its own, where the decay is shorter: room to estimate a
+threshold."""
 
 
 def sized(steps: int) -> dict[str, float]:
-    """What a run of so many steps takes where its recipe says nothing: a tenth of the steps to warm up, the threshold after a third of them
-    with a memory of a tenth; 1,000 steps each at most.
+    """What a run of so many steps takes where its recipe says nothing: a tenth of the steps to warm up, the threshold
+    after a third of them with a memory of a tenth; 1,000 steps each at most.
 
-    >>> sized(60), sized(100_000)
-    ({'warmup': 6, 'threshold_start': 20, 'threshold_ema': 0.8333333333333334}, {'warmup': 1000, 'threshold_start': 1000, 'threshold_ema': 0.999})
+    >>> sized(60)
+    {'warmup': 6, 'threshold_start': 20, 'threshold_ema': 0.8333333333333334}
+    >>> sized(100_000)
+    {'warmup': 1000, 'threshold_start': 1000, 'threshold_ema': 0.999}
     """
     memory = max(0.0, min(0.999, 1 - 10 / steps))
     return {"warmup": min(1000, steps // 10), "threshold_start": min(1000, steps // 3), "threshold_ema": memory}
@@ -25,8 +29,8 @@ def sized(steps: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the SAEs of a group share. `warmup`, `threshold_start` and `threshold_ema` follow `steps` where they are left out (`sized`), and hold
-    the number that was taken.
+    """What the SAEs of a group share. `warmup`, `threshold_start` and `threshold_ema` follow `steps` where they are
+    left out (`sized`), and hold the number that was taken.
 
     >>> TrainConfig(400, warmup=40, threshold_start=100, snapshots="log").snapshot_steps[-3:]
     [100, 200, 400]
@@ -45,17 +49,21 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of an SAE's gradient."""
     threshold_start: int | None = None
-    """Step after which the inference threshold is estimated, the last step in any case (TopK kinds); None: a third of the steps, 1,000 at
-    most."""
+    """Step after which the inference threshold is estimated, the last step in any case (rules that need one); None: a
+    third of the steps, 1,000 at most."""
     threshold_ema: float | None = None
-    """Memory of the threshold's running mean, per step; None: .999, or a memory of a tenth of the steps in a shorter run."""
+    """Memory of the threshold's running mean, per step; None: .999, or a memory of a tenth of the steps in a shorter
+    run."""
     sparsity_warmup: int | None = None
-    """Steps over which the sparsity coefficient of L1 kinds and of JumpReLU grows linearly from 0; None: 5 times `warmup`."""
+    """Steps over which the sparsity coefficient of L1 kinds and of JumpReLU grows linearly from 0; None: 5 times
+    `warmup`."""
     precision: str = "float32"
-    """"bfloat16": products in half precision by autocast, weights and Adam in single; worth it on GPUs, slow on most CPUs."""
+    """"bfloat16": products in half precision by autocast, weights and Adam in single; worth it on GPUs, slow on most
+    CPUs."""
     snapshots: tuple[int, ...] | str = ()
-    """Steps n at which every SAE is also saved, each finished on a branch with a decay of its own: byte for byte the SAE of `branch(n)`, that
-    is of `steps = n` with this run's other values. "log": `steps` and its halves, quarters, ... Changes no result."""
+    """Steps n at which every SAE is also saved, each finished on a branch with a decay of its own: byte for byte the
+    SAE of `branch(n)`, that is of `steps = n` with this run's other values. "log": `steps` and its halves, quarters,
+    ... Changes no result."""
     log_every: int = 20
     """Steps between records of `SAE.history`; changes no result."""
     checkpoint_every: int = 200
@@ -71,7 +79,8 @@ class TrainConfig:
         keep_whole(self, "threshold_start", least=0)
         if self.warmup >= self.steps or self.threshold_start >= self.steps:
             raise ConfigError(
-                f"warmup ({self.warmup}) and threshold_start ({self.threshold_start}) must be below steps ({self.steps}). Train longer, lower them, or leave them out."
+                f"warmup ({self.warmup}) and threshold_start ({self.threshold_start}) must be below "
+                f"steps ({self.steps}). Train longer, lower them, or leave them out."
             )
         if not self.lr > 0 or not 0 <= self.decay <= 1 or not 0 <= self.threshold_ema < 1 or not self.clip > 0:
             raise ConfigError(f"lr and clip must be positive, decay in [0, 1], threshold_ema in [0, 1): found {self}.")
@@ -103,7 +112,7 @@ class TrainConfig:
         """
         if self.snapshots == "log":
             return [self.steps >> i for i in range(self.steps.bit_length()) if self.steps >> i >= 16][::-1]
-        return sorted(set(self.snapshots))
+        return sorted({int(n) for n in self.snapshots})
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ..., steps - 1."""
@@ -113,12 +122,13 @@ class TrainConfig:
         return self.lr * min(up, down)
 
     def leaves(self, n: int) -> int:
-        """Step at which the branch to a snapshot of step n leaves the trunk: where its decay begins, or a tenth of its steps before the end."""
+        """Step at which the branch to a snapshot of step n leaves the trunk: where its decay begins, or a tenth of its
+        steps before the end."""
         return n if n == self.steps else int(n - max(self.decay, LEAST_BRANCH) * n)
 
     def branch(self, n: int) -> "TrainConfig":
-        """The recipe of a snapshot: that of a run of n steps with this run's other values. Where n steps are too few for `threshold_start`, the
-        threshold is estimated on the branch, with the memory of a run that short.
+        """The recipe of a snapshot: that of a run of n steps with this run's other values. Where n steps are too few
+        for `threshold_start`, the threshold is estimated on the branch, with the memory of a run that short.
 
         >>> config = TrainConfig(1000, warmup=50, threshold_start=200, threshold_ema=0.98)
         >>> [(c.steps, c.threshold_start, c.threshold_ema) for c in (config.branch(400), config.branch(100))]

@@ -1,8 +1,9 @@
 """Train several SAEs on one activation stream; kill it at any moment and it goes on where the last checkpoint was.
 
-The recipe is dictionary_learning's (August 2025): activations divided by their root mean square norm, b_dec from the geometric
-median of the first batch (TopK kinds), loss, decoder gradients without their radial part, gradient clipping, Adam, rows of the
-decoder back to norm 1. The step itself is in `member.py`; here are the schedule, the group, its checkpoints and its snapshots.
+The recipe is dictionary_learning's (August 2025): activations divided by their root mean square norm, b_dec from the
+geometric median of the first batch (where the rule wants it), loss, decoder gradients without their radial part,
+gradient clipping, Adam, rows of the decoder back to norm 1. The step itself is in `step.py`; here are the group, its
+checkpoints and its snapshots.
 """
 
 import copy
@@ -17,15 +18,16 @@ from masksae.activations import ActivationStream, differing
 from masksae.errors import CheckpointError, ConfigError, DataError, readable
 from masksae.files import atomic_dir, ensure_writable, read_json, recover, run_id, save_tensors, write_json
 from masksae.memory import check_memory
-from masksae.saes.config import AuxK, BatchTopK, SAEConfig
-from masksae.saes.sae import SAE, SAE_FILES, read_tensors, seal
+from masksae.saes.config import AuxK, SAEConfig
+from masksae.saes.formats import SAE_FILES
+from masksae.saes.sae import SAE, read_tensors, seal
 from masksae.training.config import TrainConfig
 from masksae.training.logs import Log
-from masksae.training.step import EXPLODED, Member
+from masksae.training.step import EXPLODED, Trainer
 
 SCHEMAS = (1, 2, 3)
-"""Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the configs, 3 what
-the stream is made of."""
+"""Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the
+configs, 3 what the stream is made of."""
 
 
 def train(
@@ -38,16 +40,17 @@ def train(
     progress: bool = True,
     log: Log | None = None,
 ) -> list[SAE]:
-    """Train one SAE per config on the batches of `stream`; every SAE sees the same batches, unless its config says otherwise.
+    """Train one SAE per config on the batches of `stream`; every SAE sees the same batches, unless its config says
+    otherwise.
 
     Training begins at the stream's beginning, whatever was read from it before, or where the checkpoint is.
 
-    checkpoint_dir  where to keep the state (overwritten atomically) and the snapshots; training resumes from it by itself, and the
-                    result is the same bytes as without the interruption on the same device. Other activations are refused, as far as
-                    `ActivationStream.identity` can tell
+    checkpoint_dir  where to keep the state (overwritten atomically) and the snapshots; training resumes from it by
+                    itself, and the result is the same bytes as without the interruption on the same device. Other
+                    activations are refused, as far as `ActivationStream.identity` can tell
     device          of the SAEs; None: the CPU
-    log             called with (number of the SAE, record) as the records of `SAE.history` come; see `masksae.training.logs`. After a kill the records
-                    since the last checkpoint come again
+    log             called with (number of the SAE, record) as the records of `SAE.history` come; see
+                    `masksae.training.logs`. After a kill the records since the last checkpoint come again
 
     Returns SAEs for raw activations (scale and decoder norms folded in), with `history`.
     Raises ConfigError, DataError, CheckpointError, OutputError.
@@ -77,12 +80,12 @@ def train(
         stream.until(train_config.steps),
     ):
         group.run(train_config, bar.update, folder, log)
-    return [_finish(member.sae, group.scale) for member in group.members]
+    return [_finish(trainer.sae, group.scale) for trainer in group.trainers]
 
 
 def load_snapshots(checkpoint_dir, *, device=None) -> dict[int, list[SAE]]:
-    """The SAEs that `train` saved along the way, by step, in the order of its configs. Raises CheckpointError for a damaged one, and if there
-    is no such folder.
+    """The SAEs that `train` saved along the way, by step, in the order of its configs. Raises CheckpointError for a
+    damaged one, and if there is no such folder.
 
     >>> import tempfile
     >>> from masksae import TopK
@@ -117,11 +120,11 @@ class Group:
 
     def __init__(self, configs: list[SAEConfig], stream: ActivationStream, config: TrainConfig, device):
         buffers: dict = {}
-        self.members = [Member(SAE(c), config, device, buffers) for c in configs]
+        self.trainers = [Trainer(SAE(c), config, device, buffers) for c in configs]
         self.stream, self.step, self.scale = stream.to(device), 0, 1.0
         self.saved: int | None = None
         self.views = list(dict.fromkeys(view_of(c, stream) for c in configs))
-        self.identity = {
+        self.identity: dict = {
             "saes": [c.to_dict() for c in configs],
             "train": config.identity(),
             "batch_size": stream.batch_size,
@@ -141,14 +144,14 @@ class Group:
         self.stream.load_state_dict(beginning)
         medians = [geometric_median(x / self.scale) for x, *_ in first]
         with torch.no_grad():
-            for member in self.members:
-                if member.sae.config.selection.median_start:
-                    member.sae.b_dec.copy_(medians[self.views.index(view_of(member.sae.config, self.stream))])
+            for trainer in self.trainers:
+                if trainer.sae.config.selection.median_start:
+                    trainer.sae.b_dec.copy_(medians[self.views.index(view_of(trainer.sae.config, self.stream))])
 
     def run(self, config: TrainConfig, tick=lambda: None, folder: Path | None = None, log: Log | None = None) -> None:
         """Go on to the last step of `config`, with checkpoints and snapshots if there is a folder."""
-        for member in self.members:
-            member.config = config
+        for trainer in self.trainers:
+            trainer.config = config
         due = {} if folder is None else self._snapshots(config, folder)
         batches = self.stream.batches(self.views)
         while self.step < config.steps:
@@ -156,15 +159,15 @@ class Group:
                 self._snapshot(config, n, target)
             views = [[x / self.scale, *(t / self.scale for t in target)] for x, _, *target in next(batches)]
             record = self.step % config.log_every == 0 or self.step == config.steps - 1
-            for member in self.members:
-                x, *target = views[self.views.index(view_of(member.sae.config, self.stream))]
-                member.step(x, self.step, record, *target)
+            for trainer in self.trainers:
+                x, *target = views[self.views.index(view_of(trainer.sae.config, self.stream))]
+                trainer.step(x, self.step, record, *target)
             self.step += 1
             tick()
             if record:
                 self.check()
-                for i, member in enumerate(self.members if log else ()):
-                    log(i, member.sae.history[-1])
+                for i, trainer in enumerate(self.trainers if log else ()):
+                    log(i, trainer.sae.history[-1])
             if folder is not None and (self.step % config.checkpoint_every == 0 or self.step == config.steps):
                 self.save(folder / "checkpoint")
         self.check()
@@ -172,7 +175,8 @@ class Group:
             self._snapshot(config, n, target)
 
     def _snapshots(self, config: TrainConfig, folder: Path) -> dict[int, list[tuple[int, Path]]]:
-        """Step at which to leave the trunk -> (step n of the snapshot, where it goes), for those that are not there yet."""
+        """Step at which to leave the trunk -> (step n of the snapshot, where it goes), for those that are not there
+        yet."""
         due: dict = {}
         for n in config.snapshot_steps:
             target = folder / "snapshots" / f"step-{n:08d}"
@@ -184,45 +188,46 @@ class Group:
                 before = {key: value for key, value in self.identity.items() if key != "stream"}  # of schemas 1 and 2
                 if known not in (run_id(self.identity), run_id(before)):
                     raise CheckpointError(
-                        f"{target} is damaged, or belongs to another configuration. Use another checkpoint_dir, or delete it."
+                        f"{target} is damaged, or belongs to another configuration. Use another checkpoint_dir, or "
+                        "delete it."
                     )
                 continue
             leave = config.leaves(n)
             if leave < self.step:
                 raise CheckpointError(
-                    f"The snapshot of step {n} would have to leave at step {leave}, and training is at step {self.step} already. "
-                    "Use another checkpoint_dir, or leave this snapshot out."
+                    f"The snapshot of step {n} would have to leave at step {leave}, and training is at step "
+                    f"{self.step} already. Use another checkpoint_dir, or leave this snapshot out."
                 )
             due.setdefault(leave, []).append((n, target))
         return due
 
     def _snapshot(self, config: TrainConfig, n: int, target: Path) -> None:
         """Save the SAEs of step n, after going there on a branch; the trunk does not notice."""
-        trunk = [{name: value.clone() for name, value in member.tensors().items()} for member in self.members]
-        history = [list(member.sae.history) for member in self.members]
+        trunk = [{name: value.clone() for name, value in trainer.tensors().items()} for trainer in self.trainers]
+        history = [list(trainer.sae.history) for trainer in self.trainers]
         step, position = self.step, self.stream.state_dict()
         if n > step:
             with self.stream.until(n):
                 self.run(config.branch(n))
         with atomic_dir(target, ("identity.json", *(f"sae-*/{file}" for file in SAE_FILES))) as tmp:
             write_json(tmp / "identity.json", run_id(self.identity))
-            for i, member in enumerate(self.members):
-                _finish(copy.deepcopy(member.sae), self.scale).save(tmp / f"sae-{i:04d}")
+            for i, trainer in enumerate(self.trainers):
+                _finish(copy.deepcopy(trainer.sae), self.scale).save(tmp / f"sae-{i:04d}")
         self.step = step
         self.stream.load_state_dict(position)
-        for member, tensors, records in zip(self.members, trunk, history):
-            member.config = config
-            member.load(tensors)
-            member.sae.history = records
+        for trainer, tensors, records in zip(self.trainers, trunk, history):
+            trainer.config = config
+            trainer.load(tensors)
+            trainer.sae.history = records
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint, of a sane state only."""
         self.check()
         tensors = {
-            f"{i}.{name}": value for i, member in enumerate(self.members) for name, value in member.tensors().items()
+            f"{i}.{name}": value for i, trainer in enumerate(self.trainers) for name, value in trainer.tensors().items()
         }
         record = {"schema": SCHEMAS[-1], "identity": self.identity, "step": self.step, "scale": self.scale}
-        record |= {"stream": self.stream.state_dict(), "history": [member.sae.history for member in self.members]}
+        record |= {"stream": self.stream.state_dict(), "history": [trainer.sae.history for trainer in self.trainers]}
         with atomic_dir(folder, ("state.safetensors", "state.json")) as tmp:
             save_tensors(tensors, tmp / "state.safetensors")
             record["sha256"] = seal(record, tmp / "state.safetensors")
@@ -231,12 +236,12 @@ class Group:
 
     def check(self) -> None:
         """Raise DataError if the loss of some SAE was NaN, infinite or beyond reason at some step."""
-        for i, member in enumerate(self.members):
-            if (step := member.failed.item()) >= 0:
+        for i, trainer in enumerate(self.trainers):
+            if (step := trainer.failed.item()) >= 0:
                 kept = "No checkpoint" if self.saved is None else f"The checkpoint of step {self.saved}"
                 raise DataError(
-                    f"SAE {i} ({member.sae.config}): the loss was NaN or above {EXPLODED:g} at step {step}. {kept} was kept from before. "
-                    "Lower lr, or look at the activations."
+                    f"SAE {i} ({trainer.sae.config}): the loss was NaN or above {EXPLODED:g} at step {step}. {kept} "
+                    "was kept from before. Lower lr, or look at the activations."
                 )
 
     def load(self, folder: Path) -> None:
@@ -251,14 +256,15 @@ class Group:
             inner = {"stream": f" ({differing(found['stream'], self.identity['stream'])})"}
             where = [key + inner.get(key, "") for key in self.identity if found.get(key) != self.identity[key]]
             raise CheckpointError(
-                f"The checkpoint in {folder} belongs to another configuration: {', '.join(where)} differ. Use another checkpoint_dir, or delete this one."
+                f"The checkpoint in {folder} belongs to another configuration: {', '.join(where)} differ. Use another "
+                "checkpoint_dir, or delete this one."
             )
-        for i, member in enumerate(self.members):
+        for i, trainer in enumerate(self.trainers):
             prefix = f"{i}."
-            member.load(
+            trainer.load(
                 {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}, folder
             )
-            member.sae.history = record["history"][i]
+            trainer.sae.history = record["history"][i]
         self.step, self.scale = record["step"], record["scale"]
         self.saved = self.step
         self.stream.load_state_dict(record["stream"])
@@ -294,7 +300,8 @@ def _check(sae_configs: list[SAEConfig], stream: ActivationStream, config: Train
         _check_tokens(sae, stream.batch_size, config.steps)
         if sae.d_model != stream.d_model:
             raise ConfigError(
-                f"The SAE reads width {sae.d_model}, the stream gives {stream.d_model}. Set d_model to the model's width."
+                f"The SAE reads width {sae.d_model}, the stream gives {stream.d_model}. Set d_model to "
+                "the model's width."
             )
 
 
@@ -303,10 +310,8 @@ def _check_tokens(sae: SAEConfig, batch: int, steps: int) -> None:
     tokens, silent = steps * batch, sae.aux and sae.aux.dead_after_tokens
     if silent and silent >= tokens:
         raise ConfigError(
-            f"AuxK.dead_after_tokens is {silent:,} and the run sees {tokens:,} tokens: no latent would ever be revived. Leave it out (a "
-            f"sixteenth of the run: {AuxK().dead_after(tokens):,}), lower it, or train without aux."
+            f"AuxK.dead_after_tokens is {silent:,} and the run sees {tokens:,} tokens: no latent would ever be "
+            f"revived. Leave it out (a sixteenth of the run: {AuxK().dead_after(tokens):,}), lower it, or train without "
+            "aux."
         )
-    if isinstance(sae.selection, BatchTopK) and round(sae.selection.k * batch) == 0:
-        raise ConfigError(
-            f"BatchTopK.k = {sae.selection.k:g} keeps no latent in a batch of {batch}. Raise k or batch_size."
-        )
+    sae.selection.check_batch(batch)

@@ -1,25 +1,31 @@
-"""Where the records of training go while it runs: a file of JSON lines, and TensorBoard or Weights & Biases for those who want a live page.
+"""Where the records of training go while it runs: a file of JSON lines, and TensorBoard or Weights & Biases for a live
+page.
 
-`MASKSAE_LOG=tensorboard` (or `wandb`, or both with a comma) adds to the JSON lines; what a log does can change no result.
+`MASKSAE_LOG=tensorboard` (or `wandb`, or both with a comma) adds to the JSON lines; what a log does can change no
+result.
 """
 
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from masksae.errors import ConfigError, nearest
 from masksae.files import explained, write_text
 
 Log = Callable[[int, dict], None]
-"""Called with the number of an SAE in its group and a record of its history: numbers by name, `step` among them; None is not defined."""
+"""Called with the number of an SAE in its group and a record of its history: numbers by name, `step` among them; None
+is not defined."""
 
 
 class JsonLines:
-    """One object per line: {"sae": name, "step": ..., "loss": ..., ...}. A run that goes on drops the lines from its step on first."""
+    """One object per line: {"sae": name, "step": ..., "loss": ..., ...}. A run that goes on drops the lines from its
+    step on first."""
 
     def __init__(self, path, names: list[str]):
-        self.path, self.names, self._file = Path(path), names, None
+        self.path, self.names = Path(path), names
+        self._file: TextIO | None = None
 
     def __call__(self, number: int, record: dict) -> None:
         with explained(self.path):
@@ -64,7 +70,8 @@ def tensorboard(folder, names: list[str]) -> Log:
 
 
 def wandb(folder, names: list[str]) -> Log:
-    """Curves in the project "masksae" of Weights & Biases, `WANDB_PROJECT` names another. Raises ConfigError if it is not installed."""
+    """Curves in the project "masksae" of Weights & Biases, `WANDB_PROJECT` names another. Raises ConfigError if it is
+    not installed."""
     try:
         import wandb as client
     except ImportError as error:
@@ -72,11 +79,17 @@ def wandb(folder, names: list[str]) -> Log:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     run = client.init(
-        project=os.environ.get("WANDB_PROJECT", "masksae"), name=folder.parent.name, dir=str(folder), id=f"{folder.parent.parent.name}-{folder.parent.name}", resume="allow"
-    )  # fmt: skip
-    return lambda number, record: run.log(
-        {f"{names[number]}/{k}": v for k, v in record.items() if k != "step"}, step=record["step"]
+        project=os.environ.get("WANDB_PROJECT", "masksae"),
+        name=folder.parent.name,
+        dir=str(folder),
+        id=f"{folder.parent.parent.name}-{folder.parent.name}",
+        resume="allow",
     )
+
+    def log(number: int, record: dict) -> None:
+        run.log({f"{names[number]}/{k}": v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    return log
 
 
 ADAPTERS = {"tensorboard": tensorboard, "wandb": wandb}
@@ -88,8 +101,13 @@ def chosen(folder, names: list[str]) -> Log:
     for name in wanted:
         if name not in ADAPTERS:
             raise ConfigError(f"MASKSAE_LOG names {name!r}.{nearest(name, ADAPTERS)}")
-    logs = [
+    logs: list[Log] = [
         JsonLines(Path(folder) / "log.jsonl", names),
         *(ADAPTERS[name](Path(folder) / name, names) for name in wanted),
     ]
-    return lambda number, record: [log(number, record) for log in logs] and None
+
+    def log_all(number: int, record: dict) -> None:
+        for log in logs:
+            log(number, record)
+
+    return log_all

@@ -1,7 +1,8 @@
 """One SAE in training: its step, its optimiser, and the state that is not a weight.
 
-A step never waits for the device: thresholds, counters, the dead, the controller and the check of the loss are tensors there, and
-what depends on the step's number only is decided on the host. That state changes in `_update_` alone, so logging cannot alter training.
+A step never waits for the device: thresholds, counters, the dead, the controller and the check of the loss are tensors
+there, and what depends on the step's number only is decided on the host. That state changes in `_update_` alone, so
+logging cannot alter training. What differs between selection rules is asked of the rule (`saes/rules.py`).
 """
 
 import contextlib
@@ -11,9 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from masksae.saes.config import JumpReLU, ReLU, TopK
 from masksae.saes.loss import Outcome, aux_loss, dead_latents, dense_step
-from masksae.saes.rules import rule_of
 from masksae.saes.sae import SAE, load_state
 from masksae.saes.sparse import DENSE_SHARE, sparse_step
 
@@ -26,11 +25,13 @@ EXPLODED = 1e4
 """A loss beyond this is an error; activations are scaled to a mean squared norm of 1, so it starts near 1."""
 
 GAIN = 0.02
-"""The controller multiplies the L1 coefficient by (L0 / target)^GAIN, at most twofold, after each step past the sparsity warm-up."""
+"""The controller of a rule multiplies its coefficient by (L0 / target)^GAIN, at most twofold, after each step past the
+sparsity warm-up."""
 
 
-class Member:
-    """An SAE with its optimiser. `config` is the group's TrainConfig; `buffers` holds work space shared with other members."""
+class Trainer:
+    """An SAE with its optimiser. `config` is the group's TrainConfig; `buffers` holds work space shared with other
+    trainers."""
 
     def __init__(self, sae: SAE, config, device="cpu", buffers: dict | None = None):
         self.sae, self.config = sae.to(device), config
@@ -41,12 +42,13 @@ class Member:
         self.adam = torch.optim.Adam(
             sae.parameters(), lr=config.lr, betas=rule.betas, eps=EPS, fused=device.type in ("cpu", "cuda")
         )
-        self.controlled = isinstance(rule, ReLU) and rule.target_l0 is not None
-        self.coefficient = torch.tensor(getattr(rule, "l1", 1.0), dtype=sae.dtype, device=device)
+        first = getattr(rule, rule.coefficient) if rule.coefficient else 1.0
+        self.coefficient = torch.tensor(first, dtype=sae.dtype, device=device)
         self.failed = torch.tensor(-1, device=device)
 
     def step(self, x: Tensor, step: int, record: bool = False, target: Tensor | None = None) -> None:
-        """One update on a scaled batch x [B, d], to be reconstructed or to be turned into `target`; `record` appends to the SAE's history."""
+        """One update on a scaled batch x [B, d], to be reconstructed or to be turned into `target`; `record` appends to
+        the SAE's history."""
         outcome = self.gradients(x, step, target)
         self._update_(outcome, len(x), step)
         self._descend(self.config.lr_at(step))
@@ -57,13 +59,14 @@ class Member:
     def gradients(self, x: Tensor, step: int, target: Tensor | None = None) -> Outcome:
         """Fill every parameter's `.grad` and change nothing else."""
         sae, target = self.sae, x if target is None else target
+        rule = sae.config.selection
         late = step > self.config.threshold_start or step == self.config.steps - 1
-        estimate = late and isinstance(sae.config.selection, TopK)
+        estimate = late and rule.estimates_threshold
         dead_after, weight = self._dead_after(len(x), step), self._weight(step)
         with self._autocast():
             xc = sae.encoder_input(x)
             pre = self._pre_activations(xc)
-            index = rule_of(sae.config).support(sae, pre, DENSE_SHARE * pre.numel()) if self.sparse else None
+            index = rule.support(sae, pre, DENSE_SHARE * pre.numel()) if self.sparse else None
             if index is None:
                 return dense_step(sae, target, xc, pre, weight, dead_after, estimate)
         outcome = sparse_step(sae, target, xc, pre, index, weight, estimate)
@@ -92,8 +95,8 @@ class Member:
         return torch.autocast(self.sae.device.type, dtype=torch.bfloat16)
 
     def _dead_after(self, batch: int, step: int) -> int | None:
-        """Tokens without firing that make a latent dead; None where none can be dead: on a CPU by looking, elsewhere by the tokens seen, which
-        needs no waiting."""
+        """Tokens without firing that make a latent dead; None where none can be dead: on a CPU by looking, elsewhere by
+        the tokens seen, which needs no waiting."""
         if self.sae.config.aux is None:
             return None
         dead_after = self.sae.config.aux.dead_after(self.steps * batch)
@@ -102,8 +105,6 @@ class Member:
 
     def _weight(self, step: int):
         """Sparsity coefficient of this step."""
-        if isinstance(self.sae.config.selection, TopK):
-            return 0.0
         warmup = self.config.sparsity_steps
         return self.coefficient * (min(step / warmup, 1.0) if warmup else 1.0)
 
@@ -117,15 +118,17 @@ class Member:
             mixed = config.threshold_ema * sae.threshold + (1 - config.threshold_ema) * smallest
             mixed = torch.where(sae.threshold < 0, smallest, mixed)
             sae.threshold.copy_(torch.where(smallest > 0, mixed, sae.threshold))
-        if self.controlled and step >= config.sparsity_steps:
-            ratio = (outcome.l0 / sae.config.selection.target_l0).clamp(1e-6, 1e6)
+        rule = sae.config.selection
+        if rule.controlled and step >= config.sparsity_steps:
+            ratio = (outcome.l0 / rule.goal).clamp(1e-6, 1e6)
             self.coefficient.mul_(ratio.pow(GAIN).clamp(0.5, 2.0))
         first = (self.failed < 0) & ~(outcome.loss.abs() < EXPLODED)
         self.failed.copy_(torch.where(first, step, self.failed))
 
     @torch.no_grad()
     def _descend(self, lr: float) -> None:
-        """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1, thresholds not below 0."""
+        """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1, the rule's own parameters to where
+        they make sense."""
         sae, rule = self.sae, self.sae.config.selection
         if rule.unit_rows:
             sae.W_dec.grad.addcmul_(sae.W_dec, (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True), value=-1)
@@ -137,8 +140,7 @@ class Member:
         self.adam.zero_grad(set_to_none=True)  # gradients exist for one SAE of a group at a time
         if rule.unit_rows:
             sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
-        if isinstance(rule, JumpReLU):
-            sae.thresholds.clamp_(min=0)
+        rule.project_(sae)
 
     def _record(self, x: Tensor, outcome: Outcome, step: int) -> None:
         unexplained = (outcome.residual.square().sum() / (x - x.mean(0)).square().sum()).item()
@@ -150,8 +152,8 @@ class Member:
             "silent": int((self.sae.tokens_since_fired >= SILENT_BATCHES * len(x)).sum()),
             "threshold": self.sae.threshold.item(),
         }
-        if isinstance(self.sae.config.selection, ReLU):
-            record["l1"] = self.coefficient.item()
+        if name := self.sae.config.selection.coefficient:
+            record[name] = self.coefficient.item()
         self.sae.history.append(record)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -174,5 +176,5 @@ class Member:
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"adam.{name}.{key}"])
             self.adam.state[parameter] = state
-        if "coefficient" in tensors:  # schema 1 knew no L1 kinds
+        if "coefficient" in tensors:  # schema 1 knew no coefficient
             self.coefficient.copy_(tensors["coefficient"])

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,12 @@ from masksae import SAE
 from masksae.app import cli
 from masksae.errors import ConfigError
 
-COMMANDS = ("fetch", "plan", "train", "evaluate", "explore", "export")
+COMMANDS = (
+    "repro", "status", "plan", "fetch", "train", "verify", "reliability", "share", "site", "evaluate", "explore", "export", "guide", "run",
+    "project",
+)  # fmt: skip
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def told(capsys, *command):
@@ -89,7 +95,7 @@ def test_hostile_arguments_are_refused_before_anything_is_loaded(arguments, word
 
 @pytest.mark.parametrize("redirection", ["<&- >&- 2>&-", ">/dev/full"])
 def test_closed_streams(redirection):
-    command = f'"{sys.executable}" -m masksae.app.cli plan smoke {redirection}'
+    command = f'"{sys.executable}" -m masksae plan smoke {redirection}'
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert result.returncode == (2 if "full" in redirection else 0) and "Traceback" not in result.stderr, result.stderr
 
@@ -98,7 +104,7 @@ def test_a_poor_terminal():
     """Dumb, 20 columns wide, in a locale without our dashes and arrows."""
     poor = {"TERM": "dumb", "COLUMNS": "20", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for arguments, status in (["train", "--help"], 0), (["plan", "smoke"], 0), (["plan", "smö"], 2):
-        command = [sys.executable, "-m", "masksae.app.cli", *arguments]
+        command = [sys.executable, "-m", "masksae", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | poor)
         assert result.returncode == status and "Traceback" not in result.stderr, result.stderr
 
@@ -141,7 +147,7 @@ def test_an_interrupt_is_130(monkeypatch, capsys):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    command = f"{sys.executable} -m masksae.app.cli plan paper --json | head -1"
+    command = f"{sys.executable} -m masksae plan paper --json | head -1"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "{\n", "")
 
@@ -153,10 +159,33 @@ def test_help_teaches_in_80_columns(command, monkeypatch, capsys):
         cli.main([*command, "--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0 and max(map(len, text.splitlines())) <= 80
-    assert all(name in text for name in COMMANDS) if not command else f"  masksae {command[0]} " in text
+    assert all(name in text for name in COMMANDS) if not command else f"\n  masksae {command[0]}" in text
+
+
+def test_one_parser_knows_every_command():
+    [commands] = [action for action in cli.parser()._actions if action.choices]
+    assert tuple(commands.choices) == COMMANDS and set(cli.EXAMPLES) == set(COMMANDS)
+
+
+def test_several_profiles_run_up_to_the_first_that_fails(monkeypatch):
+    begun = []
+    monkeypatch.setattr("masksae.app.repro.reproduce", lambda profile: begun.append(profile) or int(profile == "b"))
+    assert cli.main(["repro", "a", "b", "c"]) == 1 and begun == ["a", "b"]
+    assert cli.main(["repro"]) == 0 and begun[2:] == ["laptop"]
+
+
+def test_scores_that_can_be_trusted(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert told(capsys, "reliability", "laptop").strip() in (ROOT / "docs/metrics.md").read_text()
+    rows = json.loads(told(capsys, "reliability", "laptop", "--json"))
+    assert rows[0]["score"] == "explained variance" and 0 < rows[0]["between seeds"] < 0.1
+
+
+def test_an_unfinished_profile_has_no_scores_to_trust(run, capsys):  # noqa: F811
+    assert cli.main(["reliability", run.source]) == 2 and "Run notebook 09_paper" in capsys.readouterr().err
 
 
 def test_help_needs_nothing_heavy():
-    code = "import sys\nfrom masksae import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = "import sys\nfrom masksae.app import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -153,7 +153,7 @@ def weights() -> dict:
 @pytest.mark.slow
 def test_ctrl_c_of_the_command(new_project):
     """The real signal, to a real process, at moments spread over its life."""
-    command = [sys.executable, "-m", "masksae.app.cli", "train", "mine.yaml"]
+    command = [sys.executable, "-m", "masksae", "train", "mine.yaml"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     new_project("whole")
     begin = time.monotonic()
@@ -195,14 +195,14 @@ def test_ctrl_c_in_every_stage_of_the_pipeline(tmp_path, monkeypatch):
         shutil.copytree(cache_dir(kind), tmp_path / "cache" / kind)
     monkeypatch.setenv("MASKSAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(clone))
-    command = [sys.executable, "-m", "masksae.app.repro", "repro", "smoke"]
+    command = [sys.executable, "-m", "masksae", "repro", "smoke"]
     stages, seen = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))], []
     while len(seen) < len(stages):
         process = subprocess.Popen(
             command, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
         for line in process.stdout:
-            found = [stage for stage in stages if f"pipeline run {stage}" in line]
+            found = [stage for stage in stages if f"masksae run {stage}" in line]
             if found and found[0] not in seen:
                 seen += found
                 time.sleep(5)

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CONFIG = ROOT / "jupyter_server_config.py"
+CONFIG = ROOT / "notebooks/jupyter_server_config.py"
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)

@@ -12,13 +12,13 @@ from tiny_project import profile, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from masksae import SAEConfig, TrainConfig, load_profile
-from masksae.app import measure, repro
+from masksae.app import cli, measure, repro
 from masksae.app.plan import GPUS, Plan, peers, step_flop
 from masksae.app.plan_text import text
 from masksae.errors import ConfigError, SourceError
 from masksae.saes.sae import SAE
 from masksae.study.sections import Training
-from masksae.training.step import Member
+from masksae.training.step import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,10 +54,10 @@ def test_step_flop_are_those_that_torch_counts(paper, name):
     plan = paper[name]
     config, batch = plan.saes[0], 256
     with torch.device("meta"):
-        member = Member(SAE(config), TrainConfig(steps=plan.steps), "meta")
+        trainer = Trainer(SAE(config), TrainConfig(steps=plan.steps), "meta")
         x = torch.empty(batch, config.d_model)
     with FlopCounterMode(display=False) as counter:
-        member.step(x, 2000)
+        trainer.step(x, 2000)
     assert counter.get_total_flops() == pytest.approx(batch * step_flop(config), rel=1e-3)
 
 
@@ -92,7 +92,7 @@ def test_a_plan_needs_no_network(monkeypatch, capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text(example)
     example = Plan(load_profile(tmp_path / "mine.yaml"))  # of docs/own.md
     assert sum(p.numel() for p in example.model.parameters()) == 70_426_624
-    repro.print_plan("paper", measure=False)
+    assert cli.main(["plan", "paper"]) == 0
     told = capsys.readouterr().out
     assert (
         "24 SAEs in 4 groups on 4 streams of activations" in told
@@ -113,6 +113,17 @@ def test_an_unknown_shape_is_named(monkeypatch, capsys):
     ):
         plan.work
     assert "asking the hub for the shape of nobody/nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_decoder_is_refused_as_when_it_is_loaded(kind, tmp_path):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    smoke = load_profile("smoke")
+    model = smoke.model.model_copy(update={"source": str(tmp_path)})
+    with pytest.raises(SourceError, match=rf"it is an encoder-decoder \({kind}\). Use a decoder-only model"):
+        Plan(smoke.model_copy(update={"model": model})).work
 
 
 def test_a_gguf_files_shape_is_read_from_its_header(tmp_path):
@@ -137,16 +148,17 @@ def test_a_gguf_files_shape_is_read_from_its_header(tmp_path):
 def test_what_cannot_fit_is_refused_with_the_remedy(paper, monkeypatch):
     plan = paper["paper-gemma"]
     needed = sum(plan.memory("cuda").values())
-    plan.check("cuda", free=needed + 1)
+    monkeypatch.setattr("masksae.app.plan.available_bytes", lambda _: 8e9)
     with pytest.raises(
         ConfigError,
         match=r"paper-gemma needs .* GB on cuda \(language model 5.2, .*\), 8.0 GB are free. Use a larger device",
     ):
-        plan.check("cuda", free=8e9)
+        plan.check("cuda")
+    monkeypatch.setattr("masksae.app.plan.available_bytes", lambda _: needed + 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "free")(5e9))
     with pytest.raises(ConfigError, match=r"GB of disk in .*, 5.0 GB are free. Point MASKSAE_CACHE"):
-        plan.check("cuda", free=needed + 1)
-    plan.check("cuda", kept=1e11, free=needed + 1)
+        plan.check("cuda")
+    plan.check("cuda", kept=1e11)
     assert "does not fit" in text(plan, "cpu") or sum(plan.memory("cpu").values()) < 24e9
 
 

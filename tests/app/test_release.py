@@ -59,7 +59,18 @@ def wheel(tmp_path_factory):
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "unpacked", filter="data")
     [source] = (folder / "unpacked").iterdir()
-    assert {"tests", "notebooks", "docs", "dvc.yaml", "CHANGELOG.md"} <= {path.name for path in source.iterdir()}
+    whole = {
+        "tests",
+        "notebooks",
+        "docs",
+        "benchmarks",
+        "tools",
+        "Makefile",
+        "dvc.yaml",
+        "requirements.lock",
+        "CHANGELOG.md",
+    }
+    assert whole <= {path.name for path in source.iterdir()}
     return build(source, folder, "wheel")
 
 

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import yaml
 
-from masksae.app import repro
+from masksae.app import DEFAULT, cli, repro
 from masksae.errors import ConfigError
 from masksae.study.profile import Profile
 
@@ -69,7 +69,7 @@ def test_default_profile():
         "profile_values": "masksae/profiles/laptop.yaml",
         "root": ".",
     }
-    assert repro.DEFAULT == "laptop"
+    assert DEFAULT == "laptop"
 
 
 @pytest.fixture
@@ -143,12 +143,71 @@ def test_each_profile_has_a_pipeline_of_its_own(project):
         repro.pipeline_file("b/mine.yaml")
 
 
-def test_pipelines_of_the_version_before_are_upgraded(project):
-    """DVC would stop at their params.yaml, whichever profile is run."""
-    (project / "build/old").mkdir(parents=True)
-    (project / "build/old/params.yaml").write_text("profile: old\nprofile_file: old.yaml\nroot: ../..\n")
-    repro.pipeline_file("laptop")
-    assert yaml.safe_load((project / "build/old/params.yaml").read_text())["profile_values"] == "old.yaml"
+def test_a_shipped_profile_that_moved_is_still_itself(project):
+    (project / "build/smoke").mkdir(parents=True)
+    (project / "build/smoke/params.yaml").write_text("profile: smoke\nprofile_file: profiles/smoke.yaml\nroot: ../..\n")
+    assert repro.pipeline_file("smoke") == Path("build/smoke/dvc.yaml")
+    params = yaml.safe_load((project / "build/smoke/params.yaml").read_text())
+    assert params["profile_file"].endswith("masksae/profiles/smoke.yaml") and params["profile_values"]
+
+
+def test_outside_a_clone_it_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["status", "laptop"]) == 2
+    assert f"{tmp_path} is in no clone of the project" in capsys.readouterr().err
+
+
+STAND_IN = """
+import sys
+from pathlib import Path
+print("ran", *sys.argv[1:], flush=True)
+outs = {"project": ["projection/00_mechanism.json"], "run": ["00_mechanism.ipynb"]}[sys.argv[1]]
+places = [Path("build/laptop", out) for out in outs]
+if sys.argv[1] == "project":
+    made = Path("notebooks/00_mechanism.ipynb").read_text().split("outputs")[0]
+else:
+    made, places = "{}", [*places, Path("results/laptop/mechanism.json"), Path("figures/laptop/00_mechanism/a.svg")]
+for place in places:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(made)
+"""
+
+
+def test_what_cannot_change_a_result_reruns_nothing(project, monkeypatch):
+    """The real dvc.yaml and .dvcignore under real DVC; a stand-in for the commands."""
+    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".dvc/config", "masksae/profiles/laptop.yaml"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text((ROOT / name).read_text())
+    for folder in ("masksae/app", "masksae/__pycache__"):
+        (project / folder).mkdir()
+    core, app, notebook = (
+        project / name for name in ("masksae/masking.py", "masksae/app/cli.py", "notebooks/00_mechanism.ipynb")
+    )
+    core.write_text("")
+    app.write_text(STAND_IN)
+    (project / "masksae/__main__.py").write_text("import masksae.app.cli")
+    notebook.write_text("sources outputs")
+    bin_, old = str(Path(sys.executable).parent), os.environ["PATH"]
+    environment = os.environ | {"PYTHONPATH": ".", "PATH": os.pathsep.join([bin_, old])}
+
+    def ran() -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "repro", "mechanism"], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ran ")]
+
+    assert ran() == ["project", "run"] and ran() == []
+    app.write_text(STAND_IN + "# another word")
+    (project / "masksae/__main__.py").write_text("import masksae.app.cli  # too")
+    (project / "masksae/__pycache__/a.pyc").write_text("x")
+    assert ran() == []
+    notebook.write_text("sources outputs of a run")
+    assert ran() == ["project"]
+    notebook.write_text("other sources outputs")
+    assert ran() == ["project", "run"]
+    core.write_text("x = 1")
+    assert ran() == ["run"]
 
 
 def test_a_short_profile_gets_every_key_that_a_stage_depends_on(project):
@@ -166,7 +225,7 @@ def test_a_short_profile_gets_every_key_that_a_stage_depends_on(project):
 
 @pytest.mark.parametrize("command", ["repro", "status", "project"])
 def test_bad_profiles_are_told_in_a_line(command, capsys, project):
-    assert repro.main([command, "smok"]) == 2
+    assert cli.main([command, "smok"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("masksae: There is no profile 'smok'. Did you mean 'smoke'") and "Traceback" not in told
 
@@ -176,10 +235,10 @@ def test_a_signal_ends_dvc_its_stage_and_the_kernel_in_a_line(number, project):
     """To our process alone, as `kill` sends it: real DVC, a real kernel in the middle of a cell, nothing left, no lock held."""
     (project / ".dvc").mkdir()
     (project / ".dvc/config").write_text("[core]\n    no_scm = True\n    analytics = false\n")
-    (project / "dvc.yaml").write_text("stages: {try: {cmd: python -m masksae.app.repro run 01_try laptop}}")
+    (project / "dvc.yaml").write_text("stages: {try: {cmd: python -m masksae run 01_try laptop}}")
     busy = "import os, time\nopen('pids', 'w').write(f'{os.getpid()} {os.getppid()}')\nprint('busy', flush=True)\ntime.sleep(99)"
     write_notebook(project, 'profile = "x"', busy)
-    code = "import sys\nfrom masksae.app import cli, repro\nsys.exit(cli.exit_status(lambda: repro.dvc('repro', 'laptop')))"
+    code = "import sys\nfrom masksae.app import exits, repro\nsys.exit(exits.exit_status(lambda: repro.dvc('repro', 'laptop')))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

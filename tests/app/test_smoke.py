@@ -26,7 +26,7 @@ def git_status():
 def smoke():
     """Run the pipeline; give git's status before."""
     before = git_status()
-    result = run(sys.executable, "-m", "masksae.app.repro", "repro", "smoke")
+    result = run(sys.executable, "-m", "masksae", "repro", "smoke")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return before
 
@@ -69,13 +69,13 @@ def test_notebooks_validate(smoke):
 
 def test_nothing_is_dirty_afterwards(smoke):
     assert git_status() == smoke  # in a fresh clone: both empty
-    status = run(sys.executable, "-m", "masksae.app.repro", "status", "smoke")
+    status = run(sys.executable, "-m", "masksae", "status", "smoke")
     assert status.returncode == 0 and "up to date" in status.stdout, status.stdout
 
 
 def test_somebodys_sae_is_explored(smoke, tmp_path):
     """One of the run's SAEs, as SAELens would bring it: the command, from its folder to a page."""
-    command = (sys.executable, "-m", "masksae.app.cli")
+    command = (sys.executable, "-m", "masksae")
     sae = sorted((ROOT / "build/smoke/saes/masked").iterdir())[0]
     assert run(*command, "export", sae, tmp_path / "theirs", "--to", "saelens").returncode == 0
     options = ("--profile", "smoke", "--letter", "s", "--out", tmp_path / "out", "--json")

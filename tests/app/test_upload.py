@@ -1,13 +1,17 @@
 """The folder for the hub: SAEs that come back as they were, a card whose numbers are the results', a push that fails with its reason."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
 from tiny_project import profile
 
 from masksae import Run, load_saelens
-from masksae.app import repro, upload
+from masksae.app import cli, upload
 from masksae.errors import ConfigError, DataError, SourceError
+from masksae.tracing import hook_point
 
 
 @pytest.fixture
@@ -24,6 +28,17 @@ def test_the_folder_holds_every_sae_as_it_is(run):
     for name, sae in run.load_saes().items():
         assert torch.equal(load_saelens(folder / name).W_dec, sae.W_dec)
     assert len([path for path in folder.iterdir() if path.is_dir()]) == len(run.table)
+
+
+def test_the_hook_is_that_of_the_model_as_it_is_loaded(run):
+    """Of a model that also sees pictures, blocks lie elsewhere than in its text model alone."""
+    from test_families import FAMILIES, tiny
+
+    with_pictures = tiny(FAMILIES["gemma3"])
+    run.language_model = replace(run.language_model, model=with_pictures)
+    [*_, folder] = sorted(path for path in upload.build(run).iterdir() if path.is_dir())
+    told = json.loads((folder / "cfg.json").read_text())["metadata"]["transformers_hook"]
+    assert told == hook_point(with_pictures, 1) and "language_model" in told
 
 
 def test_the_card_says_what_the_run_was(run):
@@ -59,7 +74,7 @@ def test_pushing(run, monkeypatch):
 
 
 def test_the_command(run, capsys):
-    assert repro.main(["share", run.source]) == 0
+    assert cli.main(["share", run.source]) == 0
     assert "build/tiny/hub" in capsys.readouterr().out
 
 

@@ -5,7 +5,7 @@ import torch
 from tiny_project import profile
 
 from masksae import Run
-from masksae.app import repro, verify
+from masksae.app import cli, verify
 from masksae.errors import SourceError
 from masksae.export import to_dictionary_learning
 
@@ -81,7 +81,7 @@ def test_without_network_or_results_everything_is_named(run, monkeypatch, capsys
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(SourceError, match="someone/suite is out of reach"):
         verify._download(verify.SUITES[run.profile.model.source], 1)
-    assert repro.main(["verify", run.source]) == 0
+    assert cli.main(["verify", run.source]) == 0
     told = capsys.readouterr().out
     assert "0 agree, 0 differ, 9 could not be checked." in told and "out of reach (no route)" in told
     assert "ood.json is missing" in told
@@ -89,9 +89,9 @@ def test_without_network_or_results_everything_is_named(run, monkeypatch, capsys
 
 def test_a_difference_is_an_exit_status(run, monkeypatch):
     monkeypatch.setattr(verify, "score_released", lambda *_: {3: {"CE score": 0.5}})
-    assert repro.main(["verify", run.source]) == 1
+    assert cli.main(["verify", run.source]) == 1
 
 
 def test_models_without_published_numbers(project, capsys):
-    assert repro.main(["verify", str(profile(project))]) == 0
+    assert cli.main(["verify", str(profile(project))]) == 0
     assert "Nothing was published about the model of tiny" in capsys.readouterr().out

@@ -27,7 +27,10 @@ CHAIN = {
     "metrics/absorption.py": ("absorbed", SCORE),
     "study/scores/matched.py": ("matched_threshold", SCORE),
 }
-"""A function of each module on the way from text to a score, and the first id that rests on it; those after it do too."""
+"""A function of each module on the way from text to a score, and the first id of code that rests on it."""
+
+REST_ON = {INPUTS: [INPUTS, RUN, SCORE], RUN: [RUN], SCORE: [SCORE]}
+"""The ids of code that rest on another; scores are kept under the ids of their SAEs besides, so these need not name what trains."""
 
 
 @pytest.fixture
@@ -52,10 +55,18 @@ def edit(path, function: str, line: str) -> None:
 
 @pytest.mark.parametrize("file", CHAIN)
 def test_an_edit_on_the_way_to_a_score_moves_the_ids_from_there_on(package, file):
-    names = [INPUTS, RUN, SCORE]
-    before, (function, first) = {name: cache.code_id(name) for name in names}, CHAIN[file]
+    before, (function, first) = {name: cache.code_id(name) for name in REST_ON}, CHAIN[file]
     edit(package / file, function, "assert not None")
-    assert [name for name in names if cache.code_id(name) != before[name]] == names[names.index(first) :]
+    assert [name for name in REST_ON if cache.code_id(name) != before[name]] == REST_ON[first]
+
+
+def test_scores_rest_on_the_ids_of_their_saes(project, monkeypatch):  # noqa: F811
+    run, made = Run(profile(project)), []
+    make = lambda: [{"n": made.append(1) or len(made)}]
+    score = lambda: run.rows("try", run.profile.evaluation, make)
+    assert score() == score() == [{"n": 1}]
+    monkeypatch.setattr(Run, "ids_of", lambda self, arms: ["trained by other code"])
+    assert score() == [{"n": 2}]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ FORMATS = [("to_saelens", load_saelens), ("to_dictionary_learning", load_diction
 
 def make(rule, prefixes=(), dtype=torch.float32):
     sae = random_sae(rule, prefixes, dtype=dtype).requires_grad_(False)
-    if isinstance(rule, TopK):
+    if rule.estimates_threshold:
         sae.threshold.fill_(0.4)
     if not rule.unit_rows:
         sae.normalise_()
@@ -44,7 +44,7 @@ def test_round_trip(rule, write, load, prefixes, tmp_path):
 def test_without_our_own_entry_the_function_is_the_same(rule, write, load, tmp_path):
     """As if another trainer had written it, and with decoder rows of other norms where those may be folded."""
     sae, x = make(rule), random_batch(dtype=torch.float32)
-    if not isinstance(rule, TopK):
+    if not rule.ranked:
         sae.W_dec *= 0.5 + torch.rand(96, 1, generator=torch.Generator().manual_seed(0))
     folder = getattr(sae, write)(tmp_path / "sae")
     file = folder / ("cfg.json" if write == "to_saelens" else "config.json")
@@ -55,7 +55,7 @@ def test_without_our_own_entry_the_function_is_the_same(rule, write, load, tmp_p
     torch.testing.assert_close(again(x), sae(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(again.encode(x), sae.encode(x) * sae.W_dec.norm(dim=1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(96))
-    if isinstance(rule, JumpReLU | ReLU):
+    if not rule.ranked:
         with pytest.raises(ConfigError, match="trained elsewhere"):
             masksae.train([again.config], masksae.ActivationStream.from_array(x, batch_size=8, seed=0), masksae.TrainConfig(steps=9, warmup=1, threshold_start=1))  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_held_is_refused_with_the_reason(tmp_path):
     for changes, words in [
         ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm' is done at run time"),
         ({"reshape_activations": "hook_z"}, "reshape_activations"),
-        ({"architecture": "temporal"}, "'temporal'. What can be read: standard"),
+        ({"architecture": "temporal"}, "'temporal'. What can be read: topk"),
     ]:
         (folder / "cfg.json").write_text(json.dumps(good | changes))
         with pytest.raises(ConfigError, match=words):

@@ -14,12 +14,12 @@ from small_training import EVERY, configs, run, same, stream, train_config
 from tiny_project import tiny_model
 
 import masksae
-from masksae import MATRYOSHKA, AuxK, BatchTopK, SAEConfig, TopK, TrainConfig
+from masksae import MATRYOSHKA, AuxK, BatchTopK, SAEConfig, TrainConfig
 from masksae.activations import from_model
 from masksae.memory import training_bytes
 from masksae.metrics.reconstruction import reconstruction
 from masksae.saes.sae import SAE
-from masksae.training.step import Member
+from masksae.training.step import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -64,16 +64,16 @@ def test_resuming_changes_no_byte(tmp_path):
 @pytest.mark.parametrize("prefixes", [(), MATRYOSHKA], ids=["plain", "matryoshka"])
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda r: type(r).__name__)
 def test_no_step_waits_for_the_device(rule, prefixes):
-    aux = AuxK(dead_after_tokens=100) if isinstance(rule, TopK) else None
-    member = Member(
+    aux = AuxK(dead_after_tokens=100) if rule.revived else None
+    trainer = Trainer(
         SAE(SAEConfig(24, 96, rule, prefixes, aux=aux)), TrainConfig(steps=1000, warmup=5, threshold_start=3), "cuda"
     )
     x = torch.randn(64, 24, device="cuda")
-    member.step(x, 0)  # Adam makes its state
+    trainer.step(x, 0)  # Adam makes its state
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, 8):
-            member.step(x, step)
+            trainer.step(x, step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -145,7 +145,7 @@ def test_ratios_to_expect(capsys):
     """Prints, asserts only that there is something to print."""
     seconds = {}
     for precision in ("float32", "bfloat16"):
-        member = Member(
+        trainer = Trainer(
             SAE(SAEConfig(768, 4096, BatchTopK(20), MATRYOSHKA)), TrainConfig(steps=10**6, precision=precision), "cuda"
         )
         x = torch.randn(2048, 768, device="cuda") / 28
@@ -153,7 +153,7 @@ def test_ratios_to_expect(capsys):
             if step == 10:
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-            member.step(x, 2000 + step)
+            trainer.step(x, 2000 + step)
         torch.cuda.synchronize()
         seconds[precision] = (time.perf_counter() - start) / 10
     rate = 10 * 768 * 4096 * 2048 / seconds["bfloat16"] / 1e12

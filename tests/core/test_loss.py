@@ -8,9 +8,9 @@ from random_saes import ALL_RULES, random_batch, random_sae
 
 from masksae import MATRYOSHKA, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig
 from masksae.saes.loss import aux_loss, dense_loss, dense_step
-from masksae.saes.rules import largest, rule_of
+from masksae.saes.rules import largest
 from masksae.saes.sparse import sparse_step
-from masksae.training.step import Member
+from masksae.training.step import Trainer
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="sparse products on the CPU need MKL")
 every_rule = pytest.mark.parametrize("rule", ALL_RULES, ids=lambda r: type(r).__name__)
@@ -40,9 +40,7 @@ def test_selection_with_too_few_positive():
     h[3, 4] = 2.0
     assert largest(h, 20).tolist() == [64] and largest(torch.zeros(10, 20), 20).tolist() == []
     for rule in (TopK(2), BatchTopK(2)):
-        config = SAEConfig(4, 20, rule)
-        support = rule_of(config).support(type("", (), {"config": config}), h - 0.5, math.inf)
-        assert support.tolist() == [64]
+        assert rule.support(None, h - 0.5, math.inf).tolist() == [64]
 
 
 def brute_force_loss(sae, x, weight):
@@ -86,11 +84,11 @@ def test_both_steps_equal_the_definition(rule, prefixes, weighting):
     wanted = dict(zip(names, torch.autograd.grad(expected, [sae.get_parameter(n) for n in names])))
     xc = sae.encoder_input(x).detach()
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
-    outcomes = [dense_step(sae, x, xc, pre, weight, None, isinstance(rule, TopK))]
+    outcomes = [dense_step(sae, x, xc, pre, weight, None, rule.estimates_threshold)]
     gradients = [{name: p.grad.clone() for name, p in sae.named_parameters()}]
     if torch.backends.mkl.is_available():
-        index = rule_of(sae.config).support(sae, pre, math.inf)
-        outcomes.append(sparse_step(sae, x, xc, pre, index, weight, isinstance(rule, TopK)))
+        index = sae.config.selection.support(sae, pre, math.inf)
+        outcomes.append(sparse_step(sae, x, xc, pre, index, weight, rule.estimates_threshold))
         gradients.append({name: p.grad.clone() for name, p in sae.named_parameters()})
     for outcome, found in zip(outcomes, gradients):
         torch.testing.assert_close(outcome.loss, expected.detach(), rtol=1e-12, atol=0)
@@ -132,7 +130,7 @@ def test_tiny_thresholds_see_every_silent_entry():
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
     dense_step(sae, x, xc, pre, 1.0, None, False)
     wanted = sae.thresholds.grad.clone()
-    sparse_step(sae, x, xc, pre, rule_of(sae.config).support(sae, pre, math.inf), 1.0, False)
+    sparse_step(sae, x, xc, pre, sae.config.selection.support(sae, pre, math.inf), 1.0, False)
     torch.testing.assert_close(sae.thresholds.grad, wanted, rtol=1e-9, atol=1e-12)
 
 
@@ -144,7 +142,7 @@ def test_sparse_equals_dense_in_single_precision(rule):
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
     dense_step(sae, x, xc, pre, 0.1, None, False)
     wanted = {name: p.grad.clone() for name, p in sae.named_parameters()}
-    sparse_step(sae, x, xc, pre, rule_of(sae.config).support(sae, pre, math.inf), 0.1, False)
+    sparse_step(sae, x, xc, pre, sae.config.selection.support(sae, pre, math.inf), 0.1, False)
     for name, parameter in sae.named_parameters():
         assert (parameter.grad - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
 
@@ -159,7 +157,7 @@ def test_a_group_without_any_active_latent(rule):
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
     dense_step(sae, x, xc, pre, 0.1, None, False)
     wanted = {name: p.grad.clone() for name, p in sae.named_parameters()}
-    index = rule_of(sae.config).support(sae, pre, math.inf)
+    index = sae.config.selection.support(sae, pre, math.inf)
     assert (index % 96 >= 48).all()
     sparse_step(sae, x, xc, pre, index, 0.1, False)
     for name, parameter in sae.named_parameters():
@@ -175,7 +173,7 @@ def test_a_batch_in_which_nothing_is_kept(rule, bias):
         sae.b_enc += bias
     xc = sae.encoder_input(x).detach()
     pre = (xc @ sae.W_enc + sae.b_enc).detach()
-    index = rule_of(sae.config).support(sae, pre, math.inf)
+    index = sae.config.selection.support(sae, pre, math.inf)
     for step, given in ((dense_step, (0.0, None, True)), (sparse_step, (index, 0.0, True))):
         outcome = step(sae, x, xc, pre, *given)
         torch.testing.assert_close(outcome.residual, (x - sae.b_dec).detach())
@@ -208,15 +206,15 @@ def test_the_dense_step_numbers_no_entries(rule):
 @every_rule
 def test_gradients_twice_change_nothing(rule):
     sae, x = random_sae(rule, MATRYOSHKA, dtype=torch.float32), random_batch(dtype=torch.float32)
-    member = Member(sae, TrainConfig(steps=100, warmup=5, threshold_start=5))
-    before = {name: value.clone() for name, value in member.tensors().items()}
-    first = member.gradients(x, 50)
+    trainer = Trainer(sae, TrainConfig(steps=100, warmup=5, threshold_start=5))
+    before = {name: value.clone() for name, value in trainer.tensors().items()}
+    first = trainer.gradients(x, 50)
     gradients = [p.grad.clone() for p in sae.parameters()]
-    second = member.gradients(x, 50)
+    second = trainer.gradients(x, 50)
     assert torch.equal(first.loss, second.loss)
     assert all(torch.equal(a, p.grad) for a, p in zip(gradients, sae.parameters()))
-    assert before.keys() == member.tensors().keys()
-    assert all(torch.equal(value, member.tensors()[name]) for name, value in before.items())
+    assert before.keys() == trainer.tensors().keys()
+    assert all(torch.equal(value, trainer.tensors()[name]) for name, value in before.items())
 
 
 def test_aux_loss_without_dead_with_a_perfect_and_with_a_silent_dead_latent():
@@ -267,8 +265,8 @@ def test_a_step_with_dead_latents_follows_the_whole_loss():
     wanted = torch.autograd.grad(loss, list(sae.parameters()))
     without = torch.autograd.grad(dense_loss(sae, x, sae.pre_activations(x))[0], list(sae.parameters()))
     assert not torch.allclose(wanted[0], without[0])
-    member = Member(sae, TrainConfig(steps=100, warmup=5, threshold_start=5))
-    outcome = member.gradients(x, 0)
+    trainer = Trainer(sae, TrainConfig(steps=100, warmup=5, threshold_start=5))
+    outcome = trainer.gradients(x, 0)
     torch.testing.assert_close(outcome.loss, loss.detach())
     for parameter, want in zip(sae.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, want, rtol=1e-9, atol=1e-12)
@@ -296,8 +294,8 @@ def test_no_array_holds_the_model_width_for_every_kept_latent(rule):
     sae, x = random_sae(rule, MATRYOSHKA, d=d, n=n, dtype=torch.float32), random_batch(batch, d, torch.float32)
     with torch.no_grad():
         sae.b_enc -= 1.0
-    member = Member(sae, TrainConfig(steps=100, warmup=5, threshold_start=5))
+    trainer = Trainer(sae, TrainConfig(steps=100, warmup=5, threshold_start=5))
     with Watch():
-        outcome = member.gradients(x, 50)
+        outcome = trainer.gradients(x, 50)
     active = outcome.l0.item() * batch
     assert max(sizes) == batch * n and active * d > 1.5 * batch * n

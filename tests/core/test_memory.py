@@ -16,18 +16,18 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from masksae import *
-from masksae.training.step import Member
+from masksae.training.step import Trainer
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-Member(SAE(SAEConfig(8, 16, BatchTopK(2))), TrainConfig(steps=9, warmup=1, threshold_start=1)).step(torch.randn(64, 8), 5)
+Trainer(SAE(SAEConfig(8, 16, BatchTopK(2))), TrainConfig(steps=9, warmup=1, threshold_start=1)).step(torch.randn(64, 8), 5)
 x = torch.randn({batch}, {d})
 before = status("VmRSS")
 buffers = {{}}
 recipe = TrainConfig(steps=9, warmup=1, threshold_start=1)
-members = [Member(SAE(SAEConfig({d}, {n}, {rule}, {prefixes}, seed=i)), recipe, "cpu", buffers) for i in range({count})]
+trainers = [Trainer(SAE(SAEConfig({d}, {n}, {rule}, {prefixes}, seed=i)), recipe, "cpu", buffers) for i in range({count})]
 for step in range(2):
-    for member in members:
-        member.step(x, step)
+    for trainer in trainers:
+        trainer.step(x, step)
 print(json.dumps(status("VmHWM") - before))
 """
 

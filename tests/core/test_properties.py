@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from tiny_project import VOCABULARY, tiny_model
 
 from masksae import ActivationStream, BatchTopK, TopK, mask_dataset, mask_inputs
-from masksae.saes.rules import largest, rule_of
+from masksae.saes.rules import largest
 
 quick = settings(max_examples=60, deadline=None)
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4)
@@ -78,7 +78,7 @@ values = st.lists(
 @quick
 def test_top_k_keeps_the_largest_positive_values_and_no_more(rows, k, kind):
     sae, pre = random_sae(kind(k)), torch.tensor(rows, dtype=torch.float64)
-    f = rule_of(sae.config).dense(sae, pre, 0.0)[0]
+    f = sae.config.selection.dense(sae, pre, 0.0)[0]
     assert ((f == 0) | (f == pre)).all() and (f >= 0).all()
     groups = [(f, pre, k * len(rows))] if kind is BatchTopK else [(f[i], pre[i], k) for i in range(len(rows))]
     for kept, given_, most in groups:

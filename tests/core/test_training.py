@@ -22,7 +22,7 @@ from masksae.errors import ConfigError, DataError
 from masksae.saes.sae import SAE
 from masksae.study.sections import Training
 from masksae.training.group import geometric_median
-from masksae.training.step import Member
+from masksae.training.step import Trainer
 
 
 def test_recovers_the_directions_that_made_the_data():
@@ -141,8 +141,8 @@ def test_a_batch_in_which_nothing_fires_leaves_the_threshold():
         with torch.no_grad():
             sae.b_enc.fill_(-100)
             sae.threshold.fill_(0.5)
-        member = Member(sae, train_config())
-        member.step(sparse_world(200)[0], 50, record=True)
+        trainer = Trainer(sae, train_config())
+        trainer.step(sparse_world(200)[0], 50, record=True)
         assert sae.threshold == 0.5 and sae.history[0]["l0"] == 0 and (sae.tokens_since_fired == 200).all()
 
 

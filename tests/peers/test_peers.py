@@ -14,7 +14,7 @@ from random_saes import ALL_RULES, random_batch, random_sae
 
 from masksae import MATRYOSHKA, AuxK, BatchTopK, Gated, JumpReLU, ReLU, TopK, TrainConfig
 from masksae.saes.loss import dense_loss
-from masksae.training.step import Member
+from masksae.training.step import Trainer
 
 RECIPE = TrainConfig(steps=1000, lr=1e-3, warmup=0, decay=0.0, threshold_start=8, threshold_ema=0.9, sparsity_warmup=10)
 AUX = AuxK(dead_after_tokens=200)
@@ -57,12 +57,12 @@ def test_loss_and_gradients_against_dictionary_learning(rule, prefixes, aux, spa
     trainer = dictionary_learning_trainer(sae, RECIPE)
     theirs = trainer.loss(x, step=step)
     theirs.backward()
-    member = Member(sae, RECIPE)
-    member.sparse = sparse
+    our_trainer = Trainer(sae, RECIPE)
+    our_trainer.sparse = sparse
     import masksae.training.step as module
 
     module.DENSE_SHARE, kept = 1.0, module.DENSE_SHARE  # the sparse step however dense the case
-    ours = member.gradients(x, step)
+    ours = our_trainer.gradients(x, step)
     module.DENSE_SHARE = kept
     torch.testing.assert_close(ours.loss, theirs.detach(), rtol=1e-7, atol=0)
     gradients = {name: p.grad for name, p in sae.named_parameters()}
@@ -78,10 +78,10 @@ def test_twenty_updates_against_dictionary_learning(rule, prefixes, aux):
     """To 1e-5 of the distance travelled: besides single precision (above) their projection divides rows by their norm + 1e-6."""
     sae = start(rule, prefixes, aux)
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
-    trainer, member = dictionary_learning_trainer(sae, RECIPE), Member(sae, RECIPE)
+    trainer, our_trainer = dictionary_learning_trainer(sae, RECIPE), Trainer(sae, RECIPE)
     for step, x in enumerate(batches(20), start=1):
         trainer.update(step, x)
-        member.step(x, step)
+        our_trainer.step(x, step)
     mine = named(sae, dictionary_learning_names(sae))
     for name, value in trainer.ae.state_dict().items():
         if name in mine:
@@ -89,7 +89,7 @@ def test_twenty_updates_against_dictionary_learning(rule, prefixes, aux):
             start_value = before[ours.removesuffix(".T")]
             travelled = (getattr(sae, ours.removesuffix(".T")).detach() - start_value).norm()
             assert travelled > 1e-3 and (value - mine[name]).norm() < 1e-5 * travelled, name
-    if isinstance(rule, TopK):
+    if rule.estimates_threshold:
         assert sae.threshold.item() == pytest.approx(float(trainer.ae.threshold), rel=1e-6) and sae.threshold > 0
         assert torch.equal(sae.tokens_since_fired, trainer.num_tokens_since_fired)
     if isinstance(rule, JumpReLU):
@@ -100,7 +100,7 @@ def test_twenty_updates_against_dictionary_learning(rule, prefixes, aux):
 def test_inference_against_dictionary_learning(rule, prefixes, aux):
     sae, x = start(rule, prefixes, aux).requires_grad_(False), random_batch()
     trainer = dictionary_learning_trainer(sae, RECIPE)
-    if isinstance(rule, TopK):
+    if rule.estimates_threshold:
         sae.threshold.fill_(0.5)
         trainer.ae.threshold.fill_(0.5)
     torch.testing.assert_close(sae.encode(x), trainer.ae.encode(x), rtol=1e-10, atol=1e-12)
@@ -117,9 +117,7 @@ def test_forward_against_saelens(rule, prefixes):
     given = {"l0": 1.0} if isinstance(rule, JumpReLU) else {"l1": getattr(rule, "l1", 0.0)}
     out = theirs.training_forward_pass(TrainStepInput(x, given, None, 0, False))
     loss, residual, f = dense_loss(sae, x, sae.pre_activations(x), getattr(rule, "l1", 0.0))
-    norms = (
-        sae.W_dec.norm(dim=1) if isinstance(rule, TopK) else 1.0
-    )  # they rescale latents by rows, ours have norm 1 to rounding
+    norms = sae.W_dec.norm(dim=1) if rule.ranked else 1.0  # they rescale latents by rows, ours have norm 1 to rounding
     torch.testing.assert_close(out.feature_acts, f * norms, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(out.sae_out, x - residual, rtol=1e-6, atol=1e-9)
     if isinstance(rule, JumpReLU):

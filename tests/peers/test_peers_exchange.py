@@ -14,8 +14,8 @@ pytest.importorskip("sae_lens")
 from peers import dictionary_learning_trainer, saelens_sae
 from random_saes import ALL_RULES, random_batch, random_sae
 
-from masksae import MATRYOSHKA, TopK, TrainConfig, load_dictionary_learning, load_saelens
-from masksae.export import MATRYOSHKA_TRAINER, TRAINERS, saebench_adapter
+from masksae import MATRYOSHKA, TrainConfig, load_dictionary_learning, load_saelens
+from masksae.export import saebench_adapter
 
 every_case = pytest.mark.parametrize(
     "rule, prefixes",
@@ -26,7 +26,7 @@ every_case = pytest.mark.parametrize(
 
 def make(rule, prefixes=()):
     sae = random_sae(rule, prefixes, dtype=torch.float32).requires_grad_(False)
-    if isinstance(rule, TopK):
+    if rule.estimates_threshold:
         sae.threshold.fill_(0.4)
     return sae if rule.unit_rows else sae.normalise_()
 
@@ -74,7 +74,7 @@ def test_dictionary_learning_reads_ours(rule, prefixes, tmp_path):
     from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
 
     sae = make(rule, prefixes)
-    name = (MATRYOSHKA_TRAINER if prefixes else TRAINERS[type(rule)])[1]
+    name = rule.dictionary_learning[-1 if prefixes else 0].name
     module = next(m for m in (dictionary, batch_top_k, matryoshka_batch_top_k, top_k) if hasattr(m, name))
     theirs = getattr(module, name).from_pretrained(sae.to_dictionary_learning(tmp_path / "sae") / "ae.pt")
     assert_same(sae, theirs.requires_grad_(False))
@@ -83,7 +83,7 @@ def test_dictionary_learning_reads_ours(rule, prefixes, tmp_path):
 @every_case
 def test_we_read_dictionary_learning(rule, prefixes, tmp_path):
     trainer = dictionary_learning_trainer(make(rule, prefixes), TrainConfig(steps=100, warmup=1, threshold_start=1))
-    if isinstance(rule, TopK):
+    if rule.estimates_threshold:
         trainer.ae.threshold.fill_(0.4)
     else:
         with torch.no_grad():
@@ -97,7 +97,7 @@ def test_we_read_dictionary_learning(rule, prefixes, tmp_path):
     config.setdefault("dict_class", type(trainer.ae).__name__)
     (folder / "config.json").write_text(json.dumps({"trainer": config}))
     norms = 1.0
-    if not isinstance(rule, TopK):
+    if not rule.ranked:
         norms = (
             trainer.ae.W_dec.norm(dim=1) if hasattr(trainer.ae, "W_dec") else trainer.ae.decoder.weight.norm(dim=0)
         ).detach()

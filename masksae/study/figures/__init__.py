@@ -1,0 +1,1 @@
+"""Pictures, from rows of results; one look for all."""

@@ -24,7 +24,8 @@ def draw_absorption(rows: list[dict]):
 
 
 def draw_items(rows: list[dict], grid: str, items: str):
-    """Full absorption per letter (`items` "letters") or per context ("parents") at matched clean L0, one dot per SAE."""
+    """Full absorption per letter (`items` "letters") or per context ("parents") at matched clean L0, one dot per
+    SAE."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
@@ -43,8 +44,8 @@ def draw_items(rows: list[dict], grid: str, items: str):
 
 
 def draw_fronts(trained: pd.DataFrame, matched: pd.DataFrame):
-    """Absorption of every SAE against what it costs: clean L0, as trained; explained variance, at clean L0 = k. Colour is the arm, marker the
-    grid. Low absorption is up."""
+    """Absorption of every SAE against what it costs: clean L0, as trained; explained variance, at clean L0 = k. Colour
+    is the arm, marker the grid. Low absorption is up."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
@@ -82,8 +83,9 @@ def draw_summary(scores: pd.DataFrame):
 
 
 def draw_along(rows: list[dict]):
-    """The headline: full absorption at clean L0 = k along training, one row per kind, against steps and against clean explained variance. A
-    thick line is the mean of an arm, bars are its 95 % interval over seeds, thin lines are SAEs."""
+    """The headline: full absorption at clean L0 = k along training, one row per kind, against steps and against clean
+    explained variance. A thick line is the mean of an arm, bars are its 95 % interval over seeds, thin lines are
+    SAEs."""
     import matplotlib.pyplot as plt
 
     table = pd.DataFrame(rows)
@@ -128,8 +130,8 @@ PANELS = {
 
 
 def draw_ablations(rows: list[dict]):
-    """Every arm's finished SAEs: L0 as trained, then explained variance and both kinds of absorption at clean L0 = k. A dot per SAE, the same
-    seeds joined, a bar for the mean."""
+    """Every arm's finished SAEs: L0 as trained, then explained variance and both kinds of absorption at clean L0 = k. A
+    dot per SAE, the same seeds joined, a bar for the mean."""
     import matplotlib.pyplot as plt
 
     table = pd.DataFrame(finished(rows))
@@ -152,8 +154,8 @@ def draw_ablations(rows: list[dict]):
 
 
 def draw_absorbers(stories: dict[str, dict[str, Story]]):
-    """A panel per kind of parent, a dot per absorber, larger the more words it absorbed: on which share of all words it fires, and how far it
-    points along the parent. Kind -> arm -> story."""
+    """A panel per kind of parent, a dot per absorber, larger the more words it absorbed: on which share of all words it
+    fires, and how far it points along the parent. Kind -> arm -> story."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(stories), figsize=(4.4 * len(stories) + 1.4, 3.6), sharey=True, squeeze=False)
@@ -172,7 +174,8 @@ def draw_absorbers(stories: dict[str, dict[str, Story]]):
 
 
 def draw_noise(table: list[dict]):
-    """Standard deviation of absorption by source, one group of bars for each arm and for their difference. Rows of `noise_table`."""
+    """Standard deviation of absorption by source, one group of bars for each arm and for their difference. Rows of
+    `noise_table`."""
     import matplotlib.pyplot as plt
 
     frame = pd.DataFrame(table)

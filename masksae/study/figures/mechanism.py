@@ -36,8 +36,8 @@ def t_critical(count):
 
 
 def draw_phases(effects: list[dict], p: float):
-    """Change of absorption by masking at matched clean L0, in the plane of k and p, and of k and width; bold where the 95 % interval
-    excludes 0."""
+    """Change of absorption by masking at matched clean L0, in the plane of k and p, and of k and width; bold where the
+    95 % interval excludes 0."""
     import matplotlib.pyplot as plt
 
     table = pd.DataFrame(effects)

@@ -6,8 +6,8 @@ from masksae.study.figures.style import GREY, dots, palette
 
 
 def draw_probing(rows: list[dict], kind: str, score: str = "auc", raw: str = "raw_auc"):
-    """Mean AUC (or another score) over tasks at matched clean L0, one panel per k, one dot per SAE; the dashed line is the probe on raw
-    activations."""
+    """Mean AUC (or another score) over tasks at matched clean L0, one panel per k, one dot per SAE; the dashed line is
+    the probe on raw activations."""
     table = pd.DataFrame([row for row in rows if row["mode"] == "matched"])
     start, name = f"{kind}_{score}_", {"auc": "AUC"}.get(score, score)
     ks = [column.removeprefix(start) for column in table.columns if column.startswith(start)]
@@ -19,7 +19,8 @@ def draw_probing(rows: list[dict], kind: str, score: str = "auc", raw: str = "ra
 
 
 def draw_tasks(rows: list[dict], grid: str, k: int):
-    """AUC task by task at matched clean L0, one dot per SAE and arm, a bar for the probe on raw activations; hardest task below, other families on top."""
+    """AUC task by task at matched clean L0, one dot per SAE and arm, a bar for the probe on raw activations; hardest
+    task below, other families on top."""
     import matplotlib.pyplot as plt
 
     part = [row for row in rows if row["mode"] == "matched" and row["grid"] == grid]
@@ -49,7 +50,8 @@ def draw_tasks(rows: list[dict], grid: str, k: int):
 
 
 def draw_perturbation(rows: list[dict], grid: str):
-    """TPP and SCR against the number of ablated latents, at matched clean L0: a thin line per SAE, a thick one for the mean of an arm."""
+    """TPP and SCR against the number of ablated latents, at matched clean L0: a thin line per SAE, a thick one for the
+    mean of an arm."""
     import matplotlib.pyplot as plt
 
     table = pd.DataFrame([row for row in rows if row["mode"] == "matched" and row["grid"] == grid])

@@ -52,7 +52,8 @@ def draw_reconstruction(rows: list[dict]):
 
 
 def draw_family(rows: list[dict]):
-    """Unexplained variance (log scale, less is up) against clean L0, both as trained: a panel per arm, a line per architecture."""
+    """Unexplained variance (log scale, less is up) against clean L0, both as trained: a panel per arm, a line per
+    architecture."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 

@@ -1,5 +1,6 @@
-"""One look for all pictures: seaborn, a colour-blind safe pair for the arms, grey text on a transparent background so that print and dark
-pages both work, SVG and PNG without dates or random ids, so that the same results give the same bytes.
+"""One look for all pictures: seaborn, a colour-blind safe pair for the arms, grey text on a transparent background so
+that print and dark pages both work, SVG and PNG without dates or random ids, so that the same results give the same
+bytes.
 """
 
 from masksae.files import write_text
@@ -37,8 +38,8 @@ def style() -> None:
 
 
 def save_figure(run, name: str, figure, caption: str, *, simulated: bool = False) -> None:
-    """Write figures/<profile>/NAME.svg, .png and the caption as .txt, with the scale of the run unless it is simulated; the same figure
-    gives the same bytes."""
+    """Write figures/<profile>/NAME.svg, .png and the caption as .txt, with the scale of the run unless it is simulated;
+    the same figure gives the same bytes."""
     path = run.figures / name
     note = f"Profile {run.profile.name}." if simulated else scale_note(run.profile)
     write_text(path.with_suffix(".txt"), f"{caption} {note}\n")
@@ -56,7 +57,8 @@ def scale_note(profile) -> str:
 
 
 def dots(panels, share: bool = False, bottom=None, line=None):
-    """One dot per SAE against the grid, arms side by side, pairs of the same seed joined by a line; a dashed line at `line`."""
+    """One dot per SAE against the grid, arms side by side, pairs of the same seed joined by a line; a dashed line at
+    `line`."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(panels), figsize=(min(4.2 * len(panels), 13), 3.6), sharey=share, squeeze=False)

@@ -1,4 +1,5 @@
-"""The paper's claims C1 to C5 and the verdicts on them, from the merged scores of a run (`masksae.study.report.effects.merge`)."""
+"""The paper's claims C1 to C5 and the verdicts on them, from the merged scores of a run
+(`masksae.study.report.effects.merge`)."""
 
 import pandas as pd
 
@@ -22,7 +23,8 @@ def caption(scores: pd.DataFrame, grid: str, arm: str) -> str:
 
 
 def decided_by(scores: pd.DataFrame) -> dict[str, tuple[str, str, int]]:
-    """Claim -> (column that decides it, its name, direction that supports it), for the claims that this run measured."""
+    """Claim -> (column that decides it, its name, direction that supports it), for the claims that this run
+    measured."""
     probing, gap = first_column(scores, "probing_auc_"), first_column(scores, "ood_gap_")
     deciding = {"C1": ("mean_full", "mean full absorption", -1)}
     if probing:
@@ -37,9 +39,10 @@ def decided_by(scores: pd.DataFrame) -> dict[str, tuple[str, str, int]]:
 def claims(scores: pd.DataFrame, arm: str) -> dict:
     """The verdicts, keyed C1 to C5. Decided at matched clean L0, each on the first grid, C4 by C1 to C3 on all grids.
 
-    Each verdict has its own 5 %. `p_holm` is the p-value of its t test that holds for all of them at once. `pairs_needed`: pairs that would
-    settle an inconclusive one four times out of five, were the true effect the one found. C1 is about first letters, which the paper
-    measures; `cross_token` is the same for parents that another token sets.
+    Each verdict has its own 5 %. `p_holm` is the p-value of its t test that holds for all of them at once.
+    `pairs_needed`: pairs that would settle an inconclusive one four times out of five, were the true effect the one
+    found. C1 is about first letters, which the paper measures; `cross_token` is the same for parents that another token
+    sets.
     """
     grids, deciding = list(dict.fromkeys(scores["grid"])), decided_by(scores)
     verdicts = {}
@@ -74,6 +77,7 @@ def _everywhere(scores: pd.DataFrame, grids: list[str], arm: str, deciding: dict
 
 
 def dense_absorbers(scores: pd.DataFrame, grid: str) -> dict[str, float | None]:
-    """Per arm, the mean share of absorbed words that are credited to a latent of no particular word; None if none is absorbed."""
+    """Per arm, the mean share of absorbed words that are credited to a latent of no particular word; None if none is
+    absorbed."""
     means = scores[scores["grid"] == grid].groupby("arm", sort=False)["dense_absorbers"].mean()
     return {arm: None if pd.isna(mean) else mean for arm, mean in means.items()}

@@ -1,4 +1,5 @@
-"""What arms change along training: at equal steps, at equal clean explained variance, parent by parent; from rows of `along_scores`."""
+"""What arms change along training: at equal steps, at equal clean explained variance, parent by parent; from rows of
+`along_scores`."""
 
 import math
 
@@ -22,8 +23,8 @@ def effects(rows: list[dict]) -> list[dict]:
     """What each arm changes against the unmasked one, by kind of absorption and by what is held equal.
 
     equal "steps"  finished SAEs, paired by seed; intervals over seeds, and over seeds and parents
-    equal "EV"     against the unmasked SAE of the same seed stopped where its clean explained variance was that of the arm's finished SAE
-                   (linear between snapshots); only seeds whose curve reaches it
+    equal "EV"     against the unmasked SAE of the same seed stopped where its clean explained variance was that of the
+                   arm's finished SAE (linear between snapshots); only seeds whose curve reaches it
     kind "cross-token less same token"  how much more an arm changes the one kind than the other, by steps
     """
     done, entries = finished(rows), []
@@ -58,7 +59,8 @@ def _at_ev(rows: list[dict], row: dict, kind: str, ev: float) -> float | None:
 
 
 def by_parent(rows: list[dict], arm: str, kind: str = "contexts") -> list[dict]:
-    """What an arm changes parent by parent, finished SAEs paired by seed, the clearest first; `p_holm` holds for all parents at once."""
+    """What an arm changes parent by parent, finished SAEs paired by seed, the clearest first; `p_holm` holds for all
+    parents at once."""
     done = finished(rows)
     base = {row["seed"]: row[f"{kind}_items"] for row in done if row["arm"] == baseline_arm(pd.DataFrame(done))}
     treated = {row["seed"]: row[f"{kind}_items"] for row in done if row["arm"] == arm}
@@ -75,7 +77,8 @@ def by_parent(rows: list[dict], arm: str, kind: str = "contexts") -> list[dict]:
 
 
 def growth(rows: list[dict]) -> list[dict]:
-    """Whether the curves have levelled off: change of absorption over the last stretch of training, per arm and kind, paired by seed."""
+    """Whether the curves have levelled off: change of absorption over the last stretch of training, per arm and kind,
+    paired by seed."""
     table = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         steps = sorted({row["step"] for row in rows if row["arm"] == arm})
@@ -92,8 +95,9 @@ def growth(rows: list[dict]) -> list[dict]:
 
 
 def quality(letters: list[dict], contexts: list[dict]) -> list[dict]:
-    """How good the main latents are whose silence counts as absorption: per kind, grid and arm at matched clean L0 the mean absorption, the
-    mean F1 of the main latents, and the share of absorbed words credited to a latent that fires on many words."""
+    """How good the main latents are whose silence counts as absorption: per kind, grid and arm at matched clean L0 the
+    mean absorption, the mean F1 of the main latents, and the share of absorbed words credited to a latent that fires on
+    many words."""
     table = []
     for kind, rows, items, prefix in (
         ("letters", letters, "letters", ("mean_full", "dense_absorbers")),

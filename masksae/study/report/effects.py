@@ -1,4 +1,5 @@
-"""What an arm changes, paired by seed: rows of several result files side by side, and tables of their differences with intervals."""
+"""What an arm changes, paired by seed: rows of several result files side by side, and tables of their differences with
+intervals."""
 
 import math
 
@@ -20,8 +21,8 @@ COMPARED = ("mean_full", "context_full", "ev_centred", "ce_score", "probing_auc_
 
 
 def merge(*results: list[dict], mode: str = "matched") -> pd.DataFrame:
-    """One row per SAE with the scores of several result files in one mode. Tables inside rows become, for a score that is a mean over
-    letters or tasks, a column SCORE_items of {letter or task: value}."""
+    """One row per SAE with the scores of several result files in one mode. Tables inside rows become, for a score that
+    is a mean over letters or tasks, a column SCORE_items of {letter or task: value}."""
     table = pd.DataFrame(results[0])
     for rows in results[1:]:
         more = pd.DataFrame([row | _items(row) for row in rows])
@@ -53,14 +54,15 @@ def treated_arms(scores: pd.DataFrame) -> list[str]:
 
 
 def effect(scores: pd.DataFrame, column: str, grid: str, arm: str) -> Effect:
-    """Paired effect of an arm against the unmasked one (p = 0) on one score of one grid; if the score is a mean over letters or tasks,
-    with an interval for other letters or tasks too."""
+    """Paired effect of an arm against the unmasked one (p = 0) on one score of one grid; if the score is a mean over
+    letters or tasks, with an interval for other letters or tasks too."""
     part, items = scores[scores["grid"] == grid], f"{column}_items"
     used = items if items in scores else column
     baseline, treated = (part[part["arm"] == name].set_index("seed")[used] for name in (baseline_arm(scores), arm))
     if set(baseline.index) != set(treated.index):
         raise DataError(
-            f"{grid}: the arms have other seeds ({sorted(baseline.index)} against {sorted(treated.index)}), so they cannot be paired."
+            f"{grid}: the arms have other seeds ({sorted(baseline.index)} against {sorted(treated.index)}), "
+            "so they cannot be paired."
         )
     baseline, treated = baseline.sort_index().tolist(), treated.sort_index().tolist()
     if used == column:
@@ -83,7 +85,8 @@ def compared(scores: pd.DataFrame) -> dict[str, str]:
 
 
 def comparison(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row per grid and treated arm, one column per score: baseline -> treated and the difference with its interval."""
+    """One row per grid and treated arm, one column per score: baseline -> treated and the difference with its
+    interval."""
     rows = []
     for grid in dict.fromkeys(scores["grid"]):
         for arm in treated_arms(scores):
@@ -95,9 +98,9 @@ def comparison(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def interpolated(*results: list[dict]) -> pd.DataFrame:
-    """The comparison at a common clean L0 by interpolating over k, SAEs as trained: another way to matched sparsity than recalibrated
-    thresholds, which takes no SAE off its own threshold. One row per architecture that has several k, at their geometric mean; no row
-    where the SAEs' own L0 do not enclose it."""
+    """The comparison at a common clean L0 by interpolating over k, SAEs as trained: another way to matched sparsity
+    than recalibrated thresholds, which takes no SAE off its own threshold. One row per architecture that has several k,
+    at their geometric mean; no row where the SAEs' own L0 do not enclose it."""
     scores, rows = merge(*results, mode="as_trained"), []
     for architecture, part in scores.groupby("architecture", sort=False):
         l0 = float(np.exp(np.log(part["k"].unique()).mean()))
@@ -121,7 +124,8 @@ def at_l0(scores: pd.DataFrame, column: str, l0: float) -> dict[int, float]:
 
 
 def describe(e: Effect, digits: int = 3) -> str:
-    """ "0.148 → 0.095 (−0.053, 95 % −0.094 to −0.012)"; if nothing was found, with the difference that could have been."""
+    """ "0.148 → 0.095 (−0.053, 95 % −0.094 to −0.012)"; if nothing was found, with the difference that could have
+    been."""
     interval = "one pair, no interval" if e.low is None else f"95 % {_fixed(e.low, digits)} to {_fixed(e.high, digits)}"
     if e.items_low is not None:
         interval += f", for other items too {_fixed(e.items_low, digits)} to {_fixed(e.items_high, digits)}"

@@ -37,7 +37,8 @@ SCORES = {
     "tpp_": Score("perturbation", "TPP, {} latents", " ablated"),
     "scr_": Score("perturbation", "SCR, {} latents", " ablated"),
 }
-"""By its key in the rows of a result; a key that ends in an underscore stands for one score for each number of latents."""
+"""By its key in the rows of a result; a key that ends in an underscore stands for one score for each number of
+latents."""
 
 
 def score(key: str) -> Score:

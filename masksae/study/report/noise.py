@@ -6,8 +6,8 @@ from masksae.study import stats
 
 
 def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
-    """Where the variance of absorption comes from, per arm and for the difference of each later arm to the first: standard deviations by
-    source, and their shares of the variance. Rows of the noise study."""
+    """Where the variance of absorption comes from, per arm and for the difference of each later arm to the first:
+    standard deviations by source, and their shares of the variance. Rows of the noise study."""
     table = pd.DataFrame(rows)
     axes = ["seed", "draw", "split"]
     values = {
@@ -38,7 +38,8 @@ def noise_means(rows: list[dict]) -> list[dict]:
 
 
 def averaged(scores: pd.DataFrame, means: list[dict]) -> pd.DataFrame:
-    """`scores` with the absorption of the SAEs of the noise study averaged over its draws and splits, so that less noise is left in C1."""
+    """`scores` with the absorption of the SAEs of the noise study averaged over its draws and splits, so that less
+    noise is left in C1."""
     scores = scores.copy()
     for row in means:
         here = scores.index[scores["sae"] == row["sae"]]

@@ -1,4 +1,5 @@
-"""One HTML page about somebody's own SAE: its scores as trained and at matched clean L0, with pictures; no other file, no network."""
+"""One HTML page about somebody's own SAE: its scores as trained and at matched clean L0, with pictures; no other file,
+no network."""
 
 import base64
 import html
@@ -15,10 +16,13 @@ from masksae.study.report.tables import number, to_html
 MODES = ("as_trained", "matched")
 
 SHOWN = (
-    "l0", "ev_centred", "ce_score", "dead_latents", "dense_latents", "mean_full", "mean_fraction", "dense_absorbers", "context_full",
-    "probing_raw_auc", "probing_auc_", "ood_raw_auc", "ood_auc_", "tpp_", "scr_",
-)  # fmt: skip
+    *("l0", "ev_centred", "ce_score", "dead_latents", "dense_latents"),
+    *("mean_full", "mean_fraction", "dense_absorbers", "context_full"),
+    *("probing_raw_auc", "probing_auc_", "ood_raw_auc", "ood_auc_", "tpp_", "scr_"),
+)
 """Scores of the table, in its order."""
+
+LETTERS = "Full absorption by first letter: how often the letter's main latents are silent and another carries it."
 
 
 def write(own: OwnSAE, scores: dict[str, list[dict]]) -> Path:
@@ -40,7 +44,8 @@ def write(own: OwnSAE, scores: dict[str, list[dict]]) -> Path:
 
 
 def rows(scores: dict[str, list[dict]]) -> list[tuple[str, dict[str, float]]]:
-    """(score in words, value by mode) of all that was measured; {"failed": why} for a metric that could not be taken."""
+    """(score in words, value by mode) of all that was measured; {"failed": why} for a metric that could not be
+    taken."""
     listed = []
     for metric in METRICS:
         if metric in failed(scores):
@@ -65,9 +70,9 @@ def _drawings(own: OwnSAE, scores: dict[str, list[dict]]):
     """(figure, caption) of each picture that the scores allow."""
     style.style()
     for metric, items, caption in (
-        ("absorption", "letters", "Full absorption by first letter: how often the letter's main latents are silent and another carries it."),
+        ("absorption", "letters", LETTERS),
         ("contexts", "parents", "The same for what came before the word."),
-    ):  # fmt: skip
+    ):
         if metric in scores:
             yield absorption.draw_items(scores[metric], own.name, items), caption
     options = own.profile.probing

@@ -1,11 +1,11 @@
-"""Which metric can be trusted here: how much the seed moves each score, against what it should see. `python -m masksae.study.report.reliability`.
+"""Which metric can be trusted here: how much the seed moves each score, against what it should see. `masksae reliability`.
 
-Reads the results of a profile and prints the table of docs/metrics.md. For each score, on the unmasked SAEs of the first grid at matched clean
-L0: the standard deviation between seeds; the smallest true difference of the arms that so many pairs find with probability .8; and, as
-a signal of known size, how far the score moves when every token gets more latents (the same SAEs at the largest L0), in standard deviations.
+Reads the results of a profile and prints the table of docs/metrics.md. For each score, on the unmasked SAEs of the
+first grid at matched clean L0: the standard deviation between seeds; the smallest true difference of the arms that so
+many pairs find with probability .8; and, as a signal of known size, how far the score moves when every token gets more
+latents (the same SAEs at the largest L0), in standard deviations.
 """
 
-import sys
 from statistics import mean, stdev
 
 import pandas as pd
@@ -74,7 +74,3 @@ def page_table(table: pd.DataFrame) -> str:
         "more latents move it by": ("signal", _signal),
     }
     return to_markdown(cells(pd.DataFrame({title: table[name].map(form) for title, (name, form) in columns.items()})))
-
-
-if __name__ == "__main__":
-    print(page_table(reliability(*sys.argv[1:])))

@@ -1,4 +1,5 @@
-"""What must be known of some SAEs before their scores are compared: they reconstruct badly, or are not as sparse as the others."""
+"""What must be known of some SAEs before their scores are compared: they reconstruct badly, or are not as sparse as the
+others."""
 
 
 def _worse_than_the_mean(row: dict) -> bool:

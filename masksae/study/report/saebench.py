@@ -1,9 +1,9 @@
 """Scores of a run as SAEBench result files, one per SAE and evaluation, so that tools which read those can read ours.
 
-The keys are those of SAEBench 0.6.0's schemas (a test validates against the schemas that it ships). What a run did not measure is -1,
-SAEBench's own mark for it; k and n that its schemas do not know are in `eval_result_unstructured`. The shifted sets have no evaluation
-there and come as type "masksae_ood". Data and model differ from SAEBench's, so compare numbers between such files of ours only. Ids and
-times are fixed, so that the same scores give the same bytes.
+The keys are those of SAEBench 0.6.0's schemas (a test validates against the schemas that it ships). What a run did not
+measure is -1, SAEBench's own mark for it; k and n that its schemas do not know are in `eval_result_unstructured`. The
+shifted sets have no evaluation there and come as type "masksae_ood". Data and model differ from SAEBench's, so compare
+numbers between such files of ours only. Ids and times are fixed, so that the same scores give the same bytes.
 """
 
 import statistics
@@ -135,7 +135,8 @@ def scr(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
 
 
 def sae_probes(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
-    """The same of the type "sparse_probing_sae_probes": AUC on last tokens; the tables by task are in `eval_result_unstructured`."""
+    """The same of the type "sparse_probing_sae_probes": AUC on last tokens; the tables by task are in
+    `eval_result_unstructured`."""
     options = run.profile.probing
     sae = {f"sae_top_{k}_test_auc": row[f"probing_auc_{k}"] for k in options.ks if k in KNOWN_KS}
     metrics = {"llm": {"llm_test_auc": row["probing_raw_auc"]}, "sae": sae}
@@ -190,7 +191,8 @@ def result(run: Scored, kind: str, row: dict) -> dict:
 
 
 def write_results(run: Run) -> Path:
-    """Write build/<profile>/saebench/TYPE/NAME_custom_sae_eval_results.json for every SAE of the run, as trained and at matched L0."""
+    """Write build/<profile>/saebench/TYPE/NAME_custom_sae_eval_results.json for every SAE of the run, as trained and at
+    matched L0."""
     rows = {name: run.result(name) for name in {source for source, _ in EVALUATIONS.values()}}
     folder = run.build / "saebench"
     with atomic_dir(folder, ANYTHING) as tmp:
@@ -199,7 +201,8 @@ def write_results(run: Run) -> Path:
 
 
 def write_scores(run: Scored, scores: dict[str, list[dict]], folder: Path) -> list[Path]:
-    """Write TYPE/NAME_custom_sae_eval_results.json below a folder for each row of the scores that are there: result -> rows."""
+    """Write TYPE/NAME_custom_sae_eval_results.json below a folder for each row of the scores that are there: result ->
+    rows."""
     return [
         write_json(folder / kind / f"{row['sae']}-{row['mode']}_custom_sae_eval_results.json", result(run, kind, row))
         for kind, (source, _) in EVALUATIONS.items()

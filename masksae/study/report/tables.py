@@ -33,7 +33,8 @@ def brief(value) -> str:
 
 
 def cells(table, columns: Sequence[str] | None = None, form: Callable[[object], str] = str) -> list[list[str]]:
-    """Titles and rows of a DataFrame or of a list of dicts, values as `form` writes them. columns: some of them, in this order.
+    """Titles and rows of a DataFrame or of a list of dicts, values as `form` writes them. columns: some of them, in
+    this order.
 
     >>> cells([{"sae": "a", "l0": 20.0}, {"sae": "b"}], form=brief)
     [['sae', 'l0'], ['a', '20'], ['b', '']]
@@ -81,7 +82,8 @@ def to_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def show(table, columns: list[str] | None = None):
-    """A table for a notebook: chosen columns, numbers to four digits; a long one is folded behind a line that opens it."""
+    """A table for a notebook: chosen columns, numbers to four digits; a long one is folded behind a line that opens
+    it."""
     from IPython.display import HTML
 
     rows = cells(table, columns, brief)

@@ -19,7 +19,8 @@ def vocabulary(tokenizer) -> list[str]:
 
 
 def context_sample(run: Scored) -> tuple[Tensor, Tensor, Tensor]:
-    """Words of the context text, sinks left out: activations [m, d], labels bool [m, parents], block and position int64 [m, 2]."""
+    """Words of the context text, sinks left out: activations [m, d], labels bool [m, parents], block and position int64
+    [m, 2]."""
     ids, first = run.ids("contexts"), len(run.start)
     where, labels = contexts.occurrences(ids, vocabulary(run.language_model.tokenizer))
     if len(where) == 0:
@@ -68,8 +69,8 @@ def _context_row(result: AbsorptionResult) -> dict:
 def word_activations(run: Scored, draw: int = 0) -> tuple[list[str], Tensor]:
     """Single-token words and the residual stream [n, d] at each, after an in-context prefix of the first-letter task.
 
-    The model is causal, so only the word's own token runs, on top of the cached keys and values of one of a few prefixes. Another `draw`
-    has other prefixes for the same words.
+    The model is causal, so only the word's own token runs, on top of the cached keys and values of one of a few
+    prefixes. Another `draw` has other prefixes for the same words.
     """
     task, tokenizer = run.profile.absorption, run.language_model.tokenizer
     words, ids = single_token_words(tokenizer, task.min_word_letters)
@@ -109,8 +110,8 @@ def absorption_scores(run: Scored) -> list[dict]:
 
 
 def absorption_noise(run: Scored) -> list[dict]:
-    """The noise study: absorption at matched clean L0 of the SAEs of the first grid for each draw of in-context examples and each split of
-    the words, [] where the profile asks for one of each."""
+    """The noise study: absorption at matched clean L0 of the SAEs of the first grid for each draw of in-context
+    examples and each split of the words, [] where the profile asks for one of each."""
     task = run.profile.absorption
     if task.draws * task.splits == 1:
         return []

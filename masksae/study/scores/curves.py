@@ -1,7 +1,9 @@
-"""Scores of notebook 04 along training: absorption of the same-token kind and of the cross-token kind, for every arm and ablation.
+"""Scores of notebook 04 along training: absorption of the same-token kind and of the cross-token kind, for every arm
+and ablation.
 
-Absorption grows while an SAE trains, and a masked SAE is further behind on clean text at the same step. So the arms are compared
-against steps and against clean explained variance, at snapshots that are finished SAEs of shorter runs, at matched clean L0. Only a `Run` has snapshots.
+Absorption grows while an SAE trains, and a masked SAE is further behind on clean text at the same step. So the arms are
+compared against steps and against clean explained variance, at snapshots that are finished SAEs of shorter runs, at
+matched clean L0. Only a `Run` has snapshots.
 """
 
 from torch import Tensor
@@ -21,8 +23,9 @@ KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what
 
 
 def along_scores(run: Run) -> list[dict]:
-    """One row per SAE of the first grid and snapshot, the finished SAE included: step, clean L0 as trained, explained variance at clean
-    L0 = k, and full absorption of first letters and of contexts, parent by parent. All of them from one arm at a time, kept per arm."""
+    """One row per SAE of the first grid and snapshot, the finished SAE included: step, clean L0 as trained, explained
+    variance at clean L0 = k, and full absorption of first letters and of contexts, parent by parent. All of them from
+    one arm at a time, kept per arm."""
     return [row for arm in run.arms for row in _arm_rows(run, arm)]
 
 

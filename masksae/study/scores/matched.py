@@ -1,14 +1,13 @@
 """At which threshold an SAE is scored: as trained (its own), and at matched sparsity (clean L0 exactly k).
 
-Every SAE of every arm is scored on the same clean held-out text, with the same prompts and probes, twice. Masking moves the threshold, so
-only the second compares arms at equal sparsity.
+Every SAE of every arm is scored on the same clean held-out text, with the same prompts and probes, twice. Masking moves
+the threshold, so only the second compares arms at equal sparsity.
 """
 
 from collections.abc import Callable
 
 from masksae.metrics.reconstruction import calibrated_threshold
 from masksae.parallel import in_threads
-from masksae.saes.config import TopK
 from masksae.saes.sae import SAE
 from masksae.study.inputs import Scored
 
@@ -29,7 +28,7 @@ def thresholds(run: Scored) -> dict[str, dict[str, float | None]]:
 
 def matched_threshold(run: Scored, sae: SAE, k: float) -> float | None:
     """The threshold at which clean L0 is k; None for TopK, which keeps k latents of every token anyway."""
-    return None if type(sae.config.selection) is TopK else calibrated_threshold(sae, run.held_out, k)
+    return None if sae.config.selection.keeps_k_per_token else calibrated_threshold(sae, run.held_out, k)
 
 
 def score_saes(run: Scored, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:

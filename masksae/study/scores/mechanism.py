@@ -1,14 +1,17 @@
-"""Scores of notebook 00: a world with known features in which a parent's child comes from the same token or from another one: which absorption can masking remove?
+"""Scores of notebook 00, a world with known features: which absorption can masking remove, that of a parent set by the
+same token as its child or that of one set by another token?
 
 Each sample is the activation at a word that follows a context token.
 
-    word      one of 16 common words, each a direction of its own (a child), or a rare one (one of many directions, too rare to be learned)
+    word      one of 16 common words, each a direction of its own (a child), or a rare one (one of many directions, too
+              rare to be learned)
     same      a parent that half of the words have, set by the word itself ("starts with S")
-    cross     a parent that is set by the context token ("follows 'the'"); half of the common words stand after such a context only
+    cross     a parent that is set by the context token ("follows 'the'"); half of the common words stand after such a
+              context only
 
-So every common word always comes with the same parents, and an SAE that is short of latents folds a parent into the word's latent:
-absorption. Masking the context takes the cross parent away and leaves the word; masking the word takes the word and the same parent
-away together. Only the first breaks a co-occurrence.
+So every common word always comes with the same parents, and an SAE that is short of latents folds a parent into the
+word's latent: absorption. Masking the context takes the cross parent away and leaves the word; masking the word takes
+the word and the same parent away together. Only the first breaks a co-occurrence.
 """
 
 from dataclasses import dataclass
@@ -21,7 +24,8 @@ from masksae.activations import ActivationStream
 from masksae.metrics.absorption import absorbed
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import in_threads
-from masksae.saes.config import BatchTopK, SAEConfig
+from masksae.saes.config import SAEConfig
+from masksae.saes.rules import BatchTopK
 from masksae.saes.sae import SAE
 from masksae.study.sections import Simulation
 from masksae.study.stats import paired_effect
@@ -122,8 +126,8 @@ def simulate(
 
 
 def grid(options) -> list[dict]:
-    """What a profile's `simulation` section asks for: every p at the first width, kept and dropped; at the others p = 0 and the main p,
-    dropped."""
+    """What a profile's `simulation` section asks for: every p at the first width, kept and dropped; at the others p = 0
+    and the main p, dropped."""
     first, *others = options.widths
     cells = [{"p": 0.0, "n_latents": first}]
     cells += [{"p": p, "n_latents": first, "drop_masked": drop} for p in options.ps for drop in (False, True)]
@@ -144,7 +148,8 @@ def simulation_rows(options: Simulation) -> list[dict]:
 
 
 def effects(rows: list[dict], arm: str, *, mode: str = "matched") -> list[dict]:
-    """Paired effect of an arm on absorption of either parent: one row per parent, p, width and k, with a 95 % interval over seeds."""
+    """Paired effect of an arm on absorption of either parent: one row per parent, p, width and k, with a 95 % interval
+    over seeds."""
     value = {(r["arm"], r["p"], r["n_latents"], r["k"], r["seed"]): r for r in rows if r["mode"] == mode}
     table = []
     for p, width, k in dict.fromkeys((key[1], key[2], key[3]) for key in value if key[0] == arm):

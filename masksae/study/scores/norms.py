@@ -1,4 +1,5 @@
-"""Norms of the residual stream at ordinary and at masked positions (notebook 01): a special token may become an attention sink."""
+"""Norms of the residual stream at ordinary and at masked positions (notebook 01): a special token may become an
+attention sink."""
 
 import pandas as pd
 
@@ -6,7 +7,8 @@ from masksae.study.inputs import Inputs
 
 
 def norms(run: Inputs, sequences: int = 32) -> list[dict]:
-    """Norm of the residual stream at every position of some training blocks, by arm and by whether the position is masked."""
+    """Norm of the residual stream at every position of some training blocks, by arm and by whether the position is
+    masked."""
     rows = []
     for arm in run.profile.arms:
         ids, is_masked = run.corrupt(arm, run.ids("train", slice(sequences)))

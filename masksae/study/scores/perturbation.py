@@ -1,9 +1,10 @@
-"""Scores of notebook 06, of labelled texts averaged over their tokens: SAEBench's k-sparse probing, and what ablating a concept's latents
-does (TPP, SCR).
+"""Scores of notebook 06, of labelled texts averaged over their tokens: SAEBench's k-sparse probing, and what ablating a
+concept's latents does (TPP, SCR).
 
-A text is its first tokens, BOS left out; activations and latents are averaged over exactly these, so there is no padding that could
-leak into a mean. One pass over the tokens per SAE gives the averaged latents, and everything else follows from them: decoding is
-linear, so ablating latents moves an averaged activation by their averages times their decoder rows.
+A text is its first tokens, BOS left out; activations and latents are averaged over exactly these, so there is no
+padding that could leak into a mean. One pass over the tokens per SAE gives the averaged latents, and everything else
+follows from them: decoding is linear, so ablating latents moves an averaged activation by their averages times their
+decoder rows.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from masksae.study.scores.matched import score_saes
 from masksae.study.scores.probing import labels, text_batches
 
 ROOM = 0.1
-"""SCR of a pair counts if the oracle probe is better than the spurious one by this much: about two standard errors for 100 test texts."""
+"""SCR of a pair counts if the oracle probe is better than the spurious one by this much: about two standard errors for
+100 test texts."""
 TOKENS = 4096
 """Tokens that are encoded at a time."""
 SAEBENCH = dict(normalised=False, penalty="l2", strengths=(1.0,), scaled=False)
@@ -125,7 +127,8 @@ def class_group(run: Scored, name: str) -> ClassGroup:
         own = shuffled([p for p in mine if p not in shared], options.seed)
         if len(own) < size:
             raise DataError(
-                f"{task} has {len(own)} texts of its own, {size} are wanted (perturbation.train + test). Lower them or leave {name} out."
+                f"{task} has {len(own)} texts of its own, {size} are wanted (perturbation.train + test). "
+                f"Lower them or leave {name} out."
             )
         texts += own[:size]
     pool, classes = text_pool(run, texts, name), len(tasks)
@@ -208,7 +211,8 @@ def pair(run: Scored, wanted: str, other: str) -> Pair:
 
 
 def pair_scores(run: Scored, pair: Pair, sae: SAE, threshold: float | None) -> dict:
-    """SCR of one SAE on one pair, averaged over those of the two ways in which the attributes can go together that leave room for it."""
+    """SCR of one SAE on one pair, averaged over those of the two ways in which the attributes can go together that
+    leave room for it."""
     ns, w_dec = tuple(run.profile.perturbation.ns), sae.W_dec.cpu()
     f, (first, second) = pair.pool.latents(sae, threshold), pair.oracles
     results = {}
@@ -231,7 +235,8 @@ def pair_scores(run: Scored, pair: Pair, sae: SAE, threshold: float | None) -> d
 
 
 def concept_scores(run: Scored) -> list[dict]:
-    """One row per SAE and mode: TPP and SCR by number of ablated latents, accuracy of k-sparse probes, and the tables they are means of."""
+    """One row per SAE and mode: TPP and SCR by number of ablated latents, accuracy of k-sparse probes, and the tables
+    they are means of."""
 
     def make() -> list[dict]:
         options = run.profile.perturbation

@@ -1,7 +1,9 @@
-"""Scores of notebooks 05 and 07: what probes on an SAE's latents make of labelled texts, in distribution (C2) and under a shift (C3).
+"""Scores of notebooks 05 and 07: what probes on an SAE's latents make of labelled texts, in distribution (C2) and under
+a shift (C3).
 
-A text is seen as sae-probes sees it: the residual stream at its last token, texts cut on the left. Probes and splits are the same for
-every SAE of both arms; the probe on raw activations is the reference that an SAE could at best reach with all its latents.
+A text is seen as sae-probes sees it: the residual stream at its last token, texts cut on the left. Probes and splits
+are the same for every SAE of both arms; the probe on raw activations is the reference that an SAE could at best reach
+with all its latents.
 """
 
 from collections.abc import Iterator
@@ -22,11 +24,13 @@ from masksae.tracing import activations
 
 BATCH = 64
 USABLE = 0.55
-"""A shifted set counts if the probe on raw activations reaches this AUC there: 300 rows have a standard error of about .03."""
+"""A shifted set counts if the probe on raw activations reaches this AUC there: 300 rows have a standard error of about
+.03."""
 
 
 def text_batches(run: Inputs, texts: list[str], limit: int, *, from_end: bool, label: str | None = None) -> Iterator:
-    """Texts as activations, short ones first: (rows, x [b, s, d], lengths int64 [b]) with x padded on the right and BOS left out.
+    """Texts as activations, short ones first: (rows, x [b, s, d], lengths int64 [b]) with x padded on the right and BOS
+    left out.
 
     limit     tokens of a text at most
     from_end  keep the last tokens of a longer text instead of the first
@@ -51,7 +55,8 @@ def text_batches(run: Inputs, texts: list[str], limit: int, *, from_end: bool, l
 
 
 def last_token_activations(run: Inputs, texts: list[str], label: str | None = None) -> Tensor:
-    """Residual stream [n, d] at the last token of each text, after BOS and at most `probing.max_tokens` tokens of its end."""
+    """Residual stream [n, d] at the last token of each text, after BOS and at most `probing.max_tokens` tokens of its
+    end."""
     last = torch.empty(len(texts), run.width)
     for rows, x, lengths in text_batches(run, texts, run.profile.probing.max_tokens, from_end=True, label=label):
         last[rows] = x[torch.arange(len(rows)), lengths - 1]
@@ -59,7 +64,8 @@ def last_token_activations(run: Inputs, texts: list[str], label: str | None = No
 
 
 def labels(targets) -> Tensor:
-    """bool [n] from a table's target column; the larger of the two values is positive. Raises DataError for another number of values.
+    """bool [n] from a table's target column; the larger of the two values is positive. Raises DataError for another
+    number of values.
 
     >>> labels(["no", "yes", "no"])
     tensor([False,  True, False])
@@ -102,8 +108,8 @@ def _rows(source: str) -> tuple[list[str], Tensor]:
 
 
 RANKINGS = {"": True, "_plain": False}
-"""How latents are ranked: by the difference of class means divided by a latent's mean non-zero value (sae-probes), or not divided (the
-published figure of the shifted sets)."""
+"""How latents are ranked: by the difference of class means divided by a latent's mean non-zero value (sae-probes), or
+not divided (the published figure of the shifted sets)."""
 
 
 Tasks = dict[str, tuple[str, Shift | None]]
@@ -111,14 +117,15 @@ Tasks = dict[str, tuple[str, Shift | None]]
 
 
 def probing_scores(run: Scored) -> list[dict]:
-    """One row per SAE and mode: mean AUC over tasks for each k, and the table of tasks with the raw probe beside them."""
+    """One row per SAE and mode: mean AUC over tasks for each k, and the table of tasks with the raw probe beside
+    them."""
     tasks = run.profile.probing.tasks
     return _scores(run, "probing", {task: (task, None) for task in (binary_tasks() if tasks == ["all"] else tasks)})
 
 
 def ood_scores(run: Scored) -> list[dict]:
-    """One row per SAE and mode: mean AUC on the shifted sets of each family, for each k and ranking, and its gap to the probe on raw
-    activations."""
+    """One row per SAE and mode: mean AUC on the shifted sets of each family, for each k and ranking, and its gap to the
+    probe on raw activations."""
     shifts = {text: Shift.parse(text) for text in run.profile.probing.shifted}
     return _scores(run, "ood", {text: (shift.task, shift) for text, shift in shifts.items()})
 
@@ -154,7 +161,8 @@ def _score_all(run: Scored, kind: str, tasks: Tasks) -> list[dict]:
 
 
 def _load(run: Scored, tasks: Tasks, skip: bool) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """Activations of the tasks, and why some are left out: with `skip`, a task that has too few rows does not end the run."""
+    """Activations of the tasks, and why some are left out: with `skip`, a task that has too few rows does not end the
+    run."""
     data, excluded = {}, {}
     for name, where in tasks.items():
         try:
