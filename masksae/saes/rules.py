@@ -101,9 +101,10 @@ class Selection:
     dictionary_learning: ClassVar[tuple[Peer, ...]] = ()
     """What it is in dictionary_learning."""
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, base: bool = False, **options):
+        """Makes a rule known; `base`: it is what rules have in common, and none itself."""
         super().__init_subclass__(**options)
-        if cls.__name__.startswith("_"):  # a base of rules
+        if base:
             return
         for name, known in SELECTIONS.items():
             same = (name, known.__module__) == (cls.__name__, cls.__module__)  # a cell that is run again, for example
@@ -186,7 +187,7 @@ class Selection:
         raise NotImplementedError
 
 
-class _Ranked(Selection):
+class Ranked(Selection, base=True):
     """The largest are kept, k per token on average. Without a penalty, gradients are those of what is kept."""
 
     k: float
@@ -208,7 +209,7 @@ class _Ranked(Selection):
 
 
 @dataclass(frozen=True)
-class TopK(_Ranked):
+class TopK(Ranked):
     """Keep the k largest pre-activations of each token (Gao et al. 2024, arXiv 2406.04093)."""
 
     k: int
@@ -255,7 +256,7 @@ class TopK(_Ranked):
 
 
 @dataclass(frozen=True)
-class BatchTopK(_Ranked):
+class BatchTopK(Ranked):
     """Keep the k x batch largest pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
 
     At inference a threshold takes over: the running mean of the smallest value kept. Of equal values the first are kept
@@ -372,7 +373,7 @@ class JumpReLU(Selection):
 
 
 @dataclass(frozen=True)
-class _Penalised(Selection):
+class Penalised(Selection, base=True):
     """What is positive stays; an L1 penalty keeps it little."""
 
     l1: float | None
@@ -408,7 +409,7 @@ class _Penalised(Selection):
 
 
 @dataclass(frozen=True)
-class ReLU(_Penalised):
+class ReLU(Penalised):
     """Keep what is positive; an L1 penalty weighted by decoder norms keeps it little (Anthropic, April 2024 update).
 
     The penalty is l1 mean_b sum_j f_j |d_j|.
@@ -440,7 +441,7 @@ class ReLU(_Penalised):
 
 
 @dataclass(frozen=True)
-class Gated(_Penalised):
+class Gated(Penalised):
     """A gate decides which latents are active, a tied magnitude how much (Rajamanoharan et al. 2024, arXiv 2404.16014).
 
     f = ReLU(exp(r_mag) z + b_mag) where the gate pre = z + b_enc is open; the penalty is l1 mean_b sum_j ReLU(pre_j).

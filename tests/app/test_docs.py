@@ -108,7 +108,7 @@ def test_what_is_said_of_the_second_model_is_what_was_measured():
     ]
     assert told == [".72", ".77", ".25", ".32"] and all(number in PAGES["results"] for number in told)
     assert [f"{ev[key]:.3f}" for key in ("baseline", "treated")] == ["0.868", "0.852"]
-    held_equal = {(e["arm"], e["kind"], e["equal"]): e for e in read_json(ROOT / "results/gemma/along_held_equal.json")}
+    held_equal = {(e["arm"], e["kind"], e["equal"]): e for e in read_json(ROOT / "results/gemma/along_effects.json")}
     assert f"{held_equal['dropped', 'cross-token (what came before)', 'steps']['treated']:.2f}" == "0.27"
     assert all(e["low"] < 0 < e["high"] for (_, _, equal), e in held_equal.items() if equal == "EV")
     matched = lambda name: [r for r in read_json(ROOT / f"results/gemma/{name}.json") if r["mode"] == "matched"]
