@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from setuptools import find_packages
+from setuptools import find_namespace_packages
 
 import masksae
 
@@ -40,7 +40,7 @@ def build(source: Path, target: Path, kind: str) -> Path:
 def test_every_folder_and_file_of_the_package_is_declared():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     files = [p.relative_to(ROOT) for p in (ROOT / "masksae").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert {".".join(file.parent.parts) for file in files} == {*find_packages(ROOT, **declared["packages"]["find"])}
+    assert {".".join(file.parent.parts) for file in files} == {*find_namespace_packages(ROOT, **declared["packages"]["find"])}
     data = {file for file in files if file.suffix != ".py"}
     told = {
         path.relative_to(ROOT)
