@@ -1,4 +1,4 @@
-"""The walks of CONTRIBUTING.md: they are short, and where they end is where it happens: emptied, the tests beside it fail, others do not."""
+"""The walks of CONTRIBUTING.md are short, and where they end is where it happens: emptied, its tests fail, others do not."""
 
 import ast
 import os
