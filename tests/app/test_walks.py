@@ -1,4 +1,4 @@
-"""The walks of CONTRIBUTING.md are short, and where they end is where it happens: emptied, its tests fail, others do not."""
+"""The walks of CONTRIBUTING.md are short, and end where it happens: emptied, its tests fail, others do not."""
 
 import ast
 import os
