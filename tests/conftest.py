@@ -1,4 +1,4 @@
-"""Fixtures that files of several rooms share: tiny random models, a project around one of them, and a run whose SAEs are trained."""
+"""Fixtures of several rooms: tiny random models, a project around one of them, a run whose SAEs are trained."""
 
 import contextlib
 import os
@@ -41,7 +41,7 @@ def ids():
 
 @pytest.fixture
 def new_project(tmp_path, monkeypatch):
-    """A folder with a tiny model and some text, and nothing made of them; the working folder, with a cache of its own."""
+    """A folder with a tiny model and some text, nothing made of them yet, an empty cache; the working folder."""
     make_project(tmp_path)
     monkeypatch.setenv("MASKSAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -50,7 +50,7 @@ def new_project(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def trained_cache(tmp_path_factory):
-    """The cache of a run of the tiny profile. Ids cover contents, not paths: in a copy of it every project finds its SAEs trained."""
+    """The cache of a run of the tiny profile. Ids cover contents, not paths: in a copy, projects find SAEs."""
     from masksae import Run
 
     folder = tmp_path_factory.mktemp("trained")

@@ -181,7 +181,7 @@ def test_scores_that_can_be_trusted(capsys, monkeypatch):
     assert rows[0]["score"] == "explained variance" and 0 < rows[0]["between seeds"] < 0.1
 
 
-def test_an_unfinished_profile_has_no_scores_to_trust(run, capsys):  # noqa: F811
+def test_an_unfinished_profile_has_no_scores_to_trust(run, capsys):
     assert cli.main(["reliability", run.source]) == 2 and "Run notebook 09_paper" in capsys.readouterr().err
 
 

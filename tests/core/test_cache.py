@@ -60,7 +60,7 @@ def test_an_edit_on_the_way_to_a_score_moves_the_ids_from_there_on(package, file
     assert [name for name in REST_ON if cache.code_id(name) != before[name]] == REST_ON[first]
 
 
-def test_scores_rest_on_the_ids_of_their_saes(project, monkeypatch):  # noqa: F811
+def test_scores_rest_on_the_ids_of_their_saes(project, monkeypatch):
     run, made = Run(profile(project)), []
     make = lambda: [{"n": made.append(1) or len(made)}]
     score = lambda: run.rows("try", run.profile.evaluation, make)

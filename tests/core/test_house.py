@@ -1,7 +1,7 @@
-"""Who may import whom: app -> study -> (metrics, training, data, core). No arrow back, inside functions neither, and no circle.
+"""Who may import whom: app -> study -> (metrics, training, data, core). No arrow back, and no circle.
 
-An import is counted wherever it stands, and so is a string that is nothing but the name of a module, which `importlib` or a job may be
-given. The table of lazy names in masksae/__init__.py is the one exception: it is the door to everything.
+An import is counted wherever it stands, and so is a string that is nothing but the name of a module, which `importlib`
+or a job may be given. The table of lazy names in masksae/__init__.py is the one exception.
 """
 
 import ast

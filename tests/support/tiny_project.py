@@ -1,4 +1,4 @@
-"""Tiny random models with a tokenizer, and a project around one of them: text, a profile with every section, a folder for each test."""
+"""Tiny random models with a tokenizer, and a project around one of them: text, and a profile with every section."""
 
 import random
 
