@@ -1,8 +1,10 @@
-"""The project's virtual environments: `python3 tools/environment.py .venv` (or .venv-peers) makes one, and is silent where it is ready.
+"""The project's virtual environments: `python3 tools/environment.py .venv` (or .venv-peers) makes one, and is silent
+where it is ready.
 
-An environment is built as .venvs/NAME/HASH and stays there, because its scripts hold that path; `.venv` is a link that turns to it once it is
-whole. So what works goes on working until its successor does: offline, on a full disk, after Ctrl-C. The hash is of what decides the packages,
-and no time of a file counts. Only the standard library: this runs before anything is installed.
+An environment is built as .venvs/NAME/HASH and stays there, because its scripts hold that path; `.venv` is a link that
+turns to it once it is whole. So what works goes on working until its successor does: offline, on a full disk, after
+Ctrl-C. The hash is of what decides the packages, and no time of a file counts. Only the standard library: this runs
+before anything is installed.
 """
 
 import fcntl
@@ -25,7 +27,8 @@ PACKAGES = {
 """Arguments of `pip install`, one call after the other."""
 
 PROJECT = "--no-build-isolation --no-deps -e ."
-"""The same for this project itself, in place; it is done again whenever pyproject.toml says something else, in seconds."""
+"""The same for this project itself, in place; it is done again whenever pyproject.toml says something else, in
+seconds."""
 
 STRIP = "if [ -x .venv/bin/python ]; then .venv/bin/python -m nbstripout --keep-id; else cat; fi"
 """Git's filter for notebooks: outputs never reach a commit."""
@@ -63,7 +66,8 @@ def main(name: str) -> int:
 
 
 def packages_hash(name: str) -> str:
-    """Of everything that decides which packages lie where: pins, commands, Python, and this folder, whose path scripts hold."""
+    """Of everything that decides which packages lie where: pins, commands, Python, and this folder, whose path scripts
+    hold."""
     parts = [(ROOT / LOCKS[name]).read_text(encoding="utf-8"), *PACKAGES[name], str(ROOT)]
     parts += [sys.implementation.cache_tag, sysconfig.get_platform()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

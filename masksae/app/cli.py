@@ -1,8 +1,8 @@
 """The command line, `masksae` or `python -m masksae`: the only parser, thin over the functions of this package.
 
-Exit status: 0 done, 1 a stage failed or a published number differs, 2 bad input or a place that cannot be written, said in one line on
-stderr, 130 interrupted. What was asked for goes to stdout, as text or with --json as one JSON value; progress and messages go to stderr.
-What a command needs is imported when it runs, so that --help takes no second.
+Exit status: 0 done, 1 a stage failed or a published number differs, 2 bad input or a place that cannot be written, said
+in one line on stderr, 130 interrupted. What was asked for goes to stdout, as text or with --json as one JSON value;
+progress and messages go to stderr. What a command needs is imported when it runs, so that --help takes no second.
 """
 
 import argparse
@@ -52,7 +52,8 @@ EXAMPLES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; errors that masksae raises on purpose are one line on stderr unless --debug asks for the traceback."""
+    """Run a command; errors that masksae raises on purpose are one line on stderr unless --debug asks for the
+    traceback."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     return exit_status(lambda: _run(parser().parse_args(arguments)), debug)
 

@@ -56,7 +56,8 @@ def _drop_output() -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals():
-    """SIGTERM and SIGHUP raise Stopped inside, so that the way out ends children; one that is ignored (nohup) stays ignored."""
+    """SIGTERM and SIGHUP raise Stopped inside, so that the way out ends children; one that is ignored (nohup) stays
+    ignored."""
 
     def stop(number, _):
         raise Stopped(number)

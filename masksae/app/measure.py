@@ -1,4 +1,5 @@
-"""A fraction of a run, measured where it would run: the same step and the same forward on the same shapes, for a few seconds."""
+"""A fraction of a run, measured where it would run: the same step and the same forward on the same shapes, for a few
+seconds."""
 
 import copy
 import time
@@ -16,7 +17,8 @@ BLOCKS = 2
 
 
 def hours_here(plan: Plan, device: str) -> dict[str, float]:
-    """Hours of the stages "activations" and "training" on this device, from a few forwards and steps on random values."""
+    """Hours of the stages "activations" and "training" on this device, from a few forwards and steps on random
+    values."""
     harvest, training, _ = plan.work
     rate = forward_rate(plan, device)
     steps = sum(count * step_seconds(plan, config, device) for config, count in _kinds(plan).items())

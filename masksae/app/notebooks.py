@@ -9,8 +9,8 @@ from masksae.files import atomic_file, ensure_writable, write_text
 
 
 def execute(source: Path, target: Path, parameters: dict, *, cwd: Path) -> Path:
-    """Execute the notebook `source` into `target`. Progress goes to the terminal and not into the file; a notebook that fails is kept as
-    TARGET.failed.ipynb. Raises papermill's errors."""
+    """Execute the notebook `source` into `target`. Progress goes to the terminal and not into the file; a notebook that
+    fails is kept as TARGET.failed.ipynb. Raises papermill's errors."""
     import nbformat
     import papermill
 

@@ -1,9 +1,9 @@
 """What a run costs, before it starts: work by arithmetic, time on several GPUs, memory, disk; and whether it fits here.
 
-No weights are loaded: the language model is built on the `meta` device from its shape, which is known here, or stands in a folder or the
-hub's cache; else one small file is asked of the hub, and that is said. FLOP are exact counts
-of the matrix products; hours assume shares of a GPU's peak that `SHARE` states and that no one has measured on those GPUs. What can be
-measured is measured where the plan is made (`measure.py`): the same step on the same shapes, for a moment.
+No weights are loaded: the language model is built on the `meta` device from its shape, which is known here, or stands
+in a folder or the hub's cache; else one small file is asked of the hub, and that is said. FLOP are exact counts of the
+matrix products; hours assume shares of a GPU's peak that `SHARE` states and that no one has measured on those GPUs.
+What can be measured is measured where the plan is made (`measure.py`): the same step on the same shapes, for a moment.
 """
 
 import shutil
@@ -21,6 +21,7 @@ from masksae.memory import ADAM_AND_WEIGHTS, available_bytes, parameters, traini
 from masksae.parallel import LARGEST
 from masksae.saes.config import SAEConfig
 from masksae.study.profile import Profile
+from masksae.tracing import hook_point, hook_width
 
 SHAPES = {
     "hub:EleutherAI/pythia-70m": ("gpt_neox", dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048, vocab_size=50304)),
@@ -59,7 +60,8 @@ SHARE = 0.4
 """Assumed share of a GPU's peak, in products and in bandwidth alike."""
 
 TRAFFIC = 40
-"""Assumed passes over the pre-activations [batch, latents] in single precision of one dense training step (selection included)."""
+"""Assumed passes over the pre-activations [batch, latents] in single precision of one dense training step (selection
+included)."""
 
 BASE, COPIES = 0.8e9, 2
 """Bytes of a Python process with its libraries, and copies of an SAE's latents that a score holds."""
@@ -118,8 +120,6 @@ class Plan:
 
     @property
     def width(self) -> int:
-        from masksae.tracing import hook_width
-
         return hook_width(self.model, self.profile.model.block)
 
     @property
@@ -128,8 +128,6 @@ class Plan:
 
     def forward_flop(self, last: int, tokens: float) -> float:
         """Of a forward through block `last`, without the unembedding."""
-        from masksae.tracing import hook_point
-
         path, _, _ = hook_point(self.model, last).rpartition(".")
         blocks = self.model.get_submodule(path)[: last + 1]
         linear = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
@@ -155,7 +153,8 @@ class Plan:
 
     @property
     def streams(self) -> int:
-        """Activation streams: what the model sees differs by arm, and by pair where tokens are masked. One on less text is part of another."""
+        """Activation streams: what the model sees differs by arm, and by pair where tokens are masked. One on less text
+        is part of another."""
         seen = {
             (arm.p, arm.mask_seed(pair or 0), arm.token) if arm.p else (0,)
             for arm in self.arms
@@ -214,8 +213,9 @@ class Plan:
 
     def hours(self, work: Work, gpu: GPU) -> float:
         """By arithmetic: products and other traffic one after the other, at `SHARE` of the data sheet."""
-        peak = lambda form: 1e12 * (gpu.half if form == "bfloat16" else gpu.single)
-        seconds = work.flop / peak(self.profile.model.dtype) + work.sae_flop / peak(self.profile.training.precision)
+        peak = {"bfloat16": 1e12 * gpu.half}
+        seconds = work.flop / peak.get(self.profile.model.dtype, 1e12 * gpu.single)
+        seconds += work.sae_flop / peak.get(self.profile.training.precision, 1e12 * gpu.single)
         return (seconds + work.traffic / (1e12 * gpu.bandwidth)) / SHARE / 3600
 
     def memory(self, device: str = "cuda") -> dict[str, float]:
@@ -246,7 +246,8 @@ class Plan:
         )
 
     def scores(self) -> float:
-        """Bytes of ordinary memory while scores are taken: the latents of the first-letter words, for a few SAEs at a time."""
+        """Bytes of ordinary memory while scores are taken: the latents of the first-letter words, for a few SAEs at a
+        time."""
         largest = max(c.n_latents for c in self.saes)
         return (
             LARGEST * COPIES * 4 * self.profile.absorption.words * largest
@@ -276,7 +277,8 @@ class Plan:
         return BASE + max(loaded, self.scores())
 
     def check(self, device: str, kept: float = 0.0) -> None:
-        """Raise ConfigError, with the remedy, if the run cannot fit on the device, or on the disk beside the `kept` bytes that it has there."""
+        """Raise ConfigError, with the remedy, if the run cannot fit on the device, or on the disk beside the `kept`
+        bytes that it has there."""
         needed, free = sum(self.memory(device).values()), available_bytes(device)
         if free is not None and needed > free:
             parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in self.memory(device).items())
@@ -317,13 +319,15 @@ def step_flop(config: SAEConfig) -> float:
 
 
 def step_traffic(config: SAEConfig, batch: int) -> float:
-    """Bytes that one step moves besides its products: passes over the pre-activations, and Adam's over the parameters."""
+    """Bytes that one step moves besides its products: passes over the pre-activations, and Adam's over the
+    parameters."""
     return 4.0 * (TRAFFIC * batch * config.n_latents + 8 * parameters(config))
 
 
 def peers(plan: Plan) -> dict[str, dict[str, float]]:
-    """FLOP of the same grid by other tools: "dictionary_learning" (all SAEs of an arm on one forward) and "SAELens" (a forward for each SAE),
-    both scored by SAEBench, whose core evaluation takes full forwards for each SAE: 32,000 sequences of 128 tokens, and 3,200 three times.
+    """FLOP of the same grid by other tools: "dictionary_learning" (all SAEs of an arm on one forward) and "SAELens" (a
+    forward for each SAE), both scored by SAEBench, whose core evaluation takes full forwards for each SAE: 32,000
+    sequences of 128 tokens, and 3,200 three times.
     """
     harvest, training, _ = plan.work
     last = plan.config.num_hidden_layers - 1

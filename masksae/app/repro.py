@@ -1,8 +1,8 @@
 """The pipeline: its notebooks, run by DVC in the order of what they need.
 
-The stages are written once, in the root's dvc.yaml, whose params.yaml names the default profile; a bare `dvc repro` runs that.
-Another profile gets a folder build/NAME/ in which dvc.yaml is a link to the same file and params.yaml names the profile: its
-own lock, its own outputs.
+The stages are written once, in the root's dvc.yaml, whose params.yaml names the default profile; a bare `dvc repro`
+runs that. Another profile gets a folder build/NAME/ in which dvc.yaml is a link to the same file and params.yaml names
+the profile: its own lock, its own outputs.
 """
 
 import contextlib
@@ -57,7 +57,8 @@ def check_fit(profile) -> None:
 
 
 def planned(profile, measure: bool) -> tuple:
-    """What `plan_text` takes: the plan of a profile, the device, the bytes kept already, and with `measure` the hours it would take here."""
+    """What `plan_text` takes: the plan of a profile, the device, the bytes kept already, and with `measure` the hours
+    it would take here."""
     from masksae.app.plan import Plan
     from masksae.study.run import Run
 
@@ -82,7 +83,8 @@ def run_guide() -> Path:
 
 
 def ask_for_terms(source: str) -> None:
-    """Show the terms of a model that has some, once, and ask. Raises SourceError if they are refused, or if nobody is there to ask."""
+    """Show the terms of a model that has some, once, and ask. Raises SourceError if they are refused, or if nobody is
+    there to ask."""
     from masksae.data.models import accept_terms, require_terms, terms
 
     text = terms(source)
@@ -107,8 +109,8 @@ def dvc(command: str, profile) -> int:
 def run_group(command: list[str], **options) -> int:
     """Exit status of a command whose whole family (DVC, its stage, the stage's kernel) ends when we are told to end.
 
-    It gets a process group of its own, and from us one SIGINT, whichever signal came and whoever sent it: DVC waits for its stage then, and
-    lets go of its locks. What has not ended after PATIENCE seconds is killed.
+    It gets a process group of its own, and from us one SIGINT, whichever signal came and whoever sent it: DVC waits for
+    its stage then, and lets go of its locks. What has not ended after PATIENCE seconds is killed.
     """
     process = subprocess.Popen(command, process_group=0, **options)
     try:
@@ -148,8 +150,8 @@ def pipeline_file(profile) -> Path:
 
 
 def _values(profile: Profile) -> dict:
-    """What DVC compares of a reader's own profile: every key that a stage names, though the file may leave most out; and beside the
-    names of files in a section, what is in them."""
+    """What DVC compares of a reader's own profile: every key that a stage names, though the file may leave most out;
+    and beside the names of files in a section, what is in them."""
     values = profile.model_dump(mode="json")
     for name in Profile.model_fields:
         section = getattr(profile, name)
@@ -159,7 +161,8 @@ def _values(profile: Profile) -> dict:
 
 
 def project_notebooks(profile) -> None:
-    """Write build/NAME/projection/NN.json for each notebook: type, source and tags of its cells, and nothing that running it alters."""
+    """Write build/NAME/projection/NN.json for each notebook: type, source and tags of its cells, and nothing that
+    running it alters."""
     import nbformat
 
     root = repository()

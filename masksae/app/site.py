@@ -1,7 +1,8 @@
 """Static pages of what was run: `masksae site` turns build/, figures/, results/ and the docstrings into build/site/.
 
-One page per executed notebook, one per profile with every figure beside its caption, its notebook and its parameters, and the API
-reference. Plain HTML and CSS: it opens from the disk, needs no network, and follows the reader's light or dark setting.
+One page per executed notebook, one per profile with every figure beside its caption, its notebook and its parameters,
+and the API reference. Plain HTML and CSS: it opens from the disk, needs no network, and follows the reader's light or
+dark setting.
 """
 
 import html
@@ -36,9 +37,8 @@ def build(root: Path | None = None) -> Path:
         raise DataError(
             f"{root / 'build'} holds no executed notebook. Run `make repro` first (or PROFILE=smoke for minutes)."
         )
-    place = lambda name, order: (order.index(name) if name in order else len(order), name)
-    names = sorted(folders, key=lambda name: place(name, ORDER))
-    pages = sorted((root / "docs").glob("*.md"), key=lambda path: place(path.stem, DOCS))
+    names = sorted(folders, key=lambda name: _place(name, ORDER))
+    pages = sorted((root / "docs").glob("*.md"), key=lambda path: _place(path.stem, DOCS))
     links = [("index.html", "masksae"), *((f"{name}/index.html", name) for name in names)]
     links += [(f"docs/{path.stem}.html", path.stem) for path in pages] + [("api/masksae.html", "API")]
     with atomic_dir(root / "build" / "site", ANYTHING) as site:
@@ -49,6 +49,11 @@ def build(root: Path | None = None) -> Path:
         _api(site / "api")
         _page(site / "index.html", "masksae", _front(root, names), links, "")
     return root / "build" / "site" / "index.html"
+
+
+def _place(name: str, order: tuple[str, ...]) -> tuple[int, str]:
+    """Sorts names in an order, others after them by name."""
+    return order.index(name) if name in order else len(order), name
 
 
 def _page(path: Path, title: str, body: str, links: list[tuple[str, str]], up: str, here: str = "") -> None:

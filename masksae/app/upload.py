@@ -1,4 +1,5 @@
-"""The SAEs of a run as a repository for the hub: one folder each in SAELens' form, and a model card made from the run's own results."""
+"""The SAEs of a run as a repository for the hub: one folder each in SAELens' form, and a model card made from the run's
+own results."""
 
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def build(run: Run) -> Path:
 
 
 def upload(run: Run, repository: str) -> str:
-    """Build and push to the hub as `repository` ("owner/name", private until made public there); its address. Raises ConfigError, SourceError."""
+    """Build and push to the hub as `repository` ("owner/name", private until made public there); its address. Raises
+    ConfigError, SourceError."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 

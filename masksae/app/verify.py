@@ -1,16 +1,19 @@
-"""Reference checks: what was published about unmasked SAEs of the paper's models, beside what this code finds; `masksae verify paper`.
+"""Reference checks: what was published about unmasked SAEs of the paper's models, beside what this code finds; `masksae
+verify paper`.
 
-Three kinds. The released SAEs of SAEBench's suite, scored by our metrics: they test the metrics, and should agree closely. Our own unmasked
-SAEs: they test the trainer, and agree loosely, since the released ones were trained with an auxiliary loss that hardly worked. And raw
-activations under shift, which need no SAE at all. What cannot be checked is listed with the reason.
+Three kinds. The released SAEs of SAEBench's suite, scored by our metrics: they test the metrics, and should agree
+closely. Our own unmasked SAEs: they test the trainer, and agree loosely, since the released ones were trained with an
+auxiliary loss that hardly worked. And raw activations under shift, which need no SAE at all. What cannot be checked is
+listed with the reason.
 
-Published numbers: SAEBench's result set of 8 January 2025 as re-run with its version 0.6.0 (github.com/meowmaryexe/SAEBench-Reliability),
-and the result tables of Kantamneni et al. 2025 (arXiv 2502.16681).
+Published numbers: SAEBench's result set of 8 January 2025 as re-run with its version 0.6.0
+(github.com/meowmaryexe/SAEBench-Reliability), and the result tables of Kantamneni et al. 2025 (arXiv 2502.16681).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from masksae.errors import MasksaeError, SourceError
 from masksae.files import cache_dir, read_json, run_id
@@ -21,7 +24,8 @@ from masksae.study.run import Run
 
 @dataclass(frozen=True)
 class Suite:
-    """What is known of a model's Matryoshka SAEs of 4,096 latents: k -> (CE score, L0 on text, mean full absorption or None)."""
+    """What is known of a model's Matryoshka SAEs of 4,096 latents: k -> (CE score, L0 on text, mean full absorption or
+    None)."""
 
     repository: str
     folder: str
@@ -45,7 +49,8 @@ SUITES = {
         },
     ),
 }  # fmt: skip
-"""By model, at the paper's block. Of the eight shifted sets (mean .795 on Gemma) one, QNLI, cannot be used as it is shipped."""
+"""By model, at the paper's block. Of the eight shifted sets (mean .795 on Gemma) one, QNLI, cannot be used as it is
+shipped."""
 
 TEXT = "hub:Skylion007/openwebtext@refs/convert/parquet"
 """What the released SAEs were scored on."""
@@ -85,7 +90,6 @@ def released_checks(run: Run, suite: Suite) -> list[Check]:
     found: dict[int, dict[str, float]] = {}
     reason = _reason(lambda: found.update(score_released(run, suite)))
     names = ("CE score", "L0", "full absorption")
-    tolerances = lambda published: (0.003, 0.01 * published[1], 0.02)
     return [
         Check(
             f"released SAE, k {k}: {name}",
@@ -95,7 +99,7 @@ def released_checks(run: Run, suite: Suite) -> list[Check]:
             reason or "the repository lacks it",
         )
         for k, published in suite.scores.items()
-        for name, value, tolerance in zip(names, published, tolerances(published))
+        for name, value, tolerance in zip(names, published, (0.003, 0.01 * published[1], 0.02))
         if value is not None
     ]
 
@@ -119,7 +123,8 @@ def own_checks(run: Run, suite: Suite) -> list[Check]:
 
 
 def raw_checks(run: Run, suite: Suite) -> list[Check]:
-    """Raw activations under shift: each set within two standard errors of an AUC on 300 rows (.056), the mean within .01."""
+    """Raw activations under shift: each set within two standard errors of an AUC on 300 rows (.056), the mean within
+    .01."""
     rows: list[dict] = []
     reason = _reason(lambda: rows.extend(run.result("ood")))
     found = {task["task"]: task["raw_auc"] for task in rows[0]["tasks"]} if rows else {}
@@ -128,11 +133,10 @@ def raw_checks(run: Run, suite: Suite) -> list[Check]:
         for name, value in suite.raw.items()
     ]
     if suite.raw:
-        mean = lambda values: sum(values) / len(values)
         complete = all(name in found for name in suite.raw)
-        here = mean([found[name] for name in suite.raw]) if complete else None
+        here = fmean(found[name] for name in suite.raw) if complete else None
         reason = reason or "some sets are missing"
-        checks.append(Check(f"raw AUC, mean of {len(suite.raw)}", mean(list(suite.raw.values())), 0.01, here, reason))
+        checks.append(Check(f"raw AUC, mean of {len(suite.raw)}", fmean(suite.raw.values()), 0.01, here, reason))
     return checks
 
 
