@@ -4,10 +4,11 @@
     .venv-peers/bin/python benchmarks/metrics.py               # the table of benchmarks/README.md, some minutes
     .venv-peers/bin/python benchmarks/metrics.py --only tpp    # one row
 
-Same process, same threads, same SAE (2,048 latents on d 576, thresholded to L0 20), same arrays; rounds take turns, the numbers are medians.
-What is shared by all SAEs of a comparison is made before the clock starts, on both sides. Two things favour SAEBench: in "absorption"
-its prompts of the second stage cost nothing (a stand-in hands over activations that are there), and in "core" the random text has no
-loading. Ours, in "core", spreads the forwards that no SAE changes over the SAEs of one comparison (--saes).
+Same process, same threads, same SAE (2,048 latents on d 576, thresholded to L0 20), same arrays; rounds take turns, the
+numbers are medians. What is shared by all SAEs of a comparison is made before the clock starts, on both sides. Two
+things favour SAEBench: in "absorption" its prompts of the second stage cost nothing (a stand-in hands over activations
+that are there), and in "core" the random text has no loading. Ours, in "core", spreads the forwards that no SAE changes
+over the SAEs of one comparison (--saes).
 """
 
 import argparse
@@ -152,7 +153,8 @@ def labelled(side: dict, positives: list[str], negatives: list[str]) -> Texts:
 
 
 def core_case(block: int, saes: int, batches: int):
-    """Per SAE: CE and KL on one batch of text, sparsity and variance on `batches` (SAEBench publishes 200 and 2,000)."""
+    """Per SAE: CE and KL on one batch of text, sparsity and variance on `batches` (SAEBench publishes 200 and
+    2,000)."""
     from sae_bench.evals.core.main import get_downstream_reconstruction_metrics, get_sparsity_and_variance_metrics
 
     language_model = hooked_pair()
@@ -244,7 +246,8 @@ def main() -> None:
             ratios = sorted(b / a for a, b in zip(mine, seconds))
             median = statistics.median
             print(
-                f"| {name} | {median(mine):.2f} | {label} | {median(seconds):.1f} | **{median(ratios):.0f}** ({ratios[0]:.0f} to {ratios[-1]:.0f}) |",
+                f"| {name} | {median(mine):.2f} | {label} | {median(seconds):.1f} | **{median(ratios):.0f}** "
+                f"({ratios[0]:.0f} to {ratios[-1]:.0f}) |",
                 flush=True,
             )
 

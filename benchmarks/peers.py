@@ -120,7 +120,8 @@ def saelens_trainer(sae: SAE, recipe: TrainConfig, batch_size: int):
 
 
 def spelling_model(words: dict[str, torch.Tensor]):
-    """What SAEBench's absorption asks of a language model, with the activation of each word at hand: prompts end with the word."""
+    """What SAEBench's absorption asks of a language model, with the activation of each word at hand: prompts end with
+    the word."""
     spelt = lambda prompt: words[prompt.split("\n")[-1].split()[0].rstrip(":")]
     return SimpleNamespace(
         run_with_cache=lambda prompts, names_filter: (

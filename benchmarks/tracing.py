@@ -2,8 +2,8 @@
 
     python benchmarks/tracing.py [--rounds 15]
 
-Both read the same blocks of the same model; rounds alternate, so that a slower moment of the machine hits both. Prints the
-median of the ratios with their quartiles.
+Both read the same blocks of the same model; rounds alternate, so that a slower moment of the machine hits both. Prints
+the median of the ratios with their quartiles.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def main():
     low, middle, high = torch.tensor(ratios).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     print(f"tracing / bare hook: {middle:.3f} (quartiles {low:.3f} to {high:.3f}, {rounds} rounds)")
     print(
-        f"bare hook: {SEQUENCES * LENGTH / min(plain):,.0f} tokens/s at best, block {BLOCK}, {BATCH} x {LENGTH} tokens a batch"
+        f"bare hook: {SEQUENCES * LENGTH / min(plain):,.0f} tokens/s at best, block {BLOCK}, {BATCH} x {LENGTH} tokens "
+        "a batch"
     )
 
 

@@ -1,14 +1,16 @@
 """Shuffled batches of activations for training; the position in the stream is two integers.
 
-Activations come in pools (a slice of an array, or the output of one stretch of forwards). Each visit of a pool draws its own
-permutation from (seed, number of the visit), so resuming needs no shuffle buffer: `state_dict()` is {"pool", "batch"}. Tokens
-that do not fill a last batch of a pool are left out of that visit; another visit leaves out others.
+Activations come in pools (a slice of an array, or the output of one stretch of forwards). Each visit of a pool draws
+its own permutation from (seed, number of the visit), so resuming needs no shuffle buffer: `state_dict()` is {"pool",
+"batch"}. Tokens that do not fill a last batch of a pool are left out of that visit; another visit leaves out others.
 
-One pool serves several views at once: orders of different seeds, and masked positions kept or dropped. Where masked positions are
-dropped the others come round again within the visit, so that every view has full batches and as many of them.
+One pool serves several views at once: orders of different seeds, and masked positions kept or dropped. Where masked
+positions are dropped the others come round again within the visit, so that every view has full batches and as many of
+them.
 
-The next pool may be made in a thread while the current one is used. One lock is around every load of a process: two streams of one
-language model never run it at the same time. The thread ends with its pool, and before the iterator or the training that began it.
+The next pool may be made in a thread while the current one is used. One lock is around every load of a process: two
+streams of one language model never run it at the same time. The thread ends with its pool, and before the iterator or
+the training that began it.
 """
 
 import contextlib
@@ -33,10 +35,12 @@ from masksae.files import atomic_file, ensure_writable, read_json, read_safetens
 from masksae.masking import check_natural, mask_tokens
 
 Pool = tuple[Tensor, ...]
-"""Activations [n, d] (any float type), is_masked bool [n], and where there are any, targets [n, d]: what is to be reconstructed."""
+"""Activations [n, d] (any float type), is_masked bool [n], and where there are any, targets [n, d]: what is to be
+reconstructed."""
 
 LARGEST_MOVED = 2**31
-"""A pool of more bytes stays on the device that it is on, and its batches are moved: a memory map is never copied to a GPU whole."""
+"""A pool of more bytes stays on the device that it is on, and its batches are moved: a memory map is never copied to a
+GPU whole."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -54,7 +58,8 @@ class ActivationStream:
 
     The position belongs to the stream: iterators of one stream share it, and give every batch once between them.
 
-    load        pool number -> (x [n, d], is_masked [n]); called for 0 .. n_pools - 1, again in every epoch, and gives the same then
+    load        pool number -> (x [n, d], is_masked [n]); called for 0 .. n_pools - 1, again in every epoch, and gives
+                the same then
     pool_sizes  rows of each pool
     prefetch    call `load` for the next pool in a thread while the current one is used; memory for two pools
     d_model     width of the activations; None: found out by loading a pool
@@ -78,7 +83,8 @@ class ActivationStream:
         self._full = list(accumulate(size // batch_size for size in self._sizes))  # batches up to the end of each pool
         if not self._full or self._full[-1] == 0:
             raise DataError(
-                f"{sum(pool_sizes)} activations do not fill one batch of {batch_size}. Give more text or a smaller batch_size."
+                f"{sum(pool_sizes)} activations do not fill one batch of {batch_size}. Give more text or a smaller "
+                "batch_size."
             )
         self.batch_size, self.seed = int(batch_size), int(seed)
         self._d_model, self._made_of = d_model, identity or self._first_pool
@@ -90,8 +96,8 @@ class ActivationStream:
 
     @classmethod
     def from_array(cls, x, *, batch_size: int, seed: int, is_masked=None) -> "ActivationStream":
-        """Stream over an array or memory map `x` [n, d] of floats; one pool. On another device than the array's, what is larger than
-        LARGEST_MOVED stays where it is and is moved batch by batch, in the same order.
+        """Stream over an array or memory map `x` [n, d] of floats; one pool. On another device than the array's, what
+        is larger than LARGEST_MOVED stays where it is and is moved batch by batch, in the same order.
 
         is_masked  bool [n]
 
@@ -122,19 +128,21 @@ class ActivationStream:
         return self._d_model
 
     def to(self, device) -> "ActivationStream":
-        """Keep the pool in use on `device`: a GPU then gets it once, and no step waits for a copy. Of pools above LARGEST_MOVED, see
-        `from_array`."""
+        """Keep the pool in use on `device`: a GPU then gets it once, and no step waits for a copy. Of pools above
+        LARGEST_MOVED, see `from_array`."""
         if torch.device(device) != self._device:
             self._drop_ahead()
             self._device, self._held = torch.device(device), None
         return self
 
     def identity(self) -> dict:
-        """What the stream gives is made of, as JSON: sizes, types, where it comes from and a fingerprint of the content. Two streams
-        with the same identity, batch_size and seed give the same batches. `train` keeps it in its checkpoints.
+        """What the stream gives is made of, as JSON: sizes, types, where it comes from and a fingerprint of the
+        content. Two streams with the same identity, batch_size and seed give the same batches. `train` keeps it in its
+        checkpoints.
 
-        Cheap, and so not complete: of more than 8,192 rows of an array, blocks of text or entries of a parameter of the model it reads
-        evenly spaced ones (is_masked wholly). A change between them goes unnoticed, one of everything does not.
+        Cheap, and so not complete: of more than 8,192 rows of an array, blocks of text or entries of a parameter of the
+        model it reads evenly spaced ones (is_masked wholly). A change between them goes unnoticed, one of everything
+        does not.
         """
         return self._made_of()
 
@@ -142,7 +150,8 @@ class ActivationStream:
         return (views[0][:2] for views in self.batches([(self.seed, False)]))
 
     def with_targets(self, clean: "ActivationStream") -> "ActivationStream":
-        """The same stream with the activations of another, row by row, as what is to be reconstructed. Raises DataError."""
+        """The same stream with the activations of another, row by row, as what is to be reconstructed. Raises
+        DataError."""
         if clean._sizes != self._sizes:
             raise DataError(
                 f"The targets come in pools of {clean._sizes} rows, the activations in pools of {self._sizes}."
@@ -157,8 +166,8 @@ class ActivationStream:
         )  # fmt: skip
 
     def batches(self, views: list[tuple[int, bool]]) -> Iterator[list[Pool]]:
-        """One batch per view (seed of the order, whether masked positions are dropped), again and again; moves the position, from
-        wherever it is at the time."""
+        """One batch per view (seed of the order, whether masked positions are dropped), again and again; moves the
+        position, from wherever it is at the time."""
         for seed, _ in views:
             check_natural("seed", seed)
         return self._batches(views)
@@ -169,7 +178,8 @@ class ActivationStream:
             while True:
                 yield self._next(views, orders)  # without a name here: neither batch nor pool must outlive its use
         finally:
-            # the garbage collector may end an iterator in any thread; one that makes a pool must not wait for another that wants to
+            # the garbage collector may end an iterator in any thread; one that makes a pool must not wait for another
+            # that wants to
             if self._ahead and not _reads():
                 self._ahead.wait()
 
@@ -200,8 +210,8 @@ class ActivationStream:
 
     @contextlib.contextmanager
     def until(self, batches: int) -> Iterator[None]:
-        """Inside, no pool is made ahead that the first `batches` batches of the stream do not need. Where the outermost one ends, no
-        thread is at work any more."""
+        """Inside, no pool is made ahead that the first `batches` batches of the stream do not need. Where the outermost
+        one ends, no thread is at work any more."""
         before, self._end = self._end, batches
         try:
             yield
@@ -219,7 +229,8 @@ class ActivationStream:
         self._pool, self._batch = int(state["pool"]), int(state["batch"])
 
     def _order(self, seed: int, visit: int, dropped: Tensor | None = None) -> Tensor:
-        """Rows of a visit's pool in the order of a seed; without the `dropped` ones, the others repeated to the same number."""
+        """Rows of a visit's pool in the order of a seed; without the `dropped` ones, the others repeated to the same
+        number."""
         key = np.array([seed, visit], dtype=np.uint64)
         size = self._sizes[visit % len(self._sizes)]
         order = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).permutation(size))
@@ -239,7 +250,8 @@ class ActivationStream:
         return pool
 
     def _following(self) -> int | None:
-        """Number of the pool that is needed after that of the position; None if it is the same one, or beyond the end."""
+        """Number of the pool that is needed after that of the position; None if it is the same one, or beyond the
+        end."""
         pools = len(self._sizes)
         epochs, number = divmod(self._pool, pools)
         if self._end is not None and epochs * self._full[-1] + self._full[number] >= self._end:
@@ -266,7 +278,8 @@ class ActivationStream:
             self._ahead = None
 
     def _read_beside(self, number: int) -> Pool:
-        """`_read` in another thread; on a GPU in a stream of its own, or it would queue up behind the training steps."""
+        """`_read` in another thread; on a GPU in a stream of its own, or it would queue up behind the training
+        steps."""
         if self._device.type != "cuda":
             return self._read(number)
         beside = torch.cuda.Stream(self._device)
@@ -296,7 +309,8 @@ class ActivationStream:
             if not finite.all():
                 bad = int((~finite).any(1).sum())
                 raise DataError(
-                    f"Pool {number} of the activations holds NaN or infinity in at least {bad} rows. Look at the model's dtype and the hook point."
+                    f"Pool {number} of the activations holds NaN or infinity in at least {bad} rows. Look at the "
+                    "model's dtype and the hook point."
                 )
 
     def _first_pool(self) -> dict:
@@ -319,7 +333,8 @@ class _Ahead:
 
 
 def _handed_over(pool: Pool) -> Pool:
-    """Tell a GPU's allocator that a pool made in one stream is used in another, so that its memory is not reused too early."""
+    """Tell a GPU's allocator that a pool made in one stream is used in another, so that its memory is not reused too
+    early."""
     for tensor in pool:
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -344,11 +359,13 @@ def _check_pool(pool: Pool, shape: tuple[int, int], where: str) -> None:
     for values in (x, *targets):
         if values.dtype not in FLOATS:
             raise DataError(
-                f"The activations {where} must be floats, found {values.dtype}. Convert them, or look at the hook point."
+                f"The activations {where} must be floats, found {values.dtype}. Convert them, or look at the hook "
+                "point."
             )
         if tuple(values.shape) != shape:
             raise DataError(
-                f"The activations {where} must have shape {shape}, found {tuple(values.shape)}. A stream gives the same in every epoch."
+                f"The activations {where} must have shape {shape}, found {tuple(values.shape)}. A stream gives the "
+                "same in every epoch."
             )
     if tuple(is_masked.shape) != shape[:1]:
         raise DataError(
@@ -367,7 +384,8 @@ def _content(pool: Pool) -> dict:
 
 
 def _model_fingerprint(model: torch.nn.Module) -> str:
-    """Hash of a model's configuration and of evenly spaced entries of every weight, wherever it is kept and whatever it is called."""
+    """Hash of a model's configuration and of evenly spaced entries of every weight, wherever it is kept and whatever it
+    is called."""
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else vars(model.config)
     told = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
     weights = [(name, v) for name, v in model.state_dict().items() if isinstance(v, Tensor) and not v.is_meta]
@@ -386,17 +404,19 @@ def from_model(
     batch_size: int, seed: int, pool_tokens: int = 131_072, scratch: Path | None = None, sequences: int | None = None, progress: bool = True,
     replacements: Tensor | None = None, share: float = 1.0, overlap: bool | None = None,
 ) -> ActivationStream:  # fmt: skip
-    """Stream of the activations after `block` on token blocks [n, s] (a tensor, or `corpus.Blocks`) that are masked on the way in.
+    """Stream of the activations after `block` on token blocks [n, s] (a tensor, or `corpus.Blocks`) that are masked on
+    the way in.
 
-    The BOS position is left out: an attention sink whose norm is several times everyone else's. With `scratch`, each pool is
-    kept there (half precision) and later epochs and runs read it back; without, every visit runs the model, and the pool stays on its
-    device. What the pools were made of is written beside them: pools of another model, text or masking are refused.
+    The BOS position is left out: an attention sink whose norm is several times everyone else's. With `scratch`, each
+    pool is kept there (half precision) and later epochs and runs read it back; without, every visit runs the model, and
+    the pool stays on its device. What the pools were made of is written beside them: pools of another model, text or
+    masking are refused.
 
     sequences     per forward; None: 16 on a CPU, else 256
     replacements  as in `mask_tokens`
     share         use only the first blocks, this share of them; scratch is that of the whole
-    overlap       make the next pool while the SAEs train on the current one; None: on GPUs only, since on a CPU both want the same cores.
-                  Use the model for nothing else until the iterator, or the training, has ended
+    overlap       make the next pool while the SAEs train on the current one; None: on GPUs only, since on a CPU both
+                  want the same cores. Use the model for nothing else until the iterator, or the training, has ended
 
     Raises ConfigError, DataError, OutputError.
     """
@@ -505,7 +525,8 @@ def _check_options(blocks, first: int, *, share: float, pool_tokens: int, sequen
 
 
 def _forward(model, ids: Tensor, block, first: int, sequences: int, label: str | None, where: dict) -> Tensor:
-    """Activations [n * (s - first), d] of ids [n, s], written piece by piece into one tensor: at no time is there a second pool."""
+    """Activations [n * (s - first), d] of ids [n, s], written piece by piece into one tensor: at no time is there a
+    second pool."""
     from masksae.tracing import activations
 
     x, kept = None, ids.shape[1] - first
@@ -514,7 +535,8 @@ def _forward(model, ids: Tensor, block, first: int, sequences: int, label: str |
         found = activations(model, piece, block=block, batch=sequences, **where)
         if found.ndim != 3 or found.shape[:2] != piece.shape:
             raise DataError(
-                f"{block} gives {tuple(found.shape)} for ids {tuple(piece.shape)}, expected {(*piece.shape, 'width')}. Choose another module."
+                f"{block} gives {tuple(found.shape)} for ids {tuple(piece.shape)}, expected {(*piece.shape, 'width')}. "
+                "Choose another module."
             )
         if x is None:
             x = found.new_empty(len(ids), kept, found.shape[-1])
@@ -523,7 +545,8 @@ def _forward(model, ids: Tensor, block, first: int, sequences: int, label: str |
 
 
 def _claim(scratch: Path, made_of: dict) -> None:
-    """Take a folder for pools of an identity. Raises DataError if it holds those of another one, or of an unknown one."""
+    """Take a folder for pools of an identity. Raises DataError if it holds those of another one, or of an unknown
+    one."""
     file = scratch / "identity.json"
     if not file.exists():
         if any(scratch.glob("pool-*")):
@@ -534,7 +557,8 @@ def _claim(scratch: Path, made_of: dict) -> None:
         write_json(file, made_of)
     elif (found := read_json(file)) != made_of:
         raise DataError(
-            f"The activations in {scratch} were made of something else: {differing(found, made_of)} differ. Give another folder, or delete this one."
+            f"The activations in {scratch} were made of something else: {differing(found, made_of)} differ. Give "
+            "another folder, or delete this one."
         )
 
 

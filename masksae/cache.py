@@ -1,8 +1,9 @@
 """What is kept in the user's cache, and under which id.
 
-An id covers everything that a result is made of: configuration, the content of files that it names (not their paths), and the code
-that makes it. The code is found by a walk over the imports of this package, so no list of modules is kept by hand. Comments,
-docstrings, annotations and the words of messages do not count: a better error must not train ten hours again.
+An id covers everything that a result is made of: configuration, the content of files that it names (not their paths),
+and the code that makes it. The code is found by a walk over the imports of this package, so no list of modules is kept
+by hand. Comments, docstrings, annotations and the words of messages do not count: a better error must not train ten
+hours again.
 
 Finding the id of a study's code takes about 0.1 s, the content of a model's folder as long as reading it, once.
 """
@@ -73,7 +74,8 @@ def code_of(thing) -> str:
 
 
 def reached(*modules: str) -> dict[str, Path]:
-    """Modules of masksae by name that some modules can come to run, themselves included; imports inside functions count too."""
+    """Modules of masksae by name that some modules can come to run, themselves included; imports inside functions count
+    too."""
     found = [_resolved(module) for module in modules]
     if not all(found):
         raise ModuleNotFoundError(f"masksae has no module {modules[found.index([])]}")
@@ -169,8 +171,9 @@ def _dump(node) -> str:
 
 
 def contents(sources: Iterable[str]) -> list[dict[str, str] | str]:
-    """What stands behind the names of models, texts and tasks: of a path, the hash of each file by its name in there; of a hub name that
-    leaves the commit open, the commit that this machine has. Names of pinned packages and commits say all themselves and are left out."""
+    """What stands behind the names of models, texts and tasks: of a path, the hash of each file by its name in there;
+    of a hub name that leaves the commit open, the commit that this machine has. Names of pinned packages and commits
+    say all themselves and are left out."""
     found: list[dict[str, str] | str] = []
     for source in sources:
         name = source.partition("#")[0]

@@ -1,8 +1,8 @@
 """Paths, atomic writes and run ids: the few file habits that every other module shares.
 
 A file or folder appears under its final name only when it is complete (written beside it, flushed, then renamed), so a
-kill or a full disk can leave rubbish with a `.tmp-` name but never half a result. Who may read it is what the umask says, as for
-any other program's files: two users may share a cache.
+kill or a full disk can leave rubbish with a `.tmp-` name but never half a result. Who may read it is what the umask
+says, as for any other program's files: two users may share a cache.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ def shipped_profiles() -> list[str]:
 
 
 def repository() -> Path:
-    """Folder of the project: the nearest one above the working folder (or it) that holds dvc.yaml; else the working folder."""
+    """Folder of the project: the nearest one above the working folder (or it) that holds dvc.yaml; else the working
+    folder."""
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").exists()), here)
 
@@ -78,9 +79,10 @@ ANYTHING = ("*",)
 def atomic_dir(target, replaces: Collection[str] = ()):
     """Yield an empty temporary folder that becomes `target` when the block ends without an error.
 
-    A folder that is there already is replaced if every file in it is one of `replaces` (patterns such as "*.json", in folders inside it
-    too); any other is not ours to delete, and refused with OutputError before the block runs. At no moment is there a partly written
-    one. If the process dies between the two renames, the old folder survives as `.old-NAME` and `recover` brings it back.
+    A folder that is there already is replaced if every file in it is one of `replaces` (patterns such as "*.json", in
+    folders inside it too); any other is not ours to delete, and refused with OutputError before the block runs. At no
+    moment is there a partly written one. If the process dies between the two renames, the old folder survives as
+    `.old-NAME` and `recover` brings it back.
     """
     target = Path(target)
     if target.is_symlink():
@@ -167,7 +169,8 @@ def write_text(path, text: str) -> Path:
 
 
 def save_tensors(tensors: dict, path) -> None:
-    """Write a safetensors file inside `atomic_dir` or `atomic_file`; its I/O errors become the OSErrors that those explain."""
+    """Write a safetensors file inside `atomic_dir` or `atomic_file`; its I/O errors become the OSErrors that those
+    explain."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -1,16 +1,18 @@
-"""Where the jobs of a run are done: here, one process per device, or as a SLURM job array. One seam, and no result depends on it.
+"""Where the jobs of a run are done: here, one process per device, or as a SLURM job array. One seam, and no result
+depends on it.
 
-A job is a function of this package and plain arguments. It leaves its result on disk under an id, so a job that was finished returns
-at once and one that was broken off goes on; that is all that pre-emption, requeueing and a second attempt need. The choice is
-`$MASKSAE_EXECUTOR`:
+A job is a function of this package and plain arguments. It leaves its result on disk under an id, so a job that was
+finished returns at once and one that was broken off goes on; that is all that pre-emption, requeueing and a second
+attempt need. The choice is `$MASKSAE_EXECUTOR`:
 
     inline                                          one after the other in this process (default)
     processes:devices=cuda:0+cuda:1                 one process per device; without devices, every GPU
     slurm:partition=gpu,gpus_per_node=1,timeout_min=720,parallel=4
-                                                    an array through submitit, `parallel` jobs at a time; its other options by their names
+                                                    an array through submitit, `parallel` jobs at a time; its other
+                                                    options by their names
 
-SLURM is asked with `squeue`, which works where no accounting is kept. Whoever waits may go away (Ctrl-C cancels, a lost connection does
-not): jobs go on, and the next run waits for them at their locks.
+SLURM is asked with `squeue`, which works where no accounting is kept. Whoever waits may go away (Ctrl-C cancels, a lost
+connection does not): jobs go on, and the next run waits for them at their locks.
 """
 
 import importlib
@@ -79,7 +81,8 @@ def executor() -> tuple[str, dict[str, str]]:
 
 
 def chosen_device() -> str:
-    """Where models run: `$MASKSAE_DEVICE`, else a GPU if there is one. Raises ConfigError for a device that is not there.
+    """Where models run: `$MASKSAE_DEVICE`, else a GPU if there is one. Raises ConfigError for a device that is not
+    there.
 
     >>> import os; os.environ["MASKSAE_DEVICE"] = "cpu"; chosen_device()
     'cpu'
@@ -98,7 +101,8 @@ def chosen_device() -> str:
             raise RuntimeError("no such GPU")
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(
-            f"MASKSAE_DEVICE is {name!r}, and there is no such device here: {', '.join(known)}. Unset it to take the best."
+            f"MASKSAE_DEVICE is {name!r}, and there is no such device here: {', '.join(known)}. Unset it to take the "
+            "best."
         ) from error
     return name
 
@@ -114,7 +118,8 @@ def run_jobs(jobs: list[Job]) -> None:
     if failed:
         told = "\n".join(f"  {name}: {reason}" for name, reason in failed.items())
         raise JobError(
-            f"{len(failed)} of {len(jobs)} jobs failed; what the others made is kept.\n{told}\nRun again: only these are done again."
+            f"{len(failed)} of {len(jobs)} jobs failed; what the others made is kept.\n{told}\nRun again: only these "
+            "are done again."
         )
 
 

@@ -1,8 +1,8 @@
 """Masked regularisation itself: replace random input tokens by one special token.
 
 A pure function of (ids, p, token, seed, index of the sequence). Each sequence draws from its own Philox counter stream,
-keyed by (seed, index), so its mask is the same however sequences are batched, resumed or spread over workers, and raising
-p only adds masked positions to those of a smaller p. Costs about 15 microseconds a sequence.
+keyed by (seed, index), so its mask is the same however sequences are batched, resumed or spread over workers, and
+raising p only adds masked positions to those of a smaller p. Costs about 15 microseconds a sequence.
 """
 
 import numpy as np
@@ -25,11 +25,11 @@ def mask_tokens(
     first_sequence  index of ids[0] in the whole data set: sequence i always gets mask number first_sequence + i
     spare           ids that are never replaced (give the BOS id here)
     vocab_size      if given, every id must be below it
-    replacements    int64 [m]: masked positions get one of these, drawn uniformly, in place of token_id; give a text's tokens to draw by
-                    their frequency. The masks are the same with and without
+    replacements    int64 [m]: masked positions get one of these, drawn uniformly, in place of token_id; give a text's
+                    tokens to draw by their frequency. The masks are the same with and without
 
-    Returns (corrupted_ids int64 [n, s], is_masked bool [n, s]), both on the device of `ids`; the masks are the same on every device.
-    Raises ConfigError or DataError.
+    Returns (corrupted_ids int64 [n, s], is_masked bool [n, s]), both on the device of `ids`; the masks are the same on
+    every device. Raises ConfigError or DataError.
 
     >>> ids = torch.tensor([[1, 5, 6, 7, 8, 9]])
     >>> mask_tokens(ids, p=0.5, token_id=0, seed=3, spare=(1,))[0]
@@ -40,7 +40,8 @@ def mask_tokens(
         replacements.ndim != 1 or len(replacements) == 0 or replacements.dtype != torch.int64
     ):
         raise DataError(
-            f"replacements must be int64 [m] with at least one id, found {replacements.dtype} {tuple(replacements.shape)}."
+            f"replacements must be int64 [m] with at least one id, found {replacements.dtype} "
+            f"{tuple(replacements.shape)}."
         )
     n, s = ids.shape
     if p == 0:
@@ -61,7 +62,8 @@ def mask_tokens(
 
 
 def check_natural(name: str, value) -> None:
-    """Raise ConfigError unless `value` is an integer that a seed, an id or an index can be: half of a Philox key, or a token."""
+    """Raise ConfigError unless `value` is an integer that a seed, an id or an index can be: half of a Philox key, or a
+    token."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**63:
         raise ConfigError(f"{name} must be an integer from 0 to 2**63 - 1, found {value!r}.")
 
@@ -70,7 +72,8 @@ def _check(ids, p, token_id, seed, first_sequence, vocab_size) -> None:
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise DataError(
-            f"ids must be an int64 tensor of token ids, found {found}. Convert with torch.as_tensor(..., dtype=torch.int64)."
+            f"ids must be an int64 tensor of token ids, found {found}. Convert with torch.as_tensor(..., "
+            "dtype=torch.int64)."
         )
     if ids.ndim != 2:
         raise DataError(
@@ -82,7 +85,8 @@ def _check(ids, p, token_id, seed, first_sequence, vocab_size) -> None:
         check_natural(name, value)
     if vocab_size is not None and token_id >= vocab_size:
         raise ConfigError(
-            f"token_id {token_id} is outside the vocabulary of {vocab_size} tokens. Take the mask token from this model's tokenizer."
+            f"token_id {token_id} is outside the vocabulary of {vocab_size} tokens. Take the mask token from this "
+            "model's tokenizer."
         )
     _check_range(ids, vocab_size)
 
@@ -93,5 +97,6 @@ def _check_range(ids: Tensor, vocab_size: int | None) -> None:
         if low < 0 or (vocab_size is not None and high >= vocab_size):
             bad = low if low < 0 else high
             raise DataError(
-                f"token id {bad} is outside the vocabulary (0 to {(vocab_size or 2**63) - 1}). Tokenise with this model's tokenizer."
+                f"token id {bad} is outside the vocabulary (0 to {(vocab_size or 2**63) - 1}). Tokenise with this "
+                "model's tokenizer."
             )

@@ -1,7 +1,9 @@
-"""Many small pieces of work, such as one score for each SAE: several at a time on one core each, instead of one at a time on all.
+"""Many small pieces of work, such as one score for each SAE: several at a time on one core each, instead of one at a
+time on all.
 
-The arithmetic of a score is small steps that gain little from a second core, so two scores on two cores take about 1.6 times less
-time than one after the other. A score's bits do not depend on how many run beside it, nor on the number of cores.
+The arithmetic of a score is small steps that gain little from a second core, so two scores on two cores take about 1.6
+times less time than one after the other. A score's bits do not depend on how many run beside it, nor on the number of
+cores.
 """
 
 import threading
@@ -18,7 +20,8 @@ LARGEST = 4
 
 
 class once(cached_property):
-    """A `cached_property` that is made once, however many threads ask for it first; since Python 3.12 the plain one no longer sees to that.
+    """A `cached_property` that is made once, however many threads ask for it first; since Python 3.12 the plain one no
+    longer sees to that.
 
     What makes it may run a language model, and two forwards at once on one model upset each other.
     """

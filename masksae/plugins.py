@@ -4,9 +4,11 @@ Three places where tokens can be corrupted, from the tidiest to the most general
 
     mask_dataset        token blocks in a data set          SAELens' pre-tokenised data sets
     activation_batches  batches of activations              trainSAE of dictionary_learning, SAETrainer of SAELens
-    mask_inputs         the ids that reach a model          any trainer that runs a model, ActivationBuffer of dictionary_learning too
+    mask_inputs         the ids that reach a model          any trainer that runs a model, ActivationBuffer of
+                        dictionary_learning too
 
-Neither library is imported here. `tests/peers/test_peers_plugins.py` trains both on a small model and compares the activations.
+Neither library is imported here. `tests/peers/test_peers_plugins.py` trains both on a small model and compares the
+activations.
 """
 
 import functools
@@ -35,12 +37,14 @@ def mask_dataset(dataset, *, p: float, token_id: int, seed: int, spare=(), colum
               as in `mask_tokens`; give BOS and padding as spare
     column    of the ids; it keeps its name
 
-    Row i of a `Dataset` gets mask number i, as in `mask_tokens`: mask the whole, then split or shuffle. It is written to its cache once,
-    since trainers that set a format of their own (SAELens does) would silently take a transform off again.
+    Row i of a `Dataset` gets mask number i, as in `mask_tokens`: mask the whole, then split or shuffle. It is written
+    to its cache once, since trainers that set a format of their own (SAELens does) would silently take a transform off
+    again.
 
-    A stream (`IterableDataset`) stays lazy. Its rows have no numbers that hold for every node and worker, so a row's mask depends on the seed
-    and on its own tokens, as in `mask_inputs`: the same masks however it is sharded, split by node, shuffled or loaded, in every
-    epoch. Two equal rows get equal masks. For fresh masks in another epoch, mask the clean stream again with another seed.
+    A stream (`IterableDataset`) stays lazy. Its rows have no numbers that hold for every node and worker, so a row's
+    mask depends on the seed and on its own tokens, as in `mask_inputs`: the same masks however it is sharded, split by
+    node, shuffled or loaded, in every epoch. Two equal rows get equal masks. For fresh masks in another epoch, mask the
+    clean stream again with another seed.
 
     SAELens takes the result as it is (`override_dataset=`), and leaves masked positions out of training with
     `exclude_special_tokens=[token_id]`. Raises ConfigError, DataError, OutputError.
@@ -77,12 +81,14 @@ def mask_dataset(dataset, *, p: float, token_id: int, seed: int, spare=(), colum
 
 
 def _checked(p, token_id, seed, spare, vocab_size: int | None = None) -> dict:
-    """The arguments of `mask_tokens` as numbers of Python, whoever's they were, refused now and not in the middle. Raises ConfigError."""
+    """The arguments of `mask_tokens` as numbers of Python, whoever's they were, refused now and not in the middle.
+    Raises ConfigError."""
     spare = spare.tolist() if isinstance(spare, (np.ndarray, Tensor)) else spare
     spare = [_plain(kept) for kept in spare] if isinstance(spare, Iterable) else spare
     if not isinstance(spare, list) or not all(type(kept) is int for kept in spare):
         raise ConfigError(
-            f"spare must be a list of token ids, found {spare!r}. A tokenizer without a BOS token gives None: leave it out."
+            f"spare must be a list of token ids, found {spare!r}. A tokenizer without a BOS token gives None: leave it "
+            "out."
         )
     keys = {"p": _plain(p), "token_id": _plain(token_id), "seed": _plain(seed)}
     mask_tokens(torch.zeros(1, 1, dtype=torch.int64), **keys, vocab_size=vocab_size)
@@ -154,7 +160,8 @@ def _is_integer(values: Tensor) -> bool:
 
 
 def _mask_by_content(ids: Tensor, keys: dict, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """(corrupted ids, is_masked) of one sequence int64 [s]; the number of its mask is a hash of the tokens that are not spare."""
+    """(corrupted ids, is_masked) of one sequence int64 [s]; the number of its mask is a hash of the tokens that are not
+    spare."""
     free = ~torch.isin(ids, torch.tensor(keys["spare"], dtype=torch.int64))
     body = ids[free][None]
     number = int.from_bytes(hashlib.sha256(body.numpy().tobytes()).digest()[:7])
@@ -185,19 +192,21 @@ def activation_batches(stream: ActivationStream, *, drop_masked: bool = False) -
 
 
 class mask_inputs:
-    """Replace p of the tokens that reach a model, until `remove()` or the end of a `with` block; evaluate outside of it.
+    """Replace p of the tokens that reach a model, until `remove()` or the end of a `with` block; evaluate outside of
+    it.
 
-    model     a transformers model (also inside nnsight's or SAELens' wrappers), or a HookedTransformer: a module whose forward takes ids
-              int [n, s] first, and the one that is called: masks on `model` do not reach ids that go to `model.model`
+    model     a transformers model (also inside nnsight's or SAELens' wrappers), or a HookedTransformer: a module whose
+              forward takes ids int [n, s] first, and the one that is called: masks on `model` do not reach ids that go
+              to `model.model`
     p, token_id, seed, spare
               as in `mask_tokens`; give BOS and padding as spare
 
-    A sequence's mask depends on the seed and on its own tokens (those that are not spare), not on when it comes, on the batch, or on
-    padding: every epoch sees the same masks (another seed gives others), and a run that goes on needs no state. `is_masked` bool [n, s]
-    is that of the last forward, on the device of the ids.
+    A sequence's mask depends on the seed and on its own tokens (those that are not spare), not on when it comes, on the
+    batch, or on padding: every epoch sees the same masks (another seed gives others), and a run that goes on needs no
+    state. `is_masked` bool [n, s] is that of the last forward, on the device of the ids.
 
-    Raises ConfigError now, also for a model that is masked already. A forward without ids raises DataError, and so does one that goes past
-    the masks, and a block that ends without a forward: what was trained in it saw clean text.
+    Raises ConfigError now, also for a model that is masked already. A forward without ids raises DataError, and so does
+    one that goes past the masks, and a block that ends without a forward: what was trained in it saw clean text.
 
         with masksae.mask_inputs(model, p=0.3, token_id=0, seed=0, spare=(1,)):
             trainSAE(...)
@@ -219,7 +228,8 @@ class mask_inputs:
         self._name = next(iter([*inspect.signature(type(model).forward).parameters][1:]), None)
         if self._name not in ("input_ids", "input", "tokens"):
             raise ConfigError(
-                f"The first argument of {self._model}.forward is {self._name}, expected input_ids. Give the language model itself."
+                f"The first argument of {self._model}.forward is {self._name}, expected input_ids. Give the language "
+                "model itself."
             )
         embedding, self._vocab_size = _embedding(model)
         self._keys = _checked(p, token_id, seed, spare, self._vocab_size)
@@ -295,7 +305,8 @@ class mask_inputs:
 
 
 def _embedding(model: nn.Module) -> tuple[nn.Module | None, int | None]:
-    """Module that reads a model's ids, of transformers or TransformerLens, and the size of the vocabulary; None where a model does not say."""
+    """Module that reads a model's ids, of transformers or TransformerLens, and the size of the vocabulary; None where a
+    model does not say."""
     try:
         embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model.embed
     except (AttributeError, NotImplementedError):

@@ -1,6 +1,7 @@
 """One progress bar for all long work: moving in a terminal and in a notebook, now and then a line in a log or a pipe.
 
-`MASKSAE_PROGRESS` overrides what is found: "bar", "lines" (one at once, then one every ten seconds, whichever bar is at work) or "none".
+`MASKSAE_PROGRESS` overrides what is found: "bar", "lines" (one at once, then one every ten seconds, whichever bar is at
+work) or "none".
 """
 
 import contextlib
@@ -18,7 +19,8 @@ SECONDS = {"bar": 0.5, "lines": 10.0}
 
 
 class _Lines:
-    """Where tqdm writes when nothing can be overwritten: whole lines, seldom, of all bars together, and the end of a bar that was seen."""
+    """Where tqdm writes when nothing can be overwritten: whole lines, seldom, of all bars together, and the end of a
+    bar that was seen."""
 
     said = -math.inf
     """When any bar spoke last."""

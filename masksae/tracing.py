@@ -23,7 +23,8 @@ from masksae.errors import ConfigError, DataError
 
 
 def hook_point(model: nn.Module, block: int | str) -> str:
-    """Module path of a decoder block, such as "model.layers.4", or a path as it is. Raises ConfigError if the model has no such module."""
+    """Module path of a decoder block, such as "model.layers.4", or a path as it is. Raises ConfigError if the model has
+    no such module."""
     if isinstance(block, str):
         paths = [
             name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList | nn.ModuleDict)
@@ -35,7 +36,8 @@ def hook_point(model: nn.Module, block: int | str) -> str:
     paths = _lists(model, n_blocks)
     if not paths:
         raise ConfigError(
-            f"{type(model).__name__} has no list of {n_blocks} blocks, so block {block} cannot be found. Use a decoder-only model."
+            f"{type(model).__name__} has no list of {n_blocks} blocks, so block {block} cannot be found. Use a "
+            "decoder-only model."
         )
     if not 0 <= block < n_blocks:
         raise ConfigError(
@@ -343,5 +345,6 @@ def _check_ids(model: nn.Module, ids: Tensor) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise DataError(
-            f"Token ids run from {int(ids.min())} to {int(ids.max())}, the model's vocabulary from 0 to {vocabulary - 1}. Tokenise with its own tokenizer."
+            f"Token ids run from {int(ids.min())} to {int(ids.max())}, the model's vocabulary from 0 to "
+            f"{vocabulary - 1}. Tokenise with its own tokenizer."
         )

@@ -87,7 +87,8 @@ def folder(run):
 
 @pytest.fixture
 def as_nobody(tmp_path):
-    """Run a function in a forked child without root's rights, and return what it raised (type name, message) or None."""
+    """Run a function in a forked child without root's rights, and return what it raised (type name, message) or
+    None."""
     import os
     import pickle
 

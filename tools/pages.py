@@ -45,8 +45,8 @@ WHAT = {
 
 
 def beyond(profile: Profile) -> str:
-    """A markdown table: a profile as it is, with 16 times the latents, with 20 times the tokens, on a model of 27 B parameters, and all
-    three."""
+    """A markdown table: a profile as it is, with 16 times the latents, with 20 times the tokens, on a model of 27 B
+    parameters, and all three."""
     wide = profile.model_copy(
         update={"saes": [g.model_copy(update={"n_latents": 16 * g.n_latents}) for g in profile.saes]}
     )

@@ -20,7 +20,8 @@ def execute(source: Path, target: Path, parameters: dict, *, cwd: Path) -> Path:
     with environment(PYTHONHASHSEED="0", MASKSAE_PROGRESS=shown, PYDEVD_DISABLE_FILE_VALIDATION="1"):
         papermill.execute_notebook(
             source, failed, parameters=parameters, cwd=cwd, kernel_name="python3", progress_bar=False, stdout_file=sys.stdout,
-            stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"],  # Jupyter interrupts a kernel before it ends it: an ERROR
+            # Jupyter interrupts a kernel before it ends it: an ERROR
+            stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"],
         )  # fmt: skip
     write_text(target, nbformat.writes(without_times(nbformat.read(failed, as_version=4))))
     failed.unlink()

@@ -283,7 +283,8 @@ class Plan:
         if free is not None and needed > free:
             parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in self.memory(device).items())
             raise ConfigError(
-                f"Profile {self.profile.name} needs {needed / 1e9:.1f} GB on {device} ({parts}), {free / 1e9:.1f} GB are free. Use a larger device, or "
+                f"Profile {self.profile.name} needs {needed / 1e9:.1f} GB on {device} ({parts}), {free / 1e9:.1f} GB "
+                "are free. Use a larger device, or "
                 "a profile of your own with fewer SAEs, a smaller training.pool_tokens, or model.dtype bfloat16."
             )
         disk, root = sum(self.disk().values()), cache_dir()
@@ -292,7 +293,8 @@ class Plan:
         room = shutil.disk_usage(root).free + kept
         if disk > room:
             raise ConfigError(
-                f"Profile {self.profile.name} needs {disk / 1e9:.1f} GB of disk in {cache_dir()}, {room / 1e9:.1f} GB are free. Point MASKSAE_CACHE to a "
+                f"Profile {self.profile.name} needs {disk / 1e9:.1f} GB of disk in {cache_dir()}, {room / 1e9:.1f} GB "
+                "are free. Point MASKSAE_CACHE to a "
                 "larger disk, or lower text.train_tokens."
             )
 

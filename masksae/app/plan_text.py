@@ -12,7 +12,8 @@ def text(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float] 
     head = [
         f"{profile.name}: {profile.description}" if profile.description else profile.name,
         _text(plan),
-        f"{len(plan.saes)} SAEs in {len(plan.groups)} groups on {plan.streams} streams of activations; {plan.steps:,} steps of {profile.training.batch_size:,} tokens",
+        f"{len(plan.saes)} SAEs in {len(plan.groups)} groups on {plan.streams} streams of activations; {plan.steps:,} "
+        f"steps of {profile.training.batch_size:,} tokens",
     ]
     return "\n\n".join(["\n".join(head), costs(plan, measured), _verdict(plan, device, kept)])
 

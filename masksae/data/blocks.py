@@ -1,13 +1,13 @@
 """Text to token blocks: a `datasets.Dataset` with one column `ids` of fixed length, made once and kept in scratch.
 
-A block is the BOS token (if the profile names one) and the next block_length - 1 tokens of one document; the rest of a document
-that does not fill a block is left out, so no block spans two documents and no separator token is needed. A document is held
-out or not by a hash of its text: duplicates always fall on the same side, whatever the sources, their order and the amount. Other
-documents may quote one another, so a held-out block that shares 24 consecutive tokens with the training blocks is dropped.
-A split "contexts" goes on with held-out documents where "held_out" is full.
+A block is the BOS token (if the profile names one) and the next block_length - 1 tokens of one document; the rest of a
+document that does not fill a block is left out, so no block spans two documents and no separator token is needed. A
+document is held out or not by a hash of its text: duplicates always fall on the same side, whatever the sources, their
+order and the amount. Other documents may quote one another, so a held-out block that shares 24 consecutive tokens with
+the training blocks is dropped. A split "contexts" goes on with held-out documents where "held_out" is full.
 
-Half a billion tokens are 2 GB here. They are kept in parts as they come, each with the place in the text where it ends, so that a
-stream that breaks goes on; memory never holds more than a part.
+Half a billion tokens are 2 GB here. They are kept in parts as they come, each with the place in the text where it ends,
+so that a stream that breaks goes on; memory never holds more than a part.
 """
 
 import hashlib
@@ -81,10 +81,11 @@ def build(
 ) -> dict:  # fmt: skip
     """The splits as `datasets.Dataset`s of blocks, saved under `folder` and read back: {"train": ..., "held_out": ...}.
 
-    documents  texts, or a `sources.TextStream`: then what was tokenised is kept in parts on the way, and another call goes on after the
-               last of them
-    tokens     wanted size of each split ("contexts" may be among them); documents are read until all are full, so a stream need not end.
-               Held-out blocks that repeat training text are dropped then (a few per cent where sources quote each other)
+    documents  texts, or a `sources.TextStream`: then what was tokenised is kept in parts on the way, and another call
+               goes on after the last of them
+    tokens     wanted size of each split ("contexts" may be among them); documents are read until all are full, so a
+               stream need not end. Held-out blocks that repeat training text are dropped then (a few per cent where
+               sources quote each other)
     ordered    read all documents first and take them in a seeded order; False takes them as they come
 
     Raises DataError if there is no text, if no document fills a block, or if the text runs out too early; SourceError.
@@ -128,7 +129,8 @@ def _save(blocks: dict[str, list[np.ndarray]], folder, first: int) -> None:
 
 
 def repeats(blocks: np.ndarray, *others: np.ndarray, run: int = REPEAT) -> np.ndarray:
-    """bool [n]: which of `blocks` [n, s] share `run` consecutive ids (all, if s is less) with any of the `others`, each [m, s]."""
+    """bool [n]: which of `blocks` [n, s] share `run` consecutive ids (all, if s is less) with any of the `others`, each
+    [m, s]."""
     run = min(run, blocks.shape[1])
     mine = _fingerprints(blocks, run)
     found = np.zeros(mine.shape, dtype=bool)
@@ -160,7 +162,8 @@ class Blocks:
 
 
 class Parts:
-    """Blocks found so far: the last ones in memory, those before on disk with the place in the text up to which they go."""
+    """Blocks found so far: the last ones in memory, those before on disk with the place in the text up to which they
+    go."""
 
     def __init__(self, folder: Path, tokens: dict[str, int], block_length: int):
         self.folder, self.block_length = folder, block_length
@@ -171,7 +174,8 @@ class Parts:
         self._new: dict[str, list[np.ndarray]] = {split: [] for split in tokens}
 
     def resume(self, stream) -> Iterator[tuple[str, tuple]]:
-        """The stream's documents with their places, after the last part. Raises SourceError if its shards are no longer the same."""
+        """The stream's documents with their places, after the last part. Raises SourceError if its shards are no longer
+        the same."""
         record, self.place = self.folder / "shards.json", (0, 0, 0)
         if record.exists():
             stream.go_back_to(read_json(record))
@@ -224,7 +228,8 @@ class Parts:
 
 
 def _fill(parts: Parts, texts, tokenizer, bos_id: int | None, share: float, progress: bool) -> None:
-    """Fill the splits with the blocks of the documents, in their order; many documents are tokenised at a time, on all cores."""
+    """Fill the splits with the blocks of the documents, in their order; many documents are tokenised at a time, on all
+    cores."""
     wanted, found = parts.wanted, parts.found
     total, done = sum(wanted.values()), sum(found.values())
     with bars.bar(total=total, initial=done, label="token blocks" if progress else None, unit="blocks") as bar:
@@ -254,7 +259,8 @@ def _check_filled(found: dict[str, int], wanted: dict[str, int], documents: int,
         raise DataError("The text sources hold no document. Check text.sources and the field that is read.")
     if not any(found.values()):
         raise DataError(
-            f"None of {documents} documents fills a block of {block_length} tokens. Lower text.block_length or give longer documents."
+            f"None of {documents} documents fills a block of {block_length} tokens. Lower text.block_length or give "
+            "longer documents."
         )
     short = [split for split in found if found[split] < wanted[split]]
     if short:

@@ -1,10 +1,10 @@
 """Rows of a hub data set, streamed: only what is read is downloaded, and a break loses and repeats no row.
 
-A data set is a list of shards at one commit, and a position in it is two integers: shard and row. After a time-out, an error of
-the server or bytes that cannot be decoded, the shard is opened again and read up to the position, after a pause that grows; a
-shard that fails again and again without a new row ends the run with its name, and the next run goes on there. `datasets` does the
-reading, so that every format it knows works, zstandard JSON lines of many gigabytes and Parquet alike; a folder in the form
-of a hub repository may stand in for the hub.
+A data set is a list of shards at one commit, and a position in it is two integers: shard and row. After a time-out, an
+error of the server or bytes that cannot be decoded, the shard is opened again and read up to the position, after a
+pause that grows; a shard that fails again and again without a new row ends the run with its name, and the next run goes
+on there. `datasets` does the reading, so that every format it knows works, zstandard JSON lines of many gigabytes and
+Parquet alike; a folder in the form of a hub repository may stand in for the hub.
 """
 
 import sys
@@ -57,7 +57,8 @@ def shards(name: str, split: str = "train", revision: str | None = None) -> list
 
 
 def unchanged(before: list[dict]) -> list[Shard]:
-    """The shards of which a stream was begun, at the commit of then. Raises SourceError naming those that are missing or changed."""
+    """The shards of which a stream was begun, at the commit of then. Raises SourceError naming those that are missing
+    or changed."""
     found = [Shard(**record) for record in before]
     missing, changed = [], []
     for shard in found:
@@ -103,7 +104,8 @@ def _form(builder) -> str:
 
 
 def rows(found: list[Shard], start: tuple[int, int] = (0, 0)) -> Iterator[tuple[dict, tuple[int, int]]]:
-    """(row, position after it) from a position on: the same rows in the same order, whatever broke on the way. Raises SourceError."""
+    """(row, position after it) from a position on: the same rows in the same order, whatever broke on the way. Raises
+    SourceError."""
     for number in range(start[0], len(found)):
         done, failures, shard = (start[1] if number == start[0] else 0), 0, found[number]
         while True:

@@ -60,7 +60,8 @@ PAGE = Path(__file__).with_name("page.txt")
 """A page of English written for this purpose, so no model has seen it."""
 
 LARGEST_PAGE_LOSS = 4.0
-"""Nats per token. SmolLM2-135M gives 3.29 on the page, and 8.25 when only the rows of its query heads are in another order."""
+"""Nats per token. SmolLM2-135M gives 3.29 on the page, and 8.25 when only the rows of its query heads are in another
+order."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class LanguageModel:
 
 
 def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
-    """Load "smollm2-135m" (registry package), "hub:owner/name[@revision]", a folder, or a .gguf file, which is dequantised at every load.
+    """Load "smollm2-135m" (registry package), "hub:owner/name[@revision]", a folder, or a .gguf file, which is
+    dequantised at every load.
 
     Raises ConfigError, also for a model that is larger than the free memory, or SourceError: for what cannot be read,
     lacks weights, sees later tokens, or is a GGUF file that does not read English."""
@@ -91,7 +93,8 @@ def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> L
     else:
         if not (Path(source) / "config.json").is_file():
             raise ConfigError(
-                f"Model source {source!r} is neither a known name, a hub: name nor a folder with a config.json, nor a .gguf file.{nearest(source, MODELS)}"
+                f"Model source {source!r} is neither a known name, a hub: name nor a folder with a config.json, nor a "
+                f".gguf file.{nearest(source, MODELS)}"
             )
         folder, options, note = source, {"local_files_only": True}, f"local folder {Path(source).name}"
     _check_config(folder, source, device, dtype, options)
@@ -120,17 +123,19 @@ def _check_config(folder, source: str, device: str, dtype: str, options: dict) -
     needed, free = numbers * getattr(torch, dtype).itemsize, available_bytes(device)
     if getattr(config, "quantization_config", None) is None and free is not None and needed > free:
         raise ConfigError(
-            f"The weights of {source!r} need {needed / 1e9:.1f} GB on {device} as {dtype}, {free / 1e9:.1f} GB are free. Use model.dtype bfloat16, a "
+            f"The weights of {source!r} need {needed / 1e9:.1f} GB on {device} as {dtype}, {free / 1e9:.1f} GB are "
+            "free. Use model.dtype bfloat16, a "
             "larger device, or a smaller model; parts of a model that do not fit are not swapped."
         )
 
 
 def require_decoder(config, source: str) -> None:
-    """Raise SourceError if a transformers config is an encoder-decoder's: of some, transformers would load the decoder alone, with weights
-    missing."""
+    """Raise SourceError if a transformers config is an encoder-decoder's: of some, transformers would load the decoder
+    alone, with weights missing."""
     if config.is_encoder_decoder:
         raise SourceError(
-            f"Cannot load the model {source!r}: it is an encoder-decoder ({config.model_type}). Use a decoder-only model."
+            f"Cannot load the model {source!r}: it is an encoder-decoder ({config.model_type}). Use a decoder-only "
+            "model."
         )
 
 
@@ -178,7 +183,8 @@ def check_reads_english(model, tokenizer, name: str) -> float:
     loss = page_loss(model, tokenizer)
     if not loss < LARGEST_PAGE_LOSS:
         raise SourceError(
-            f"{name} gives {loss:.2f} nats per token on a page of English, expected below {LARGEST_PAGE_LOSS}: its weights were "
+            f"{name} gives {loss:.2f} nats per token on a page of English, expected below {LARGEST_PAGE_LOSS}: its "
+            "weights were "
             "read wrongly, or it is no model of English. Use the pinned versions of transformers and gguf "
             "(requirements.lock)."
         )
@@ -233,7 +239,8 @@ def _some(names: list[str], most: int = 3) -> str:
 
 
 def terms(source: str) -> str | None:
-    """Terms of use, as text, that a model's reader must accept before the download and has not yet; None if there are none."""
+    """Terms of use, as text, that a model's reader must accept before the download and has not yet; None if there are
+    none."""
     spec = MODELS.get(source)
     accepted = [name.strip() for name in os.environ.get("MASKSAE_ACCEPT_TERMS", "").split(",")]
     if spec is None or spec.terms is None or source in accepted or cache_dir("models", f"{source}.accepted").exists():

@@ -137,7 +137,8 @@ def _download(package: Package, target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < 2 * package.size:
         raise SourceError(
-            f"{package.file} needs {2 * package.size / 1e6:.0f} MB in {target.parent}, {free / 1e6:.0f} MB are free. Free some, or set MASKSAE_CACHE."
+            f"{package.file} needs {2 * package.size / 1e6:.0f} MB in {target.parent}, {free / 1e6:.0f} MB are free. "
+            "Free some, or set MASKSAE_CACHE."
         )
     print(
         f"downloading {package.name} {package.version} ({package.size / 1e6:.0f} MB, once)", file=sys.stderr, flush=True

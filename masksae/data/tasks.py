@@ -1,10 +1,13 @@
-"""Labelled tasks by name: prompts and targets out of registry packages, hub data sets, or local files; and shifts of their test texts.
+"""Labelled tasks by name: prompts and targets out of registry packages, hub data sets, or local files; and shifts of
+their test texts.
 
 A shift, as a profile may write it under `probing.shifted`:
 
-    "5_hist_fig_ismale_OOD"                   a published pair: trained on 5_hist_fig_ismale, tested on all rows of this table
+    "5_hist_fig_ismale_OOD"                   a published pair: trained on 5_hist_fig_ismale, tested on all rows of this
+                                              table
     "vader-film -> vader-tweets"              another table: trained on the first, tested on rows of the second
-    "92_glue_sst2 -> typos", "... -> upper case"   the task's own test texts, changed in a way that leaves the label alone
+    "92_glue_sst2 -> typos", "... -> upper case"   the task's own test texts, changed in a way that leaves the label
+    alone
 """
 
 import hashlib
@@ -23,11 +26,11 @@ from masksae.errors import ConfigError, SourceError, nearest
 
 
 def probe_table(source: str):
-    """A labelled task, as a pandas frame with the columns prompt and target: the name of a task of `sae-probes`, a VADER domain
-    ("vader-film"), "hub:..." or a file (.csv, .jsonl, .parquet). Raises ConfigError or SourceError.
+    """A labelled task, as a pandas frame with the columns prompt and target: the name of a task of `sae-probes`, a
+    VADER domain ("vader-film"), "hub:..." or a file (.csv, .jsonl, .parquet). Raises ConfigError or SourceError.
 
-    "hub:LabHC/bias_in_bios#prompt=hard_text&target=profession:21&where=profession:21|13": prompts from another column, target whether the
-    column profession is 21, rows of professions 21 and 13 only.
+    "hub:LabHC/bias_in_bios#prompt=hard_text&target=profession:21&where=profession:21|13": prompts from another column,
+    target whether the column profession is 21, rows of professions 21 and 13 only.
     """
     import pandas as pd
 
@@ -46,7 +49,8 @@ def probe_table(source: str):
     for column in (prompt, target):
         if column not in table:
             raise SourceError(
-                f"{source} has no column {column!r}.{nearest(column, table.columns)} Name yours with #prompt=NAME&target=NAME."
+                f"{source} has no column {column!r}.{nearest(column, table.columns)} Name yours with "
+                "#prompt=NAME&target=NAME."
             )
     where = options.get("where", "")
     table = table[[matches(row, where) for row in table.to_dict("records")]] if where else table
@@ -82,7 +86,8 @@ VADER = {
     "news": "nytEditorialSnippets",
     "tweets": "tweets",
 }
-"""Sentences of four domains with a mean human rating of sentiment (Hutto and Gilbert 2014); here positive against negative."""
+"""Sentences of four domains with a mean human rating of sentiment (Hutto and Gilbert 2014); here positive against
+negative."""
 
 
 def _vader_table(domain: str):
@@ -98,7 +103,8 @@ def _vader_table(domain: str):
 
 
 def binary_tasks() -> list[str]:
-    """Names of the tasks of `sae-probes` with two classes, in the order of their numbers. Reads all tables once: some seconds."""
+    """Names of the tasks of `sae-probes` with two classes, in the order of their numbers. Reads all tables once: some
+    seconds."""
     with zipfile.ZipFile(fetch("sae-probes")) as archive:
         files = [Path(n).name for n in archive.namelist() if "/cleaned_data/" in n and n.endswith(".csv.zst")]
     names = sorted((file.removesuffix(".csv.zst") for file in files), key=lambda name: int(name.partition("_")[0]))
@@ -116,7 +122,8 @@ def _packaged_probe_table(task: str):
         names = {Path(n).name.removesuffix(".csv.zst"): n for n in archive.namelist() if n.endswith(".csv.zst")}
         if task not in names:
             raise ConfigError(
-                f"{task!r} is neither a probe task, a hub: name nor a file.{nearest(task, [*sorted(names), *(f'vader-{d}' for d in VADER)])}"
+                f"{task!r} is neither a probe task, a hub: name nor a "
+                f"file.{nearest(task, [*sorted(names), *(f'vader-{d}' for d in VADER)])}"
             )
         packed = archive.read(names[task])
     with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(packed)) as stream:
@@ -127,7 +134,8 @@ TYPO_SHARE = 0.25
 
 
 def typos(text: str) -> str:
-    """Two neighbouring inner letters swapped in a quarter of the words of four letters or more; the same text, the same typos.
+    """Two neighbouring inner letters swapped in a quarter of the words of four letters or more; the same text, the same
+    typos.
 
     >>> typos("These words are spelt correctly, aren't they?")
     "These words are spelt correctly, aren't thye?"
@@ -165,6 +173,7 @@ class Shift:
             return cls("domain", task, table=target)
         if "_OOD" not in task:
             raise ConfigError(
-                f"probing.shifted: {text!r} names no training task. Write NAME_OOD, 'TASK -> TABLE', or 'TASK -> {' | '.join(CHANGES)}'."
+                f"probing.shifted: {text!r} names no training task. Write NAME_OOD, 'TASK -> TABLE', or 'TASK -> "
+                f"{' | '.join(CHANGES)}'."
             )
         return cls("ood", task.replace("_OOD", ""), table=task)

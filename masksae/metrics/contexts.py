@@ -1,12 +1,14 @@
 """Absorption of parents that *another* token sets: "follows *the*", "follows a number", "two words after *the*".
 
-First letters are parents that a word's own token sets. Here the parent is what came before, and its children are the particular words
-that come after it, in natural text. An SAE that folds "follows *the*" into the latent of *United* absorbs it. Masking replaces the
-token before as often as the word, so it breaks these co-occurrences and not those of a word with its own letter.
+First letters are parents that a word's own token sets. Here the parent is what came before, and its children are the
+particular words that come after it, in natural text. An SAE that folds "follows *the*" into the latent of *United*
+absorbs it. Masking replaces the token before as often as the word, so it breaks these co-occurrences and not those of a
+word with its own letter.
 
-The algorithm, its constants and its probe gate are those of first letters (`metrics.absorption`), on one balanced sample of positions per
-parent, with whole blocks of text held out for testing. One thing differs: the probe that ranks latents sees the 256 that differ most, each in units
-of its standard deviation. By raw weights rare latents come first here (mean F1 of the main latents .35 instead of .6 on SmolLM2). The parents are ours; there is no published set.
+The algorithm, its constants and its probe gate are those of first letters (`metrics.absorption`), on one balanced
+sample of positions per parent, with whole blocks of text held out for testing. One thing differs: the probe that ranks
+latents sees the 256 that differ most, each in units of its standard deviation. By raw weights rare latents come first
+here (mean F1 of the main latents .35 instead of .6 on SmolLM2). The parents are ours; there is no published set.
 """
 
 import re
@@ -33,8 +35,8 @@ FEWEST = 50
 SCREENED, RANKING_L1 = 256, 0.03
 """Latents that the ranking probe of a parent sees, and the weight of its L1 penalty."""
 SINK = 3
-"""Words whose norm is more than this many times the median are left out: attention sinks (SmolLM2: many a " the"), whose activations are alike
-whatever came before."""
+"""Words whose norm is more than this many times the median are left out: attention sinks (SmolLM2: many a " the"),
+whose activations are alike whatever came before."""
 
 BE = "be is are was were been being am"
 DETERMINERS = "the a an this that these those my your his her its our their each every some any no"
@@ -197,7 +199,7 @@ def context_absorption(
 
 
 def screened(f: Tensor, positive: Tensor) -> Tensor:
-    """Ids of the latents of f [n, F] that can be main latents: those whose means with and without the parent differ most, in standard
-    deviations. The ranking probe is trained on these only."""
+    """Ids of the latents of f [n, F] that can be main latents: those whose means with and without the parent differ
+    most, in standard deviations. The ranking probe is trained on these only."""
     difference = (f[positive].mean(0) - f[~positive].mean(0)).abs() / f.std(0).clamp(min=1e-12)
     return difference.topk(min(SCREENED, f.shape[1])).indices.sort().values

@@ -1,13 +1,15 @@
-"""SCR and TPP: does removing a few latents remove one concept and leave the others? (Karvonen et al. 2025, arXiv 2503.09532)
+"""SCR and TPP: does removing a few latents remove one concept and leave the others? (Karvonen et al. 2025, arXiv
+2503.09532)
 
-Both ablate latents and look at linear probes on activations averaged over the tokens of a text. The decoder is linear, so ablating a
-set C changes the averaged activation by - sum_{j in C} fbar_j d_j with fbar the latents averaged over the same tokens, and a probe's
-logit by - sum_{j in C} fbar_j (d_j . w). One pass over the tokens therefore serves every set, size and class; encoding again for
-each, as SAEBench 0.6.0 does, gives the same numbers to rounding (tests). Padding is left out of both averages here; SAEBench encodes
-padded positions too in the ablated pass, which leaks f(0) into the average.
+Both ablate latents and look at linear probes on activations averaged over the tokens of a text. The decoder is linear,
+so ablating a set C changes the averaged activation by - sum_{j in C} fbar_j d_j with fbar the latents averaged over the
+same tokens, and a probe's logit by - sum_{j in C} fbar_j (d_j . w). One pass over the tokens therefore serves every
+set, size and class; encoding again for each, as SAEBench 0.6.0 does, gives the same numbers to rounding (tests).
+Padding is left out of both averages here; SAEBench encodes padded positions too in the ablated pass, which leaks f(0)
+into the average.
 
-Caveat: in the reliability audit of these metrics (arXiv 2605.18229) TPP falls the longer an SAE is trained, and SCR at many latents goes
-against the ground truth. Report them with seeds, and draw no conclusion from them alone.
+Caveat: in the reliability audit of these metrics (arXiv 2605.18229) TPP falls the longer an SAE is trained, and SCR at
+many latents goes against the ground truth. Report them with seeds, and draw no conclusion from them alone.
 """
 
 from collections.abc import Sequence
@@ -66,10 +68,11 @@ class Probe:
 
 
 def fit_probe(x: Tensor, y: Tensor) -> Probe:
-    """A logistic regression on standardised activations x [n, d] with labels y bool [n], as a probe of the activations themselves.
+    """A logistic regression on standardised activations x [n, d] with labels y bool [n], as a probe of the activations
+    themselves.
 
-    Ridge penalty with C = .01: with more dimensions than texts a weaker one only memorises. SAEBench instead keeps the best of 20 epochs
-    by accuracy on the *test* texts. Raises DataError for one class only.
+    Ridge penalty with C = .01: with more dimensions than texts a weaker one only memorises. SAEBench instead keeps the
+    best of 20 epochs by accuracy on the *test* texts. Raises DataError for one class only.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -84,13 +87,15 @@ def fit_probe(x: Tensor, y: Tensor) -> Probe:
 
 
 def separation(probe: Probe, texts: Texts, w_dec: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean over positives - mean over negatives of f_j, w . d_j), each [F]: their product is a latent's part in the probe's separation."""
+    """(mean over positives - mean over negatives of f_j, w . d_j), each [F]: their product is a latent's part in the
+    probe's separation."""
     w_dec, weight = alike(w_dec, probe.weight)
     return texts.f[texts.y].mean(0) - texts.f[~texts.y].mean(0), w_dec @ weight
 
 
 def tpp_effects(probe: Probe, texts: Texts, w_dec: Tensor) -> Tensor:
-    """Effect of each latent [F]: max(0, difference of means) x (w . d_j); latents that fire more for negatives have none."""
+    """Effect of each latent [F]: max(0, difference of means) x (w . d_j); latents that fire more for negatives have
+    none."""
     difference, along = separation(probe, texts, w_dec)
     return difference.clamp(min=0) * along
 
@@ -124,9 +129,11 @@ class TPP:
 
 
 def tpp(probes: Sequence[Probe], train: Sequence[Texts], test: Sequence[Texts], w_dec: Tensor, *, ns=NS) -> TPP:
-    """Ablate the latents of each class; compare the fall of its own probe with that of the others. One entry per class in each list.
+    """Ablate the latents of each class; compare the fall of its own probe with that of the others. One entry per class
+    in each list.
 
-    The latents of class i: the n of largest effect on its probe, on the training texts. Raises DataError for fewer than 2.
+    The latents of class i: the n of largest effect on its probe, on the training texts. Raises DataError for fewer than
+    2.
     """
     classes = range(len(probes))
     if len(probes) < 2 or not len(probes) == len(train) == len(test):
@@ -157,8 +164,8 @@ class SCR:
     score: dict[int, float]
     """The direction that starts from the lower accuracy."""
     room: float
-    """Of that direction: accuracy of the oracle probe less that of the spurious one. The score divides by it, so where it is not far above
-    the standard error of an accuracy the score is noise."""
+    """Of that direction: accuracy of the oracle probe less that of the spurious one. The score divides by it, so where
+    it is not far above the standard error of an accuracy the score is noise."""
 
 
 def scr(
@@ -171,7 +178,8 @@ def scr(
     train     texts with the labels of attribute 1 and of attribute 2, for choosing latents
     test      the same for testing, where the attributes are independent
 
-    Latents of an attribute: the n of largest absolute effect on its oracle probe. 1: all regained; 0: none; below 0: worse.
+    Latents of an attribute: the n of largest absolute effect on its oracle probe. 1: all regained; 0: none; below 0:
+    worse.
     """
     base = [spurious.accuracy(t) for t in test]
     room = [oracle.accuracy(t) - start for oracle, t, start in zip(oracles, test, base)]

@@ -83,8 +83,8 @@ def fit_linear(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Logistic regressions for all columns of y [n, c] at once: weight [c, d] and bias [c], starting from zero.
 
-    Binary cross-entropy in which a positive weighs (negatives / positives), Adam with a learning rate that falls exponentially
-    from lr[0] to lr[1], and `l1` times the mean over columns of sum |w|.
+    Binary cross-entropy in which a positive weighs (negatives / positives), Adam with a learning rate that falls
+    exponentially from lr[0] to lr[1], and `l1` times the mean over columns of sum |w|.
     """
     x, y = x.detach().float(), y.float()
     positives = y.sum(0).clamp(min=1)
@@ -108,8 +108,8 @@ def fit_linear(
 def fit_each(xs: list[Tensor], ys: list[Tensor], *, batch: int, l1: float, seed: int, epochs: int = 50) -> Tensor:
     """As `fit_linear`, one regression per sample x [n_i, d] and y bool [n_i], all in step: weight [samples, d].
 
-    Every sample takes as many steps as the largest, going round its rows again. The gradient of the logistic loss is written out: with
-    so small steps most of the time would be autograd's.
+    Every sample takes as many steps as the largest, going round its rows again. The gradient of the logistic loss is
+    written out: with so small steps most of the time would be autograd's.
     """
     generator, steps = torch.Generator().manual_seed(seed), epochs * -(-max(map(len, xs)) // batch)
     order = torch.stack([_rounds(len(x), steps * batch, generator) for x in xs])

@@ -1,13 +1,16 @@
 """How well an SAE rebuilds activations: explained variance, L0, shrinkage, dead and dense latents, CE and KL scores.
 
-"Explained variance" has several definitions in the field, and a number without its definition says little. With S = mean |x|^2,
-m = mean x, R = mean |x - x_hat|^2 over all tokens of d dimensions:
+"Explained variance" has several definitions in the field, and a number without its definition says little. With S =
+mean |x|^2, m = mean x, R = mean |x - x_hat|^2 over all tokens of d dimensions:
 
-    centred     1 - R / mean |x - m|^2            the textbook one, r2_score of scikit-learn; the default. 1 - this is the FVU
-    per_token   mean of 1 - |x - x_hat|^2 / |x - m|^2     SAEBench's `explained_variance_legacy`, with the mean of all tokens
+    centred     1 - R / mean |x - m|^2            the textbook one, r2_score of scikit-learn; the default. 1 - this is
+                the FVU
+    per_token   mean of 1 - |x - x_hat|^2 / |x - m|^2     SAEBench's `explained_variance_legacy`, with the mean of all
+                tokens
     uncentred   1 - R / S                         the most flattering
-    saebench    1 - R / (S - (S / d)^2)           `explained_variance` of SAEBench 0.6.0, which means to subtract the square of the mean
-                but takes the mean of the squares; near "uncentred" unless norms are of the order of d
+    saebench    1 - R / (S - (S / d)^2)           `explained_variance` of SAEBench 0.6.0, which means to subtract the
+                square of the mean but takes the mean of the squares; near "uncentred" unless norms are of the order of
+                d
 
 All sums are in float64, over pieces of a fixed size, so that no score depends on how the tokens were batched.
 """
@@ -31,8 +34,9 @@ DENSE = 0.1
 
 
 def explained_variance(x: Tensor, x_hat: Tensor, kind: str = "centred") -> float:
-    """Share of the variance of x [..., d] that x_hat explains: 1 is perfect, 0 no better than the mean (or than zero, if
-    "uncentred"). Raises ConfigError for another kind, DataError for shapes that differ or for activations that do not vary.
+    """Share of the variance of x [..., d] that x_hat explains: 1 is perfect, 0 no better than the mean (or than zero,
+    if "uncentred"). Raises ConfigError for another kind, DataError for shapes that differ or for activations that do
+    not vary.
 
     >>> x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 0.0]])
     >>> [round(explained_variance(x, x + 1, kind), 4) for kind in ("centred", "uncentred")]
@@ -122,8 +126,9 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruction(sae: SAE, x: Tensor | Iterable[Tensor], *, threshold: float | None = None) -> Reconstruction:
-    """Score an SAE on activations x [n, d], or on batches of them in anything that can be gone through twice (a list, a stream
-    over a file); the scores are the same bits however the batches are cut. `threshold` takes the place of the SAE's own.
+    """Score an SAE on activations x [n, d], or on batches of them in anything that can be gone through twice (a list, a
+    stream over a file); the scores are the same bits however the batches are cut. `threshold` takes the place of the
+    SAE's own.
 
     Raises DataError if there is no token, the width is not the SAE's, or the activations are not finite or do not vary.
 
@@ -134,7 +139,8 @@ def reconstruction(sae: SAE, x: Tensor | Iterable[Tensor], *, threshold: float |
     """
     if isinstance(x, Iterator):
         raise DataError(
-            f"The batches come from a {type(x).__name__}, which can be gone through once; twice are needed. Give a list, or a tensor."
+            f"The batches come from a {type(x).__name__}, which can be gone through once; twice are needed. Give a "
+            "list, or a tensor."
         )
     w_dec, w_enc = at_least_single(sae.W_dec), at_least_single(sae.W_enc)
     sums, norms = _Sums(_mean(x, sae.config.d_model)), w_dec.norm(dim=1)
@@ -212,10 +218,12 @@ def largest_cosines(directions: Tensor) -> Tensor:
 
 @torch.no_grad()
 def calibrated_threshold(sae: SAE, x: Tensor, k: float) -> float:
-    """The threshold at which L0 on x [n, d] is k: round(k n) margins (`SAE.margins`) lie above it, exactly (ties apart).
+    """The threshold at which L0 on x [n, d] is k: round(k n) margins (`SAE.margins`) lie above it, exactly (ties
+    apart).
 
-    It is the next largest margin of a latent that can be active, or the lowest threshold that means anything if there is no such;
-    then L0 is as high as this SAE can reach. Needs memory for 2 k n numbers, not for F n. Raises ConfigError for a k that is not positive.
+    It is the next largest margin of a latent that can be active, or the lowest threshold that means anything if there
+    is no such; then L0 is as high as this SAE can reach. Needs memory for 2 k n numbers, not for F n. Raises
+    ConfigError for a k that is not positive.
 
     >>> from masksae import BatchTopK, SAEConfig
     >>> sae, x = SAE(SAEConfig(8, 64, BatchTopK(4))), torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
@@ -242,22 +250,24 @@ def calibrated_threshold(sae: SAE, x: Tensor, k: float) -> float:
 
 
 def ce_score(original: float, zero: float, sae: float) -> float:
-    """Share of the language model's loss that an SAE recovers, from three mean cross-entropies in nats: with the activations as
-    they are, with zeros, with reconstructions in their place. 1: nothing lost; 0: no better than zeros. Raises DataError.
+    """Share of the language model's loss that an SAE recovers, from three mean cross-entropies in nats: with the
+    activations as they are, with zeros, with reconstructions in their place. 1: nothing lost; 0: no better than zeros.
+    Raises DataError.
 
     >>> ce_score(original=3.0, zero=11.0, sae=4.0)
     0.875
     """
     if not zero > original:
         raise DataError(
-            f"Zeros in place of the activations give a loss of {zero}, not above the original {original}. Look at the hook point."
+            f"Zeros in place of the activations give a loss of {zero}, not above the original {original}. Look at the "
+            "hook point."
         )
     return (zero - sae) / (zero - original)
 
 
 def kl_score(zero: float, sae: float) -> float:
-    """Share of the KL divergence of zeros that an SAE avoids: 1: the model's predictions are untouched; 0: no better than zeros.
-    Raises DataError if zeros change nothing.
+    """Share of the KL divergence of zeros that an SAE avoids: 1: the model's predictions are untouched; 0: no better
+    than zeros. Raises DataError if zeros change nothing.
 
     >>> kl_score(zero=8.0, sae=1.0)
     0.875

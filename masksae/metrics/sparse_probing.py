@@ -1,12 +1,13 @@
 """k-sparse probing: how well a concept is told from the k latents that differ most between its classes.
 
-The protocol is that of sae-probes 0.4.2 (Kantamneni et al. 2025, arXiv 2502.16681): latents of the last token, ranked by the difference
-of class means, a logistic regression on the first k whose strength C is chosen by AUC on a held-out part of the training rows, scored
-on the test rows. Other rules for the same arrays: SAEBench ranks without normalising and takes C = 1 on latents averaged over tokens
-(`normalised=False`, `strengths=(1.0,)`).
+The protocol is that of sae-probes 0.4.2 (Kantamneni et al. 2025, arXiv 2502.16681): latents of the last token, ranked
+by the difference of class means, a logistic regression on the first k whose strength C is chosen by AUC on a held-out
+part of the training rows, scored on the test rows. Other rules for the same arrays: SAEBench ranks without normalising
+and takes C = 1 on latents averaged over tokens (`normalised=False`, `strengths=(1.0,)`).
 
-Ours differs in one thing: features are divided by their mean non-zero value before the fit as they are before the ranking, so that
-the solver converges; `scaled=False` is the original, which often stops at its 1,000 iterations (a warning of scikit-learn says so).
+Ours differs in one thing: features are divided by their mean non-zero value before the fit as they are before the
+ranking, so that the solver converges; `scaled=False` is the original, which often stops at its 1,000 iterations (a
+warning of scikit-learn says so).
 """
 
 from contextlib import contextmanager, nullcontext
@@ -67,7 +68,8 @@ def mean_active(f: Tensor) -> Tensor:
 def rank_latents(f: Tensor, y: Tensor, *, normalised: bool = True) -> Tensor:
     """Latents of f [n, F] by |mean over positives - mean over negatives|, largest first; of equal ones, the first.
 
-    normalised  divide each latent by its mean non-zero value before (sae-probes); without, SAEBench and the figures of the paper
+    normalised  divide each latent by its mean non-zero value before (sae-probes); without, SAEBench and the figures of
+                the paper
 
     >>> f = torch.tensor([[1.0, 9.0], [1.0, 0.0], [0.0, 9.0], [0.0, 0.0]])
     >>> rank_latents(f, torch.tensor([True, True, False, False]))
@@ -146,8 +148,8 @@ def sparse_probing(
 
 
 def split(prompts: list[str], y: Tensor, *, train: int, test: int | None = None, seed: int = 42):
-    """Row numbers (train, test) of a task: as many positives as negatives in both, in random order; each prompt once, where sae-probes may
-    have the same text on both sides.
+    """Row numbers (train, test) of a task: as many positives as negatives in both, in random order; each prompt once,
+    where sae-probes may have the same text on both sides.
 
     test  at most so many rows; None: all that are left and balance
 
@@ -160,7 +162,8 @@ def split(prompts: list[str], y: Tensor, *, train: int, test: int | None = None,
     fewest = min(map(len, shuffled))
     if fewest < train // 2 + 1:
         raise DataError(
-            f"The rarer class has {fewest} distinct prompts, {train // 2} are wanted for training and some for the test. Lower train."
+            f"The rarer class has {fewest} distinct prompts, {train // 2} are wanted for training and some for the "
+            "test. Lower train."
         )
     per_class = fewest - train // 2 if test is None else min(test // 2, fewest - train // 2)
     parts = [[s[: train // 2] for s in shuffled], [s[train // 2 : train // 2 + per_class] for s in shuffled]]
@@ -183,7 +186,8 @@ def _fit(x, y, penalty: str, strength: float, seed: int):
 
 @contextmanager
 def _newton_alone():
-    """One Newton fit at a time: on singular data it turns a warning into an error for all threads for a moment, then goes on with L-BFGS."""
+    """One Newton fit at a time: on singular data it turns a warning into an error for all threads for a moment, then
+    goes on with L-BFGS."""
     import warnings
 
     from scipy.linalg import LinAlgWarning

@@ -164,7 +164,8 @@ class Training(Section):
 
 class Rule(Section):
     """A selection rule by the snake case of its name, and its parameters as keys: {rule: batch_topk, k: 20}; see
-    `masksae.saes.rules`. A rule of one's own is known once its module is imported. Every rule states the L0 it aims at."""
+    `masksae.saes.rules`. A rule of one's own is known once its module is imported. Every rule states the L0 it aims
+    at."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -222,7 +223,8 @@ def _value(name: str, value, kind):
 
 
 class Grid(Section):
-    """SAEs that differ in their seed only: in the initial weights, the order of the tokens and the masks that are drawn from it."""
+    """SAEs that differ in their seed only: in the initial weights, the order of the tokens and the masks that are drawn
+    from it."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     selection: Rule

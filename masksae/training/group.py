@@ -311,7 +311,8 @@ def _check_tokens(sae: SAEConfig, batch: int, steps: int) -> None:
     if silent and silent >= tokens:
         raise ConfigError(
             f"AuxK.dead_after_tokens is {silent:,} and the run sees {tokens:,} tokens: no latent would ever be "
-            f"revived. Leave it out (a sixteenth of the run: {AuxK().dead_after(tokens):,}), lower it, or train without "
+            f"revived. Leave it out (a sixteenth of the run: {AuxK().dead_after(tokens):,}), lower it, or train "
+            "without "
             "aux."
         )
     sae.selection.check_batch(batch)

@@ -51,7 +51,8 @@ def test_what_is_said_of_the_metrics_is_what_was_measured():
 
 
 def test_what_is_said_of_the_noise_is_what_was_measured():
-    """More than half of the difference's variance is the evaluation's; one evaluation of one SAE is off by .02 to .03."""
+    """More than half of the difference's variance is the evaluation's; one evaluation of one SAE is off by .02 to
+    .03."""
     rows = read_json(ROOT / "results/laptop/noise.json")["components"]
     share = {row["source"]: row["share"] for row in rows if row["of"] == "masked less unmasked"}
     assert share["seed"] < 0.5 and max(share, key=lambda source: (source != "seed", share[source])) == "seed x split"
@@ -120,7 +121,8 @@ def test_what_is_said_of_the_second_model_is_what_was_measured():
 
 
 def test_what_is_said_of_the_matching_is_what_was_measured():
-    """First letters: up with the threshold moved at L0 20 and interpolated, nothing to be seen as trained. Cross-token: BatchTopK alone."""
+    """First letters: up with the threshold moved at L0 20 and interpolated, nothing to be seen as trained. Cross-token:
+    BatchTopK alone."""
     scores = [read_json(ROOT / f"results/laptop/{name}.json") for name in ("reconstruction", "absorption", "contexts")]
     of = lambda mode, score, grid: effects.effect(effects.merge(*scores, mode=mode), score, grid, "masked")
     for grid in ("matryoshka20", "matryoshka80", "batchtopk20"):

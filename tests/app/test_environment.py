@@ -1,4 +1,5 @@
-"""The lock, conda's file, pyproject and the code agree on the packages; the test command is the one the README gives."""
+"""The lock, conda's file, pyproject and the code agree on the packages; the test command is the one the README
+gives."""
 
 import ast
 import re
@@ -78,7 +79,8 @@ def test_what_the_code_imports_is_declared():
 
 
 def test_public_names_have_examples_that_run():
-    """Doctests (`--doctest-modules`); parts of a config are shown with the config, and what needs a download in the README."""
+    """Doctests (`--doctest-modules`); parts of a config are shown with the config, and what needs a download in the
+    README."""
     elsewhere = {"MATRYOSHKA", "AuxK", "BatchTopK", "Gated", "JumpReLU", "ReLU", "TopK", "Profile", "Run", "load_model"}
     for name in set(masksae._HOME) - elsewhere:
         assert ">>>" in getattr(masksae, name).__doc__, name

@@ -1,7 +1,8 @@
-"""The disk full and Ctrl-C at the writes of a small run, and two runs at once: what was finished is kept, and the end is the same bytes.
+"""The disk full and Ctrl-C at the writes of a small run, and two runs at once: what was finished is kept, and the end
+is the same bytes.
 
-With MASKSAE_FUZZ set at every single write, and Ctrl-C at more moments and in every stage of the pipeline, which takes most of an hour; docs/faults.md
-tells of that."""
+With MASKSAE_FUZZ set at every single write, and Ctrl-C at more moments and in every stage of the pipeline, which takes
+most of an hour; docs/faults.md tells of that."""
 
 import errno
 import multiprocessing
@@ -172,7 +173,8 @@ def test_ctrl_c_of_the_command(new_project):
         time.sleep(moment * took)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
-        # Python itself ends by the signal, which a shell calls 130, if it came in the middle of an `exec`, as when a dataclass is made
+        # Python itself ends by the signal, which a shell calls 130, if it came in the middle of an `exec`, as when a
+        # dataclass is made
         assert process.returncode in (0, 130, -signal.SIGINT) and "Traceback" not in said, said
         if said.rstrip().endswith("masksae: interrupted; what was finished is kept, and the same command goes on."):
             stopped += 1
@@ -188,7 +190,8 @@ def test_ctrl_c_of_the_command(new_project):
 @pytest.mark.slow
 @pytest.mark.skipif(not FUZZ, reason="many minutes; set MASKSAE_FUZZ")
 def test_ctrl_c_in_every_stage_of_the_pipeline(tmp_path, monkeypatch):
-    """Ctrl-C, as a terminal sends it, a few seconds into every stage of `make repro PROFILE=smoke`; then to the end, to the same results."""
+    """Ctrl-C, as a terminal sends it, a few seconds into every stage of `make repro PROFILE=smoke`; then to the end, to
+    the same results."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     for kind in ("packages", "models"):

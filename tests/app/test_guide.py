@@ -1,4 +1,5 @@
-"""The guide to a model of one's own: stripped, run on a tiny local model, and its committed page is of this very notebook."""
+"""The guide to a model of one's own: stripped, run on a tiny local model, and its committed page is of this very
+notebook."""
 
 import random
 import re

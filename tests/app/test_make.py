@@ -1,4 +1,5 @@
-"""`make setup` on a tiny project, with real environments and no network: one that works goes on working, whatever becomes of its successor."""
+"""`make setup` on a tiny project, with real environments and no network: one that works goes on working, whatever
+becomes of its successor."""
 
 import os
 import shutil
@@ -93,7 +94,8 @@ def test_an_environment_works_until_its_successor_does(project):
     status, said = make(project, "setup")
     assert status == 0 and tiny(project) == "tiny 1" and environments(project) == [first]
     assert said.splitlines()[1:] == [
-        "masksae: .venv is not up to date and is used as it is, because: ERROR: No matching distribution found for tiny==2"
+        "masksae: .venv is not up to date and is used as it is, because: ERROR: No matching distribution found for "
+        "tiny==2"
     ]
 
     add_wheel(wheels, 2)

@@ -1,4 +1,5 @@
-"""The committed notebooks: stripped, with stable ids, one parameter, no code that belongs into the module, and a checked number."""
+"""The committed notebooks: stripped, with stable ids, one parameter, no code that belongs into the module, and a
+checked number."""
 
 import ast
 import contextlib
@@ -65,7 +66,8 @@ def test_short_cells_without_functions(notebook):
 
 @pytest.fixture
 def server(tmp_path):
-    """A real Jupyter server with this project's settings in a git repository of one notebook; a function that asks its contents API."""
+    """A real Jupyter server with this project's settings in a git repository of one notebook; a function that asks its
+    contents API."""
     shutil.copy(FILES[0], tmp_path / "a.ipynb")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path]
     subprocess.run([*git, "init", "-q"], check=True)

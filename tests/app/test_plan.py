@@ -62,8 +62,8 @@ def test_step_flop_are_those_that_torch_counts(paper, name):
 
 
 def test_work_is_that_of_the_specification(paper):
-    """Half a billion tokens: .065 EFLOP a forward to block 8 of Pythia and 1.0 EFLOP to block 12 of Gemma for each stream, that of
-    the unmasked arm and those of the masked arm's three pairs; 31 MFLOP a token and SAE."""
+    """Half a billion tokens: .065 EFLOP a forward to block 8 of Pythia and 1.0 EFLOP to block 12 of Gemma for each
+    stream, that of the unmasked arm and those of the masked arm's three pairs; 31 MFLOP a token and SAE."""
     harvest, training, _ = paper["paper"].work
     assert harvest.flop / 4 == pytest.approx(0.065e18, rel=0.05)
     assert paper["paper-gemma"].work[0].flop / 4 == pytest.approx(1.0e18, rel=0.05)

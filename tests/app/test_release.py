@@ -1,4 +1,5 @@
-"""What `pip install masksae` gives: an sdist from which the same wheel can be built, and a wheel that works outside a clone with its own dependencies alone."""
+"""What `pip install masksae` gives: an sdist from which the same wheel can be built, and a wheel that works outside a
+clone with its own dependencies alone."""
 
 import importlib.metadata as metadata
 import os
@@ -40,7 +41,9 @@ def build(source: Path, target: Path, kind: str) -> Path:
 def test_every_folder_and_file_of_the_package_is_declared():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     files = [p.relative_to(ROOT) for p in (ROOT / "masksae").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert {".".join(file.parent.parts) for file in files} == {*find_namespace_packages(ROOT, **declared["packages"]["find"])}
+    assert {".".join(file.parent.parts) for file in files} == {
+        *find_namespace_packages(ROOT, **declared["packages"]["find"])
+    }
     data = {file for file in files if file.suffix != ".py"}
     told = {
         path.relative_to(ROOT)

@@ -1,4 +1,5 @@
-"""dvc.yaml names what its stages use, notebooks are projected and executed without a trace of when, errors come without a traceback."""
+"""dvc.yaml names what its stages use, notebooks are projected and executed without a trace of when, errors come without
+a traceback."""
 
 import itertools
 import json
@@ -232,7 +233,8 @@ def test_bad_profiles_are_told_in_a_line(command, capsys, project):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_dvc_its_stage_and_the_kernel_in_a_line(number, project):
-    """To our process alone, as `kill` sends it: real DVC, a real kernel in the middle of a cell, nothing left, no lock held."""
+    """To our process alone, as `kill` sends it: real DVC, a real kernel in the middle of a cell, nothing left, no lock
+    held."""
     (project / ".dvc").mkdir()
     (project / ".dvc/config").write_text("[core]\n    no_scm = True\n    analytics = false\n")
     (project / "dvc.yaml").write_text("stages: {try: {cmd: python -m masksae run 01_try laptop}}")
@@ -257,7 +259,8 @@ def test_a_signal_ends_dvc_its_stage_and_the_kernel_in_a_line(number, project):
 
 
 def test_a_notebook_that_nobody_interrupts_ends_without_a_word(project, capfd):
-    """Jupyter interrupts a kernel before it asks it to end; here that always meets one that has just answered and is not yet idle."""
+    """Jupyter interrupts a kernel before it asks it to end; here that always meets one that has just answered and is
+    not yet idle."""
     slow = "import time\nhandlers = get_ipython().kernel.shell_handlers\nanswer = handlers['kernel_info_request']\n"
     slow += "async def late(*message): await answer(*message); time.sleep(2)\nhandlers['kernel_info_request'] = late"
     write_notebook(project, 'profile = "x"', slow)

@@ -1,4 +1,5 @@
-"""Jobs on a real SLURM of one node (`make test-slurm`): caps, pre-emption, failures, cancelling, and runs that skip what is finished."""
+"""Jobs on a real SLURM of one node (`make test-slurm`): caps, pre-emption, failures, cancelling, and runs that skip
+what is finished."""
 
 import os
 import signal
@@ -69,7 +70,8 @@ def test_preemption_in_the_middle_of_training_changes_no_byte(scratch, monkeypat
         [
             sys.executable,
             "-c",
-            f"from masksae import jobs; jobs.POLL = 0.5; jobs.run_jobs([jobs.Job('a', 'slurm_jobs:training', ({str(scratch / 'cut')!r}, 0.2))])",
+            "from masksae import jobs; jobs.POLL = 0.5; jobs.run_jobs([jobs.Job('a', 'slurm_jobs:training', "
+            f"({str(scratch / 'cut')!r}, 0.2))])",
         ]
     )
     checkpoint = scratch / "cut/group/checkpoint/state.json"

@@ -1,4 +1,5 @@
-"""The whole pipeline on the smoke profile, then every notebook under nbval, and nothing is left dirty. The slow part: minutes."""
+"""The whole pipeline on the smoke profile, then every notebook under nbval, and nothing is left dirty. The slow part:
+minutes."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""The folder for the hub: SAEs that come back as they were, a card whose numbers are the results', a push that fails with its reason."""
+"""The folder for the hub: SAEs that come back as they were, a card whose numbers are the results', a push that fails
+with its reason."""
 
 import json
 from dataclasses import replace

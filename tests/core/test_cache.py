@@ -30,7 +30,8 @@ CHAIN = {
 """A function of each module on the way from text to a score, and the first id of code that rests on it."""
 
 REST_ON = {INPUTS: [INPUTS, RUN, SCORE], RUN: [RUN], SCORE: [SCORE]}
-"""The ids of code that rest on another; scores are kept under the ids of their SAEs besides, so these need not name what trains."""
+"""The ids of code that rest on another; scores are kept under the ids of their SAEs besides, so these need not name
+what trains."""
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ def test_no_step_waits_for_the_device(rule, prefixes):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_checkpoint_is_loaded_where_the_optimiser_wants_it(fused):
-    """Fused Adam (GPUs) takes `step` on the parameter's device, the plain one on the CPU; a checkpoint's tensors come from the CPU."""
+    """Fused Adam (GPUs) takes `step` on the parameter's device, the plain one on the CPU; a checkpoint's tensors come
+    from the CPU."""
     recipe, x = TrainConfig(steps=9, warmup=1, threshold_start=1), random_batch(dtype=torch.float32)
     saved = Trainer(random_sae(dtype=torch.float32), recipe)
     saved.step(x, 0)
@@ -53,7 +54,8 @@ def test_the_meta_device_does_refuse_to_be_read():
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda r: type(r).__name__)
 def test_half_precision_products_keep_master_weights_in_single(rule):
-    """Autocast to bfloat16: gradients within its rounding of the single-precision ones; weights, moments and state in single."""
+    """Autocast to bfloat16: gradients within its rounding of the single-precision ones; weights, moments and state in
+    single."""
     x = random_batch(256, dtype=torch.float32)
     sae, half = (random_sae(rule, MATRYOSHKA, dtype=torch.float32) for _ in range(2))
     recipe = dict(steps=1000, lr=1e-3, warmup=0, threshold_start=3)

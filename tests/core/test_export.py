@@ -1,4 +1,5 @@
-"""Formats of other libraries: what we write we read back as it was; what cannot be held is refused. The libraries themselves: test_peers_exchange.py."""
+"""Formats of other libraries: what we write we read back as it was; what cannot be held is refused. The libraries
+themselves: test_peers_exchange.py."""
 
 import json
 from pathlib import Path

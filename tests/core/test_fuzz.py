@@ -1,4 +1,5 @@
-"""Damaged files: bits flipped, cut short, overwritten, JSON values changed. Whatever happens is one of our errors, or harmless.
+"""Damaged files: bits flipped, cut short, overwritten, JSON values changed. Whatever happens is one of our errors, or
+harmless.
 
 MASKSAE_FUZZ=300 tries so many of each kind; the fault table in docs/faults.md tells of such a run.
 """

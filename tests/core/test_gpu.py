@@ -1,8 +1,10 @@
-"""For the first machine that has a GPU: `pytest -m gpu tests/core/test_gpu.py`. Skipped elsewhere; none of it has run yet.
+"""For the first machine that has a GPU: `pytest -m gpu tests/core/test_gpu.py`. Skipped elsewhere; none of it has run
+yet.
 
-What is asserted must hold on any GPU. What should be fast is printed as a ratio with the value to expect, since times are no tests:
-overlapping the forwards with training 1.2 or more where both take about as long, half precision 1.5 or more on the step, a share of the
-data sheet of .2 to .5 (`SHARE` in `plan.py` assumes .4). `make benchmark` gives the ratio to the peers' steps.
+What is asserted must hold on any GPU. What should be fast is printed as a ratio with the value to expect, since times
+are no tests: overlapping the forwards with training 1.2 or more where both take about as long, half precision 1.5 or
+more on the step, a share of the data sheet of .2 to .5 (`SHARE` in `plan.py` assumes .4). `make benchmark` gives the
+ratio to the peers' steps.
 """
 
 import time
@@ -159,6 +161,7 @@ def test_ratios_to_expect(capsys):
     rate = 10 * 768 * 4096 * 2048 / seconds["bfloat16"] / 1e12
     with capsys.disabled():
         print(
-            f"\nstep {seconds}, bfloat16 {seconds['float32'] / seconds['bfloat16']:.2f} times faster (expect 1.5), {rate:.0f} TFLOP/s in bfloat16"
+            f"\nstep {seconds}, bfloat16 {seconds['float32'] / seconds['bfloat16']:.2f} times faster (expect 1.5), "
+            f"{rate:.0f} TFLOP/s in bfloat16"
         )
     assert rate > 0

@@ -1,4 +1,5 @@
-"""Executors without a cluster: options, one process per device, failures that lose nothing. SLURM itself: `test_slurm.py`."""
+"""Executors without a cluster: options, one process per device, failures that lose nothing. SLURM itself:
+`test_slurm.py`."""
 
 import os
 import sys

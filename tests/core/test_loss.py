@@ -1,4 +1,5 @@
-"""Losses and gradients of every architecture: against loops, against autograd on the definition, sparse against dense."""
+"""Losses and gradients of every architecture: against loops, against autograd on the definition, sparse against
+dense."""
 
 import math
 
@@ -113,7 +114,8 @@ def test_gradient_of_jump_thresholds_by_hand():
     x = torch.tensor([[1.05], [0.95], [3.0]]).double()
     xc = sae.encoder_input(x)
     dense_step(sae, x, xc, (xc @ sae.W_enc).detach(), 1.0, None, False)
-    # df_b = 2/3 (f - x): 0 for the active ones, -2/3 * 0.95 for the silent one; thresholds get -(1 / 0.2) of it inside the window
+    # df_b = 2/3 (f - x): 0 for the active ones, -2/3 * 0.95 for the silent one; thresholds get -(1 / 0.2) of it inside
+    # the window
     value = -(1 / 0.2) * (-2 / 3 * 0.95)
     # penalty (2/3 / 0.5 - 1)^2: its derivative for each step is 2 (1/3) / 0.5 / 3; only f = 1.05 is in the window
     step = 2 * (1 / 3) / 0.5 / 3

@@ -57,11 +57,13 @@ def test_only_words_with_two_tokens_before_them_count():
 
 
 WORDS, PARENT = 40, 40
-"""Words, and which direction and latent is the parent's. So many words that the latent of a single one tells little of the parent."""
+"""Words, and which direction and latent is the parent's. So many words that the latent of a single one tells little of
+the parent."""
 
 
 def sample(n=8000, d=44, seed=0):
-    """Activations at n words: each of 40 words adds a direction, the first parent another; parents for a third of the words."""
+    """Activations at n words: each of 40 words adds a direction, the first parent another; parents for a third of the
+    words."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
     word = torch.randint(0, WORDS, (n,), generator=generator)
@@ -86,8 +88,8 @@ def test_probes_find_what_is_there_and_no_more():
 
 
 def planted(directions, absorbing: bool) -> SAE:
-    """A latent for each word and one for the parent. Absorbing: after the parent, word 0 has another latent that carries the parent too, and
-    the parent's keeps silent."""
+    """A latent for each word and one for the parent. Absorbing: after the parent, word 0 has another latent that
+    carries the parent too, and the parent's keeps silent."""
     sae = SAE(SAEConfig(len(directions), WORDS + 2, BatchTopK(2)))
     parent, word, both = directions[PARENT], directions[0], directions[PARENT] + directions[0]
     with torch.no_grad():

@@ -79,7 +79,8 @@ def test_latents_that_do_nothing_are_not_taken():
 
 
 def test_effects_by_hand():
-    """Latent 0 fires for positives along the probe, 1 for positives against it, 2 for negatives along it, 3 for negatives against it."""
+    """Latent 0 fires for positives along the probe, 1 for positives against it, 2 for negatives along it, 3 for
+    negatives against it."""
     f = torch.tensor([[2.0, 1, 0, 0], [0, 0, 3, 5]]).double()
     texts, w_dec = Texts(f, f, torch.tensor([True, False])), torch.eye(4).double()
     probe = Probe(torch.tensor([1.0, -1, 1, -1]).double(), 0.0)

@@ -61,7 +61,8 @@ def test_l1_silences_useless_latents():
 
 
 def test_rare_latents_do_not_crowd_out_the_good_one():
-    """The letter shows in how strongly a dense latent fires; rare latents fire twenty times harder on eight words each."""
+    """The letter shows in how strongly a dense latent fires; rare latents fire twenty times harder on eight words
+    each."""
     generator = torch.Generator().manual_seed(0)
     letters = torch.randint(0, 3, (6000,), generator=generator)
     dense, rare = (20 + 3 * torch.randn(6000, 60, generator=generator)).clamp(min=0), torch.zeros(6000, 300)

@@ -48,7 +48,8 @@ def test_noise_scores_chance():
 
 
 def test_singular_features_score_the_same_in_threads_as_alone():
-    """Norms of thousands and repeated columns, as some models' residual streams: Newton gives up there, by way of a process-wide filter."""
+    """Norms of thousands and repeated columns, as some models' residual streams: Newton gives up there, by way of a
+    process-wide filter."""
     generator = torch.Generator().manual_seed(0)
     x = 1e8 * torch.randn(120, 20, generator=generator).repeat(1, 10)
     y = torch.arange(120) % 2 == 0

@@ -1,4 +1,5 @@
-"""Masking inside somebody else's pipeline: data sets, batches, and the inputs of a model. The real trainers are in test_peers_plugins.py."""
+"""Masking inside somebody else's pipeline: data sets, batches, and the inputs of a model. The real trainers are in
+test_peers_plugins.py."""
 
 import copy
 import pickle

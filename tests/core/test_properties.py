@@ -1,4 +1,5 @@
-"""Properties of streams, masks and selections that hold for whatever sizes, seeds and values Hypothesis comes up with."""
+"""Properties of streams, masks and selections that hold for whatever sizes, seeds and values Hypothesis comes up
+with."""
 
 import datasets
 import torch
@@ -113,7 +114,8 @@ seeds, shares = st.integers(0, 2**63 - 1), st.sampled_from([0.0, 1.0]) | st.floa
 
 
 def masks_of(number, p, seed):
-    """(sequences [128, 32], where they are masked by content); the sequences are distinct but for a chance of nothing."""
+    """(sequences [128, 32], where they are masked by content); the sequences are distinct but for a chance of
+    nothing."""
     ids = torch.randint(2, VOCABULARY, (128, 32), generator=torch.Generator().manual_seed(number))
     with mask_inputs(MODEL, p=p, token_id=1, seed=seed, spare=[0]) as masks:
         corrupted = masks.corrupt(ids)

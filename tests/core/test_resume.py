@@ -1,4 +1,5 @@
-"""Training interrupted: by kills, full disks, bad checkpoints; and its snapshots. The bytes are those of a run left alone."""
+"""Training interrupted: by kills, full disks, bad checkpoints; and its snapshots. The bytes are those of a run left
+alone."""
 
 import json
 import os
@@ -69,7 +70,8 @@ print("finished")
 
 @pytest.mark.parametrize("most", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_killed_again_and_again_at_every_kind_of_moment(most, tmp_path):
-    """SIGKILL before the n-th rename or flush, n from a seeded list: in checkpoints, snapshots and between two renames."""
+    """SIGKILL before the n-th rename or flush, n from a seeded list: in checkpoints, snapshots and between two
+    renames."""
     generator, kills = torch.Generator().manual_seed(0), 0
     for attempt in range(12):
         countdown = int(torch.randint(1, 30, (), generator=generator)) if attempt < most else 10**9
@@ -91,7 +93,8 @@ def test_killed_again_and_again_at_every_kind_of_moment(most, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a file system of 400 kB; without the right to mount one, the test is run by a user who has it (CI is root)."""
+    """A folder on a file system of 400 kB; without the right to mount one, the test is run by a user who has it (CI is
+    root)."""
     folder = tmp_path / "small"
     folder.mkdir()
     if subprocess.run(
@@ -128,7 +131,8 @@ def test_full_disk_keeps_the_last_checkpoint(small_disk):
 
 @pytest.mark.parametrize("decay", [0.2, 0.0], ids=["decay", "no decay"])
 def test_a_snapshot_is_the_sae_of_a_shorter_run(tmp_path, decay):
-    """Byte for byte that of `steps = n` with the other values left, and of `branch(n)` where n steps end before the threshold begins."""
+    """Byte for byte that of `steps = n` with the other values left, and of `branch(n)` where n steps end before the
+    threshold begins."""
     config = train_config(snapshots=(16, 20, 30, 47, 60), sparsity_warmup=12, decay=decay)
     whole = run(config, EVERY, checkpoint_dir=tmp_path)
     found = load_snapshots(tmp_path)
@@ -139,7 +143,8 @@ def test_a_snapshot_is_the_sae_of_a_shorter_run(tmp_path, decay):
 
 
 def test_a_snapshot_before_the_threshold_starts_has_one_of_its_own(tmp_path):
-    """Of a run too short for the trunk's `threshold_start`: clean L0 near k, as a run of its own with its own defaults has it."""
+    """Of a run too short for the trunk's `threshold_start`: clean L0 near k, as a run of its own with its own defaults
+    has it."""
     sae_configs = [SAEConfig(D, F, BatchTopK(4)), SAEConfig(D, F, TopK(4))]
     config = train_config(400, threshold_start=200, threshold_ema=0.98, snapshots=(40, 100, 200, 201))
     run(config, sae_configs, checkpoint_dir=tmp_path)

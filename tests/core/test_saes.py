@@ -1,4 +1,5 @@
-"""The SAE of every architecture: configuration errors, encode and decode, folding, files. Losses are in test_loss.py."""
+"""The SAE of every architecture: configuration errors, encode and decode, folding, files. Losses are in
+test_loss.py."""
 
 import json
 import re
@@ -218,7 +219,8 @@ def test_seeds_and_sizes_of_numpy_are_kept_as_integers():
 
 
 def test_when_a_latent_is_dead_in_old_and_new_files():
-    """0.1 wrote a number for it, and that number stands; None is kept as None and follows the run that trains with it."""
+    """0.1 wrote a number for it, and that number stands; None is kept as None and follows the run that trains with
+    it."""
     values = SAEConfig(8, 16, BatchTopK(1), aux=AuxK()).to_dict()
     assert values["aux"]["dead_after_tokens"] is None and SAEConfig.from_dict(values).aux == AuxK()
     old = SAEConfig.from_dict(values | {"aux": {"k": None, "coefficient": 1 / 32, "dead_after_tokens": 10_000_000}})

@@ -1,4 +1,5 @@
-"""Streams as training meets them: one owner of the language model at a time, one position, and what the stream is made of."""
+"""Streams as training meets them: one owner of the language model at a time, one position, and what the stream is made
+of."""
 
 import json
 import threading
@@ -136,7 +137,8 @@ def test_a_failed_training_leaves_no_thread():
 
 
 def test_iterators_share_one_position():
-    """Two iterators give every batch once between them, in the second epoch too; a jump is followed by those that live."""
+    """Two iterators give every batch once between them, in the second epoch too; a jump is followed by those that
+    live."""
     x = torch.arange(40.0)[:, None]
     make = lambda: ActivationStream.from_array(x, batch_size=10, seed=0)
     alone = [batch for batch, _ in islice(make(), 12)]

@@ -112,7 +112,8 @@ def test_a_recipe_left_alone_follows_its_steps():
 
 
 def test_latents_are_revived_in_a_run_of_any_length():
-    """By default a latent counts as dead after a sixteenth of the run, 750 of 12,000 tokens here; a fixed number would never be reached."""
+    """By default a latent counts as dead after a sixteenth of the run, 750 of 12,000 tokens here; a fixed number would
+    never be reached."""
     without, revived, named = (
         run(sae_configs=[SAEConfig(D, F, BatchTopK(2), aux=aux)])[0]
         for aux in (None, AuxK(), AuxK(dead_after_tokens=750))
@@ -214,7 +215,8 @@ def test_exploding_loss_stops_with_the_step_the_sae_and_the_last_checkpoint(tmp_
 
 
 def test_denoising_learns_to_undo_noise():
-    """Targets are clean activations, inputs have noise: the SAE's output is nearer to the clean ones than an ordinary SAE's."""
+    """Targets are clean activations, inputs have noise: the SAE's output is nearer to the clean ones than an ordinary
+    SAE's."""
     x, _ = sparse_world()
     noisy = x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     source = ActivationStream.from_array(noisy, batch_size=200, seed=0)

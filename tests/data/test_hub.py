@@ -1,4 +1,5 @@
-"""Streaming through the real clients of the hub from a fake one that fails: no token is lost or repeated, and a shard in trouble is named."""
+"""Streaming through the real clients of the hub from a fake one that fails: no token is lost or repeated, and a shard
+in trouble is named."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""Sources: packages through the real pip from a folder of tiny wheels, local files, and an error for everything that can go wrong."""
+"""Sources: packages through the real pip from a folder of tiny wheels, local files, and an error for everything that
+can go wrong."""
 
 import gzip
 import hashlib

@@ -1,4 +1,5 @@
-"""Forward, loss, gradients and the first 20 updates against dictionary_learning 0.1.0, forwards against SAELens 6.54; double precision.
+"""Forward, loss, gradients and the first 20 updates against dictionary_learning 0.1.0, forwards against SAELens 6.54;
+double precision.
 
 The peers live in an environment of their own: `make test-peers`. Elsewhere these tests are skipped.
 """
@@ -75,7 +76,8 @@ def test_loss_and_gradients_against_dictionary_learning(rule, prefixes, aux, spa
 
 @pytest.mark.parametrize("rule, prefixes, aux", CASES)
 def test_twenty_updates_against_dictionary_learning(rule, prefixes, aux):
-    """To 1e-5 of the distance travelled: besides single precision (above) their projection divides rows by their norm + 1e-6."""
+    """To 1e-5 of the distance travelled: besides single precision (above) their projection divides rows by their norm +
+    1e-6."""
     sae = start(rule, prefixes, aux)
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
     trainer, our_trainer = dictionary_learning_trainer(sae, RECIPE), Trainer(sae, RECIPE)
@@ -109,7 +111,8 @@ def test_inference_against_dictionary_learning(rule, prefixes, aux):
 
 @pytest.mark.parametrize("rule, prefixes", [case.values[:2] for case in CASES], ids=[case.id for case in CASES])
 def test_forward_against_saelens(rule, prefixes):
-    """Latents, reconstruction and main loss of their training pass; Matryoshka there is the unweighted sum over prefixes."""
+    """Latents, reconstruction and main loss of their training pass; Matryoshka there is the unweighted sum over
+    prefixes."""
     from sae_lens.saes.sae import TrainStepInput
 
     sae, x = random_sae(rule, prefixes, "sum" if prefixes else "1/G^2"), random_batch()

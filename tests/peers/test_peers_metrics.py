@@ -93,7 +93,8 @@ def test_effects_and_ablation_are_those_of_saebench(rule, scr):
 
 
 def test_where_texts_are_padded_saebench_leaks_the_latents_of_zero():
-    """The difference on purpose: its ablated pass encodes padded positions, which adds -f(0) d for each to the average."""
+    """The difference on purpose: its ablated pass encodes padded positions, which adds -f(0) d for each to the
+    average."""
     from sae_bench.evals.scr_and_tpp import main as theirs
 
     sae = random_sae(ALL_RULES[2], dtype=torch.float32).requires_grad_(False)

@@ -1,4 +1,5 @@
-"""Masked regularisation in the real trainers of SAELens and dictionary_learning: the activations they train on are ours.
+"""Masked regularisation in the real trainers of SAELens and dictionary_learning: the activations they train on are
+ours.
 
 The peers live in an environment of their own: `make test-peers`. Elsewhere these tests are skipped.
 """
@@ -66,7 +67,8 @@ def saelens_config(drop, steps, output):
 @pytest.mark.parametrize("drop", [False, True], ids=["kept", "dropped"])
 @pytest.mark.parametrize("stream", [False, True], ids=["Dataset", "IterableDataset"])
 def test_saelens_trains_on_our_activations(model, drop, stream, monkeypatch, tmp_path):
-    """Its own runner, from a pre-tokenised data set; masked positions dropped by its own option. A stream's masks are those of `mask_inputs`."""
+    """Its own runner, from a pre-tokenised data set; masked positions dropped by its own option. A stream's masks are
+    those of `mask_inputs`."""
     from sae_lens import LanguageModelSAETrainingRunner
     from sae_lens.load_model import HookedProxyLM
     from sae_lens.training.sae_trainer import SAETrainer

@@ -1,4 +1,5 @@
-"""Reconstruction, absorption and result files against SAEBench 0.6.0's own functions and schemas, on the same arrays and SAEs.
+"""Reconstruction, absorption and result files against SAEBench 0.6.0's own functions and schemas, on the same arrays
+and SAEs.
 
 The peers live in an environment of their own: `make test-peers`. Elsewhere these tests are skipped.
 """
@@ -37,7 +38,8 @@ def adapted(rule):
 
 
 def their_core(adapter, x):
-    """Their statistics of activations x [b, s, d], all in one batch: a model and a store that hand over what is there."""
+    """Their statistics of activations x [b, s, d], all in one batch: a model and a store that hand over what is
+    there."""
     from sae_bench.evals.core.main import get_sparsity_and_variance_metrics
 
     model = SimpleNamespace(run_with_cache=lambda *_, **__: (None, {adapter.cfg.hook_name: x}))
@@ -76,8 +78,8 @@ def test_largest_cosines_are_those_of_saebench(rule):
 
 
 def test_where_saebenchs_explained_variance_differs():
-    """On purpose: activations far from zero have a mean to subtract, which its `explained_variance` does not find. The reconstruction
-    by the mean alone explains nothing of the variance, and nearly everything in its reading."""
+    """On purpose: activations far from zero have a mean to subtract, which its `explained_variance` does not find. The
+    reconstruction by the mean alone explains nothing of the variance, and nearly everything in its reading."""
     sae, adapter = adapted(ALL_RULES[2])
     x = torch.randn(16, 32, D, generator=torch.Generator().manual_seed(0)) / 10 + 1
     sae.b_dec.copy_(x.mean((0, 1)))

@@ -1,4 +1,5 @@
-"""Absorption along training: effects at equal steps and at equal explained variance on curves that are known, tables and pictures."""
+"""Absorption along training: effects at equal steps and at equal explained variance on curves that are known, tables
+and pictures."""
 
 import pytest
 from tiny_project import profile

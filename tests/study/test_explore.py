@@ -1,4 +1,5 @@
-"""The explorer on a tiny run: stories of letters and contexts agree with the metric's rule, contexts show the tokens that fire."""
+"""The explorer on a tiny run: stories of letters and contexts agree with the metric's rule, contexts show the tokens
+that fire."""
 
 from types import SimpleNamespace
 
@@ -20,7 +21,8 @@ def look(project):
 
 
 def planted():
-    """Ten words of parent E1 and ten without; latent 0 is for the parent and misses the first word, where latent 1 stands in."""
+    """Ten words of parent E1 and ten without; latent 0 is for the parent and misses the first word, where latent 1
+    stands in."""
     x = torch.zeros(20, 3)
     x[:, 0] = torch.tensor([3.0] * 10 + [0.0] * 10)
     x[:, 2] = 1.0

@@ -37,7 +37,8 @@ def test_a_mask_breaks_only_what_comes_from_another_token():
 
 
 def perfect(world, folded: int | None = None):
-    """An SAE with a latent per parent and word; `folded`: this word's latent holds its parents, which stay silent on it."""
+    """An SAE with a latent per parent and word; `folded`: this word's latent holds its parents, which stay silent on
+    it."""
     features = world.directions()
     rows = torch.cat([features["parents"], features["words"]])
     sae = SAE(SAEConfig(64, 18, BatchTopK(2))).requires_grad_(False)

@@ -1,4 +1,5 @@
-"""A model of one's own, from a profile of a dozen lines: other architectures, hook points and tokenizers; what cannot work says why."""
+"""A model of one's own, from a profile of a dozen lines: other architectures, hook points and tokenizers; what cannot
+work says why."""
 
 import random
 
@@ -19,7 +20,8 @@ WORDS = "the cat sat on a mat while seven dogs ran past it and nobody saw them".
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
-    """A folder of the reader's own with a page of text, and a cache of its own; blanks and letters beyond ASCII in its path."""
+    """A folder of the reader's own with a page of text, and a cache of its own; blanks and letters beyond ASCII in its
+    path."""
     root = tmp_path / "mein Größen-Projekt ünï"
     root.mkdir()
     draw = random.Random(0)

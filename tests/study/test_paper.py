@@ -1,4 +1,5 @@
-"""The paper's profiles, shrunk: the same road from a streamed, filtered data set to scores, on tiny models of the same two architectures."""
+"""The paper's profiles, shrunk: the same road from a streamed, filtered data set to scores, on tiny models of the same
+two architectures."""
 
 import random
 

@@ -1,4 +1,5 @@
-"""Texts averaged over tokens on a tiny model: no padding in any mean, classes apart, balanced quadrants, unusable ones named."""
+"""Texts averaged over tokens on a tiny model: no padding in any mean, classes apart, balanced quadrants, unusable ones
+named."""
 
 import random
 

@@ -1,4 +1,5 @@
-"""Labelled texts on a tiny model: the right token, the same rows for all SAEs, means that add up, unusable sets left out by name."""
+"""Labelled texts on a tiny model: the right token, the same rows for all SAEs, means that add up, unusable sets left
+out by name."""
 
 import random
 

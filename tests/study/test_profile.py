@@ -1,4 +1,5 @@
-"""Profiles: the shipped ones are good, and every mistake in one is an error that names the key, before anything else happens."""
+"""Profiles: the shipped ones are good, and every mistake in one is an error that names the key, before anything else
+happens."""
 
 import copy
 
@@ -33,7 +34,8 @@ def test_shipped_profiles_are_good(name):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_dead_latents_can_be_revived_in_every_shipped_profile(name):
-    """Of every grid and arm: a latent counts as dead long before the last step, and every snapshot's recipe can be made."""
+    """Of every grid and arm: a latent counts as dead long before the last step, and every snapshot's recipe can be
+    made."""
     profile = load_profile(name)
     text, training = profile.text, profile.training
     kept = text.train_tokens * (text.block_length - 1) // text.block_length

@@ -53,7 +53,8 @@ def test_bad_pairs(a, b):
 
 
 def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2)):
-    """Result rows in which masking changes absorption by `effect` (of the first grid only, 0 elsewhere) and EV by -.05."""
+    """Result rows in which masking changes absorption by `effect` (of the first grid only, 0 elsewhere) and EV by
+    -.05."""
     rng = np.random.default_rng(0)
     reconstruction, absorption = [], []
     for grid in grids:
@@ -218,7 +219,8 @@ def test_verdicts_carry_size_and_corrected_p_values():
 
 
 def test_matched_sparsity_by_interpolation_over_k():
-    """EV of .1 more for four times the latents; the masked arm has half as many latents again and loses .02 at equal L0."""
+    """EV of .1 more for four times the latents; the masked arm has half as many latents again and loses .02 at equal
+    L0."""
     rows = []
     for seed in range(3):
         for k in (20, 80):

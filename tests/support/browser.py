@@ -1,4 +1,5 @@
-"""Open pages in a real browser and see what goes wrong: messages on the console, files that the server does not have, links to nowhere."""
+"""Open pages in a real browser and see what goes wrong: messages on the console, files that the server does not have,
+links to nowhere."""
 
 import functools
 import html
@@ -16,7 +17,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def troubles(folder: Path, pages: list[str]) -> list[str]:
-    """Console messages and failed requests when every page is opened in headless Chromium, each in a frame of one window."""
+    """Console messages and failed requests when every page is opened in headless Chromium, each in a frame of one
+    window."""
     body = "".join(f'<iframe src="/{page}"></iframe>' for page in pages)
     found, failed = _opened(folder, body)
     assert "iframe" in found.stdout, found.stderr  # it did open

@@ -1,4 +1,5 @@
-"""A hub on this machine with one data set, for the real clients of the real hub; it can be told to fail in the ways that networks do.
+"""A hub on this machine with one data set, for the real clients of the real hub; it can be told to fail in the ways
+that networks do.
 
 Run as a script it is the child process of `test_hub.py`: the clients read the hub's address when they are imported.
 """
@@ -23,9 +24,9 @@ NAME = "someone/pile"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Serves `files` (path -> bytes). `fault` is met by the first two requests of every byte range: "502", "time-out", "cut" (the connection
-    closes half-way), "short" (fewer bytes than asked for), "garbage" (other bytes); always: "gone" (404), "truncated" (the second half of
-    the second shard is not there); or None."""
+    """Serves `files` (path -> bytes). `fault` is met by the first two requests of every byte range: "502", "time-out",
+    "cut" (the connection closes half-way), "short" (fewer bytes than asked for), "garbage" (other bytes); always:
+    "gone" (404), "truncated" (the second half of the second shard is not there); or None."""
 
     daemon_threads = True
 
@@ -148,8 +149,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def pile(documents: int = 4000, shards: int = 2) -> dict[str, bytes]:
-    """Shards in the Pile's form, with what real ones hold: other sets between, empty and blank texts, odd characters, one text of 10 MB (held out, where most
-    of it finds no room)."""
+    """Shards in the Pile's form, with what real ones hold: other sets between, empty and blank texts, odd characters,
+    one text of 10 MB (held out, where most of it finds no room)."""
     import zstandard
 
     from masksae.data.blocks import is_held_out

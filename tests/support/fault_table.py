@@ -1,4 +1,5 @@
-"""The table of docs/faults.md: what a full run (MASKSAE_FUZZ) of the fault tests tried. `python tests/support/fault_table.py` writes it into the page."""
+"""The table of docs/faults.md: what a full run (MASKSAE_FUZZ) of the fault tests tried. `python
+tests/support/fault_table.py` writes it into the page."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""A single-node SLURM in a scratch folder, started and stopped by tests: the real controller, daemon and authentication, as root, no systemd."""
+"""A single-node SLURM in a scratch folder, started and stopped by tests: the real controller, daemon and
+authentication, as root, no systemd."""
 
 import os
 import shutil

@@ -1,4 +1,5 @@
-"""Which metric can be trusted here: how much the seed moves each score, against what it should see. `masksae reliability`.
+"""Which metric can be trusted here: how much the seed moves each score, against what it should see. `masksae
+reliability`.
 
 Reads the results of a profile and prints the table of docs/metrics.md. For each score, on the unmasked SAEs of the
 first grid at matched clean L0: the standard deviation between seeds; the smallest true difference of the arms that so
