@@ -198,9 +198,10 @@ def hooked_pair():
     torch.manual_seed(0)
     ours = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape)).eval().requires_grad_(False)
     config = HookedTransformerConfig(
-        d_model=D, d_head=64, n_heads=9, n_key_value_heads=3, n_layers=30, n_ctx=256, d_vocab=49_152, d_mlp=1536, act_fn="silu",
-        normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=64, rotary_adjacent_pairs=False, gated_mlp=True,
-        final_rms=True, eps=ours.config.rms_norm_eps, original_architecture="LlamaForCausalLM",
+        d_model=D, d_head=64, n_heads=9, n_key_value_heads=3, n_layers=30, n_ctx=256, d_vocab=49_152, d_mlp=1536,
+        act_fn="silu", normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=64,
+        rotary_adjacent_pairs=False, gated_mlp=True, final_rms=True, eps=ours.config.rms_norm_eps,
+        original_architecture="LlamaForCausalLM",
     )  # fmt: skip
     theirs = HookedTransformer(config)
     theirs.load_state_dict(convert_llama_weights(ours, config), strict=False)

@@ -161,8 +161,8 @@ class ActivationStream:
             return (*self._load(number)[:2], clean._load(number)[0])
 
         return ActivationStream(
-            load, self._sizes, batch_size=self.batch_size, seed=self.seed, prefetch=self._prefetch, d_model=self._d_model,
-            identity=lambda: self.identity() | {"targets": clean.identity()},
+            load, self._sizes, batch_size=self.batch_size, seed=self.seed, prefetch=self._prefetch,
+            d_model=self._d_model, identity=lambda: self.identity() | {"targets": clean.identity()},
         )  # fmt: skip
 
     def batches(self, views: list[tuple[int, bool]]) -> Iterator[list[Pool]]:
@@ -401,8 +401,8 @@ def _blocks_fingerprint(blocks) -> str:
 
 def from_model(
     language_model, blocks, *, block: int, p: float, token_id: int, mask_seed: int, bos_id: int | None,
-    batch_size: int, seed: int, pool_tokens: int = 131_072, scratch: Path | None = None, sequences: int | None = None, progress: bool = True,
-    replacements: Tensor | None = None, share: float = 1.0, overlap: bool | None = None,
+    batch_size: int, seed: int, pool_tokens: int = 131_072, scratch: Path | None = None, sequences: int | None = None,
+    progress: bool = True, replacements: Tensor | None = None, share: float = 1.0, overlap: bool | None = None,
 ) -> ActivationStream:  # fmt: skip
     """Stream of the activations after `block` on token blocks [n, s] (a tensor, or `corpus.Blocks`) that are masked on
     the way in.
@@ -551,8 +551,8 @@ def _claim(scratch: Path, made_of: dict) -> None:
     if not file.exists():
         if any(scratch.glob("pool-*")):
             raise DataError(
-                f"The activations in {scratch} do not say what they were made of (identity.json is missing; earlier versions wrote none). "
-                "Delete it; it is made again."
+                f"The activations in {scratch} do not say what they were made of (identity.json is missing; earlier "
+                "versions wrote none). Delete it; it is made again."
             )
         write_json(file, made_of)
     elif (found := read_json(file)) != made_of:

@@ -120,7 +120,8 @@ def _refuse_foreign(target: Path, replaces: Collection[str]) -> None:
     if foreign := [file for file in files if not any(fnmatch(file, pattern) for pattern in replaces)]:
         expected = f"nothing but {', '.join(replaces)}" if replaces else "nothing"
         raise OutputError(
-            f"{target} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, and writing there would delete it. "
+            f"{target} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, "
+            "and writing there would delete it. "
             f"Expected: a folder that is new, or holds {expected}. Choose another name, or move what is there."
         )
 

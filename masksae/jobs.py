@@ -212,7 +212,10 @@ def _submit(jobs: list[Job], options: dict[str, str]) -> dict:
         import submitit
     except ImportError as error:
         raise ConfigError("MASKSAE_EXECUTOR slurm needs submitit. Install it: pip install submitit.") from error
-    number = lambda value: int(value) if value.isdigit() else value
+
+    def number(value: str) -> int | str:
+        return int(value) if value.isdigit() else value
+
     parameters = {(k if k in SHARED else f"slurm_{k}"): number(v) for k, v in options.items() if k != "parallel"}
     folder = ensure_writable(cache_dir("jobs"))
     try:

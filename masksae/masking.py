@@ -13,8 +13,8 @@ from masksae.errors import ConfigError, DataError
 
 
 def mask_tokens(
-    ids: Tensor, *, p: float, token_id: int, seed: int, first_sequence: int = 0, spare=(), vocab_size: int | None = None,
-    replacements: Tensor | None = None,
+    ids: Tensor, *, p: float, token_id: int, seed: int, first_sequence: int = 0, spare=(),
+    vocab_size: int | None = None, replacements: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Replace each token by `token_id`, independently with probability `p`.
 

@@ -112,5 +112,6 @@ def check_memory(
     if free is not None and needed > free:
         raise ConfigError(
             f"Training {len(configs)} SAEs needs about {needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are "
-            "free. Train fewer at once (one group per run), lower n_latents or batch_size, or use a device with more memory."
+            "free. Train fewer at once (one group per run), lower n_latents or batch_size, "
+            "or use a device with more memory."
         )

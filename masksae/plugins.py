@@ -256,8 +256,8 @@ class mask_inputs:
         self.remove()
         if error is None and self.is_masked is None:
             raise DataError(
-                f"No forward of {self._model} came while its inputs were to be masked: whatever was trained saw clean text. "
-                "Run the model inside the block, and give mask_inputs the module that is called."
+                f"No forward of {self._model} came while its inputs were to be masked: whatever was trained saw "
+                "clean text. Run the model inside the block, and give mask_inputs the module that is called."
             )
 
     def remove(self) -> None:
@@ -280,8 +280,8 @@ class mask_inputs:
     def _guard(self, *_) -> None:
         if threading.get_ident() not in self._inside:
             raise DataError(
-                f"Ids reached the embedding of {self._model} past its own forward, and so unmasked. Call the model itself, "
-                "or give mask_inputs the part of it that is called."
+                f"Ids reached the embedding of {self._model} past its own forward, and so unmasked. Call the model "
+                "itself, or give mask_inputs the part of it that is called."
             )
 
     def corrupt(self, ids: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def quality(profile: str) -> str:
 def parents(profile: str, names: tuple[str, ...], arm: str) -> list[float]:
     """Cross-token absorption of single parents in an arm's finished SAEs, as shares of the unmasked one's."""
     done = curves.finished(result(profile, "along"))
-    value = lambda arm, parent: mean(row["contexts_items"][parent] for row in done if row["arm"] == arm)  # noqa: E731
+    value = lambda arm, parent: mean(row["contexts_items"][parent] for row in done if row["arm"] == arm)
     return [value(arm, parent) / value("unmasked", parent) for parent in names]
 
 
@@ -516,7 +516,7 @@ def data() -> str:
         )
         rows.append([title, pinned, WHAT[name], megabytes(found), first.licence])
     table = pd.DataFrame(rows, columns=["name", "package", "what", "size", "licence"])
-    shown = lambda found: ", ".join(sorted(name for name in found if "-part" not in name))  # noqa: E731
+    shown = lambda found: ", ".join(sorted(name for name in found if "-part" not in name))
     needs = [[f"`{name}`", megabytes(found), shown(found)] for name in shipped_profiles() if (found := download(name))]
     needed = pd.DataFrame(needs, columns=["profile", "download", "packages"])
     return f"""{WRITTEN}# Data and models

@@ -115,7 +115,8 @@ def _add_sae(add) -> None:
     _add_own_sae(evaluate)
     evaluate.add_argument(
         "--metrics", type=_metrics, default="reconstruction,absorption,contexts",
-        help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation (default: the first three)",
+        help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation "
+        "(default: the first three)",
     )  # fmt: skip
     evaluate.add_argument("--l0", type=_l0, help="clean L0 of the matched scores (default: the SAE's own k or L0)")
     explore = add("explore", "One parent of an SAE: what it misses, who absorbed that. HTML.", explore_sae)

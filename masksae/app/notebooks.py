@@ -19,7 +19,8 @@ def execute(source: Path, target: Path, parameters: dict, *, cwd: Path) -> Path:
     shown = os.environ.get("MASKSAE_PROGRESS", "lines")
     with environment(PYTHONHASHSEED="0", MASKSAE_PROGRESS=shown, PYDEVD_DISABLE_FILE_VALIDATION="1"):
         papermill.execute_notebook(
-            source, failed, parameters=parameters, cwd=cwd, kernel_name="python3", progress_bar=False, stdout_file=sys.stdout,
+            source, failed, parameters=parameters, cwd=cwd, kernel_name="python3", progress_bar=False,
+            stdout_file=sys.stdout,
             # Jupyter interrupts a kernel before it ends it: an ERROR
             stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"],
         )  # fmt: skip

@@ -24,12 +24,30 @@ from masksae.study.profile import Profile
 from masksae.tracing import hook_point, hook_width
 
 SHAPES = {
-    "hub:EleutherAI/pythia-70m": ("gpt_neox", dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048, vocab_size=50304)),
-    "hub:EleutherAI/pythia-160m-deduped": ("gpt_neox", dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=50304)),
-    "hub:google/gemma-2-2b": ("gemma2", dict(hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256, intermediate_size=9216, vocab_size=256000)),
-    "hub:google/gemma-2-27b": ("gemma2", dict(hidden_size=4608, num_hidden_layers=46, num_attention_heads=32, num_key_value_heads=16, head_dim=128, intermediate_size=36864, vocab_size=256000)),
-    "smollm2-135m": ("llama", dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True)),
-    "gemma3-270m": ("gemma3_text", dict(hidden_size=640, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1, head_dim=256, intermediate_size=2048, vocab_size=262144)),
+    "hub:EleutherAI/pythia-70m": ("gpt_neox", dict(
+        hidden_size=512, num_hidden_layers=6, num_attention_heads=8,
+        intermediate_size=2048, vocab_size=50304,
+    )),
+    "hub:EleutherAI/pythia-160m-deduped": ("gpt_neox", dict(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+        intermediate_size=3072, vocab_size=50304,
+    )),
+    "hub:google/gemma-2-2b": ("gemma2", dict(
+        hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
+        intermediate_size=9216, vocab_size=256000,
+    )),
+    "hub:google/gemma-2-27b": ("gemma2", dict(
+        hidden_size=4608, num_hidden_layers=46, num_attention_heads=32, num_key_value_heads=16, head_dim=128,
+        intermediate_size=36864, vocab_size=256000,
+    )),
+    "smollm2-135m": ("llama", dict(
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True,
+    )),
+    "gemma3-270m": ("gemma3_text", dict(
+        hidden_size=640, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1, head_dim=256,
+        intermediate_size=2048, vocab_size=262144,
+    )),
 }  # fmt: skip
 """Shapes of models that a plan must know without a network: transformers' model type and the values of its config."""
 
@@ -104,8 +122,8 @@ class Plan:
             config = _looked_up(name, revision or "main")
         except (OSError, ValueError) as error:
             raise SourceError(
-                f"The shape of {source} is not known here and cannot be looked up ({str(error).splitlines()[0]}). Known without a network: "
-                f"{', '.join(SHAPES)}; or give a folder with a config.json, or a .gguf file."
+                f"The shape of {source} is not known here and cannot be looked up ({str(error).splitlines()[0]}). "
+                f"Known without a network: {', '.join(SHAPES)}; or give a folder with a config.json, or a .gguf file."
             ) from error
         require_decoder(config, source)
         return config.get_text_config()

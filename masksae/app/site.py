@@ -75,8 +75,10 @@ def _code_style() -> str:
 
 def _front(root: Path, names: list[str]) -> str:
     parts = [
-        "<h1>masksae</h1><p>The open companion to <i>Improving Robustness In Sparse Autoencoders via Masked Regularization</i> "
-        '(<a href="https://arxiv.org/abs/2604.06495">arXiv 2604.06495</a>): its claims, tested, with the controls that they need.</p>'
+        "<h1>masksae</h1><p>The open companion to "
+        "<i>Improving Robustness In Sparse Autoencoders via Masked Regularization</i> "
+        '(<a href="https://arxiv.org/abs/2604.06495">arXiv 2604.06495</a>): '
+        "its claims, tested, with the controls that they need.</p>"
     ]
     for name in names:
         profile = load_profile(_source(root, name))
@@ -143,7 +145,10 @@ def _figure(svg: Path, link: str, up: str) -> str:
     notebook = svg.parent.name
     links = f"{_link(f'{up}{notebook}.html', f'notebook {notebook}')} · {_link(f'{up}parameters.html', 'parameters')}"
     link = html.escape(quote(link))
-    return f'<figure><a href="{link}"><img src="{link}" alt="{caption}"></a><figcaption>{caption} {links}</figcaption></figure>'
+    return (
+        f'<figure><a href="{link}"><img src="{link}" alt="{caption}"></a>'
+        f"<figcaption>{caption} {links}</figcaption></figure>"
+    )
 
 
 def _notebook(path: Path) -> str:

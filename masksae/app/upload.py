@@ -24,8 +24,8 @@ def build(run: Run) -> Path:
         for row in run.table:
             to_saelens(
                 saes[row["sae"]], tmp / row["sae"], model_name=name, hook_name=model.hook_name,
-                context_size=run.profile.text.block_length, dataset_path=", ".join(run.profile.text.sources), transformers_hook=hook,
-                mask_probability=row["p"], seed=row["seed"],
+                context_size=run.profile.text.block_length, dataset_path=", ".join(run.profile.text.sources),
+                transformers_hook=hook, mask_probability=row["p"], seed=row["seed"],
             )  # fmt: skip
         (tmp / "README.md").write_text(card(run), encoding="utf-8")
     return target
@@ -49,8 +49,8 @@ def upload(run: Run, repository: str) -> str:
         )
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise SourceError(
-            f"{folder} is built, but could not be pushed to {repository}: {str(error).strip().splitlines()[0]}. Check the name, the network "
-            "and HF_TOKEN, or upload the folder by hand."
+            f"{folder} is built, but could not be pushed to {repository}: {str(error).strip().splitlines()[0]}. "
+            "Check the name, the network and HF_TOKEN, or upload the folder by hand."
         ) from error
 
 
@@ -68,12 +68,17 @@ tags: [saelens, sparse-autoencoder, masked-regularization]
 
 {profile.description}. Trained by [masksae](https://arxiv.org/abs/2604.06495)'s open companion.
 
-* Model: `{model.source}`, {model.place} (blocks counted from 0), blocks of {profile.text.block_length} tokens, BOS left out
-* Text: {", ".join(f"`{source}`" for source in profile.text.sources)}, {profile.text.train_tokens:,} tokens an arm, {training.epochs} epoch(s)
-* Recipe: Adam {training.lr:g}, batches of {training.batch_size:,} tokens, {profile.saes[0].n_latents:,} latents; both arms alike
+* Model: `{model.source}`, {model.place} (blocks counted from 0), \
+blocks of {profile.text.block_length} tokens, BOS left out
+* Text: {", ".join(f"`{source}`" for source in profile.text.sources)}, \
+{profile.text.train_tokens:,} tokens an arm, {training.epochs} epoch(s)
+* Recipe: Adam {training.lr:g}, batches of {training.batch_size:,} tokens, \
+{profile.saes[0].n_latents:,} latents; both arms alike
 {chr(10).join(arms)}
 
-Names are ARM-GRID-sSEED. Arms differ in nothing but the tokens that the language model read while activations were collected. All scores are taken
+Names are ARM-GRID-sSEED. \
+Arms differ in nothing but the tokens that the language model read while activations were collected. \
+All scores are taken
 on clean text. Compare arms at matched L0: masking moves the inference threshold.
 
 ```python

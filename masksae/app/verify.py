@@ -38,14 +38,16 @@ class Suite:
 SUITES = {
     "hub:EleutherAI/pythia-160m-deduped": Suite(
         "adamkarvonen/saebench_pythia-160m-deduped_width-2pow12_date-0108", "Matryoshka",
-        {20: (0.9269, 18.8, 0.139), 40: (0.9525, 37.8, 0.084), 80: (0.9696, 75.8, 0.054), 160: (0.9839, 153.4, 0.026)}, {},
+        {20: (0.9269, 18.8, 0.139), 40: (0.9525, 37.8, 0.084), 80: (0.9696, 75.8, 0.054), 160: (0.9839, 153.4, 0.026)},
+        {},
     ),
     "hub:google/gemma-2-2b": Suite(
         "adamkarvonen/saebench_gemma-2-2b_width-2pow12_date-0108", "Matryoshka",
         {20: (0.9406, 19.8, None), 40: (0.9630, 40.1, None), 80: (0.9772, 80.1, None), 160: (0.9866, 160.7, None)},
         {
-            "66_living-room_OOD": 0.840, "87_glue_cola_OOD": 0.720, "73_control-group_OOD": 0.775, "7_hist_fig_ispolitician_OOD": 0.641,
-            "6_hist_fig_isamerican_OOD": 0.909, "67_social-security_OOD": 0.913, "5_hist_fig_ismale_OOD": 0.975,
+            "66_living-room_OOD": 0.840, "87_glue_cola_OOD": 0.720, "73_control-group_OOD": 0.775,
+            "7_hist_fig_ispolitician_OOD": 0.641, "6_hist_fig_isamerican_OOD": 0.909, "67_social-security_OOD": 0.913,
+            "5_hist_fig_ismale_OOD": 0.975,
         },
     ),
 }  # fmt: skip

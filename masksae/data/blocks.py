@@ -121,7 +121,10 @@ def _save(blocks: dict[str, list[np.ndarray]], folder, first: int) -> None:
                 f"Every block of {split} repeats training text. Give text that is less alike, or another text.seed."
             )
         blocks[split] = [whole[~repeated]]
-    column = lambda ids: pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), ids.shape[1])
+
+    def column(ids: np.ndarray):
+        return pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), ids.shape[1])
+
     with atomic_dir(folder) as tmp, bars.only_ours():
         for split, pieces in blocks.items():
             table = pa.table({"ids": pa.chunked_array([column(ids) for ids in pieces])})

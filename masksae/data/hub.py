@@ -77,8 +77,8 @@ def unchanged(before: list[dict]) -> list[Shard]:
             if urls
         ]
         raise SourceError(
-            f"The text is not what it was when its reading began; shards {'; '.join(told)}. Bring them back, or delete what was read "
-            "(the folder *.parts in the cache) and begin again."
+            f"The text is not what it was when its reading began; shards {'; '.join(told)}. "
+            "Bring them back, or delete what was read (the folder *.parts in the cache) and begin again."
         )
     return found
 

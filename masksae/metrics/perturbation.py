@@ -169,7 +169,8 @@ class SCR:
 
 
 def scr(
-    spurious: Probe, oracles: tuple[Probe, Probe], train: tuple[Texts, Texts], test: tuple[Texts, Texts], w_dec: Tensor, *, ns=NS
+    spurious: Probe, oracles: tuple[Probe, Probe], train: tuple[Texts, Texts], test: tuple[Texts, Texts],
+    w_dec: Tensor, *, ns=NS,
 ) -> SCR:  # fmt: skip
     """Ablate what a probe picked up by correlation; how much of the way to an unbiased probe is regained?
 

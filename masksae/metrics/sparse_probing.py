@@ -122,8 +122,8 @@ def probe(
 
 
 def sparse_probing(
-    f_train: Tensor, y_train: Tensor, f_test: Tensor, y_test: Tensor, *, ks=KS, normalised: bool = True, penalty: str = "l1",
-    strengths=STRENGTHS, scaled: bool = True, seed: int = 42,
+    f_train: Tensor, y_train: Tensor, f_test: Tensor, y_test: Tensor, *, ks=KS, normalised: bool = True,
+    penalty: str = "l1", strengths=STRENGTHS, scaled: bool = True, seed: int = 42,
 ) -> SparseProbing:  # fmt: skip
     """Scores of the k best latents for each k, on latents f [n, F] and labels y (bool or 0 and 1) [n].
 

@@ -103,8 +103,8 @@ class Inputs:
         if text is None and tokenizer.bos_token is not None:
             print(
                 f"masksae: the tokenizer has a BOS token, {tokenizer.bos_token}, and the profile names none in "
-                "model.bos_token. The first position of a block is often an attention sink of many times the usual norm; "
-                "without a BOS it is a word, and it is trained on.",
+                "model.bos_token. The first position of a block is often an attention sink of many times the usual "
+                "norm; without a BOS it is a word, and it is trained on.",
                 file=sys.stderr,
                 flush=True,
             )

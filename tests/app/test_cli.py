@@ -18,8 +18,8 @@ from masksae.app import cli
 from masksae.errors import ConfigError
 
 COMMANDS = (
-    "repro", "status", "plan", "fetch", "train", "verify", "reliability", "share", "site", "evaluate", "explore", "export", "guide", "run",
-    "project",
+    "repro", "status", "plan", "fetch", "train", "verify", "reliability", "share", "site", "evaluate", "explore",
+    "export", "guide", "run", "project",
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,6 +186,9 @@ def test_an_unfinished_profile_has_no_scores_to_trust(run, capsys):
 
 
 def test_help_needs_nothing_heavy():
-    code = "import sys\nfrom masksae.app import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys\nfrom masksae.app import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -183,7 +183,10 @@ def test_ctrl_c_of_the_command(new_project):
         subprocess.run(command, env=environment | {"MASKSAE_CACHE": "cache"}, check=True, capture_output=True)
         assert weights() == whole
     assert stopped or not FUZZ
-    outcome = f"{stopped} said so in a line and ended with status 130, the others had done their work; the next run ended in the same bytes"
+    outcome = (
+        f"{stopped} said so in a line and ended with status 130, the others had done their work; "
+        "the next run ended in the same bytes"
+    )
     survived("interrupt", "SIGINT to `masksae train`, at moments over its whole life", len(moments), outcome)
 
 

@@ -18,11 +18,15 @@ def build_editable(folder, *_):
     with zipfile.ZipFile(f"{folder}/mine-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("mine.pth", "/nowhere")
         wheel.writestr("mine-1.dist-info/METADATA", "Metadata-Version: 2.1\\nName: mine\\nVersion: 1\\n")
-        wheel.writestr("mine-1.dist-info/WHEEL", "Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr("mine-1.dist-info/WHEEL", \
+"Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
         wheel.writestr("mine-1.dist-info/RECORD", "")
     return "mine-1-py3-none-any.whl"
 """
-PROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n[project]\nname = "mine"\nversion = "1"\n'
+PROJECT = (
+    '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    '[project]\nname = "mine"\nversion = "1"\n'
+)
 
 
 def add_wheel(folder: Path, version: int) -> None:
@@ -125,6 +129,9 @@ def test_git_strips_notebooks_and_passes_them_on_without_an_environment(tmp_path
 
 
 def test_an_old_python_is_told_so():
-    code = "import sys\nsys.version_info = (3, 9, 1)\nsys.path.insert(0, 'tools')\nimport environment\nenvironment.main('.venv')"
+    code = (
+        "import sys\nsys.version_info = (3, 9, 1)\n"
+        "sys.path.insert(0, 'tools')\nimport environment\nenvironment.main('.venv')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "Python 3.11 or later is needed, this is 3.9. Set PYTHON=.\n"

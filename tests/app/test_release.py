@@ -120,13 +120,15 @@ from masksae.metrics import absorption, contexts, perturbation, probes, reconstr
 x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
 stream = masksae.ActivationStream.from_array(x, batch_size=100, seed=0)
 config = masksae.SAEConfig(16, 64, masksae.BatchTopK(4))
-[sae] = masksae.train([config], stream, masksae.TrainConfig(60, warmup=5, threshold_start=20), checkpoint_dir="kept", progress=False)
+[sae] = masksae.train([config], stream, masksae.TrainConfig(60, warmup=5, threshold_start=20), \
+checkpoint_dir="kept", progress=False)
 sae.save("own"); sae.to_saelens("saelens"); sae.to_dictionary_learning("dl")
 from masksae.export import load_sae
 assert all(torch.equal(load_sae(f).W_dec, sae.W_dec) for f in ("own", "saelens", "dl"))
 assert 0 < masksae.metrics.explained_variance(x, sae(x)) < 1
 from transformers import LlamaConfig, LlamaForCausalLM
-model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2))
+model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, \
+num_hidden_layers=2, num_attention_heads=2))
 from masksae.tracing import activations
 assert activations(model, torch.zeros(2, 5, dtype=torch.int64), block=0).shape == (2, 5, 16)
 from masksae.app import cli
@@ -148,9 +150,12 @@ def outside(wheel, tmp_path, code: str):
     values = {"site": str(site), "blocked": sorted(blocked)}
     (tmp_path / "empty").mkdir()
     return subprocess.run(
-        [sys.executable, "-c", BLOCK.format(**values) + code.format(**values)], cwd=tmp_path / "empty", capture_output=True, text=True,
+        [sys.executable, "-c", BLOCK.format(**values) + code.format(**values)],
+        cwd=tmp_path / "empty",
+        capture_output=True,
+        text=True,
         env=os.environ | {"HOME": str(tmp_path / "home"), "MASKSAE_CACHE": str(tmp_path / "cache")},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow

@@ -213,7 +213,8 @@ def test_what_cannot_change_a_result_reruns_nothing(project, monkeypatch):
 
 def test_a_short_profile_gets_every_key_that_a_stage_depends_on(project):
     (project / "mine.yaml").write_text(
-        "name: mine\nmodel: {source: smollm2-135m, block: 4, mask_token: <|endoftext|>}\ntext: {sources: [web-news], train_tokens: 9000}\n"
+        "name: mine\nmodel: {source: smollm2-135m, block: 4, mask_token: <|endoftext|>}\n"
+        "text: {sources: [web-news], train_tokens: 9000}\n"
         "saes: [{name: a, selection: {rule: batch_topk, k: 9}, n_latents: 64}]\n"
     )
     repro.pipeline_file("mine.yaml")
@@ -238,9 +239,15 @@ def test_a_signal_ends_dvc_its_stage_and_the_kernel_in_a_line(number, project):
     (project / ".dvc").mkdir()
     (project / ".dvc/config").write_text("[core]\n    no_scm = True\n    analytics = false\n")
     (project / "dvc.yaml").write_text("stages: {try: {cmd: python -m masksae run 01_try laptop}}")
-    busy = "import os, time\nopen('pids', 'w').write(f'{os.getpid()} {os.getppid()}')\nprint('busy', flush=True)\ntime.sleep(99)"
+    busy = (
+        "import os, time\nopen('pids', 'w').write(f'{os.getpid()} {os.getppid()}')\n"
+        "print('busy', flush=True)\ntime.sleep(99)"
+    )
     write_notebook(project, 'profile = "x"', busy)
-    code = "import sys\nfrom masksae.app import exits, repro\nsys.exit(exits.exit_status(lambda: repro.dvc('repro', 'laptop')))"
+    code = (
+        "import sys\nfrom masksae.app import exits, repro\n"
+        "sys.exit(exits.exit_status(lambda: repro.dvc('repro', 'laptop')))"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -94,7 +94,10 @@ def test_preemption_in_the_middle_of_training_changes_no_byte(scratch, monkeypat
 
 
 def test_ctrl_c_cancels_what_waits_and_what_runs(scratch):
-    code = f"from masksae import jobs; jobs.POLL = 0.5; jobs.run_jobs([jobs.Job(f'j{{i}}', 'slurm_jobs:span', ({str(scratch)!r}, f't{{i}}', 60.0)) for i in range(4)])"
+    code = (
+        "from masksae import jobs; jobs.POLL = 0.5; jobs.run_jobs("
+        f"[jobs.Job(f'j{{i}}', 'slurm_jobs:span', ({str(scratch)!r}, f't{{i}}', 60.0)) for i in range(4)])"
+    )
     waiting = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     _until(lambda: "RUNNING" in _states())
     waiting.send_signal(signal.SIGINT)
@@ -104,7 +107,10 @@ def test_ctrl_c_cancels_what_waits_and_what_runs(scratch):
 
 
 def test_a_cancelled_job_is_told_from_a_lost_one(scratch):
-    code = f"from masksae import jobs; jobs.POLL, jobs.PATIENCE = 0.5, 2; jobs.run_jobs([jobs.Job('a', 'slurm_jobs:span', ({str(scratch)!r}, 't', 60.0))])"
+    code = (
+        "from masksae import jobs; jobs.POLL, jobs.PATIENCE = 0.5, 2; jobs.run_jobs("
+        f"[jobs.Job('a', 'slurm_jobs:span', ({str(scratch)!r}, 't', 60.0))])"
+    )
     waiting = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     _until(lambda: "RUNNING" in _states())
     subprocess.run(["scancel", "--user", "root"], check=True)

@@ -19,7 +19,12 @@ from masksae.tracing import hook_point
 def run(project):
     run = Run(profile(project))
     run.saes
-    rows = [{"grid": "plain", "arm": arm, "mode": mode, "seed": s, "l0": 3.0, "ev_centred": 0.5 + s / 10, "ce_score": 0.25} for arm in ("unmasked", "masked") for mode in ("as_trained", "matched") for s in (0, 1)]  # fmt: skip
+    rows = [
+        {"grid": "plain", "arm": arm, "mode": mode, "seed": s, "l0": 3.0, "ev_centred": 0.5 + s / 10, "ce_score": 0.25}
+        for arm in ("unmasked", "masked")
+        for mode in ("as_trained", "matched")
+        for s in (0, 1)
+    ]
     run.save_result("reconstruction", rows)
     return run
 

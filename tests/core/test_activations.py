@@ -179,7 +179,8 @@ def test_an_error_ahead_of_time_comes_when_its_pool_does():
 
 def test_scratch_is_mapped_not_read(language_model, ids, tmp_path):
     source = from_model(
-        language_model, ids, block=1, p=0.5, token_id=1, mask_seed=0, bos_id=None, batch_size=4, seed=0, scratch=tmp_path, progress=False
+        language_model, ids, block=1, p=0.5, token_id=1, mask_seed=0, bos_id=None, batch_size=4, seed=0,
+        scratch=tmp_path, progress=False,
     )  # fmt: skip
     x, _ = next(iter(source))
     pool = source._current()[0]

@@ -58,7 +58,11 @@ def test_without_our_own_entry_the_function_is_the_same(rule, write, load, tmp_p
     torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(96))
     if not rule.ranked:
         with pytest.raises(ConfigError, match="trained elsewhere"):
-            masksae.train([again.config], masksae.ActivationStream.from_array(x, batch_size=8, seed=0), masksae.TrainConfig(steps=9, warmup=1, threshold_start=1))  # fmt: skip
+            masksae.train(
+                [again.config],
+                masksae.ActivationStream.from_array(x, batch_size=8, seed=0),
+                masksae.TrainConfig(steps=9, warmup=1, threshold_start=1),
+            )
 
 
 @pytest.mark.parametrize("shares", [(0.3, 0.7), (0.07, 0.23, 0.7), (29 / 96, 67 / 96)])

@@ -100,7 +100,10 @@ def test_a_damaged_sae_is_refused_or_the_same(form, rule, tmp_path):
     assert refused > TRIES / 2
     words = {"save": "masksae", "to_saelens": "SAELens", "to_dictionary_learning": "dictionary_learning"}[form]
     outcome = f"{refused} refused in words, {TRIES - refused} " + ("read back the same" if form == "save" else "read")
-    what = f"an SAE's folder of {words} ({type(rule).__name__}): bits flipped, cut, zeroed, bytes inserted, emptied, JSON values swapped"
+    what = (
+        f"an SAE's folder of {words} ({type(rule).__name__}): "
+        "bits flipped, cut, zeroed, bytes inserted, emptied, JSON values swapped"
+    )
     survived("damaged file", what, TRIES, outcome)
 
 

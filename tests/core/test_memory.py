@@ -19,12 +19,14 @@ from masksae import *
 from masksae.training.step import Trainer
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-Trainer(SAE(SAEConfig(8, 16, BatchTopK(2))), TrainConfig(steps=9, warmup=1, threshold_start=1)).step(torch.randn(64, 8), 5)
+Trainer(SAE(SAEConfig(8, 16, BatchTopK(2))), \
+TrainConfig(steps=9, warmup=1, threshold_start=1)).step(torch.randn(64, 8), 5)
 x = torch.randn({batch}, {d})
 before = status("VmRSS")
 buffers = {{}}
 recipe = TrainConfig(steps=9, warmup=1, threshold_start=1)
-trainers = [Trainer(SAE(SAEConfig({d}, {n}, {rule}, {prefixes}, seed=i)), recipe, "cpu", buffers) for i in range({count})]
+trainers = [Trainer(SAE(SAEConfig({d}, {n}, {rule}, {prefixes}, seed=i)), recipe, "cpu", buffers) \
+for i in range({count})]
 for step in range(2):
     for trainer in trainers:
         trainer.step(x, step)
@@ -74,9 +76,11 @@ def version_2(folder, limit, used, cache=0):
     return {
         f"sys/fs/cgroup{folder}/{name}": text
         for name, text in (
-            ("memory.max", f"{limit}\n"), ("memory.current", f"{used}\n"), ("memory.stat", f"anon 1\ninactive_file {cache}\n"),
+            ("memory.max", f"{limit}\n"),
+            ("memory.current", f"{used}\n"),
+            ("memory.stat", f"anon 1\ninactive_file {cache}\n"),
         )
-    }  # fmt: skip
+    }
 
 
 def version_1(folder, limit, used, cache=0):

@@ -51,7 +51,10 @@ def test_a_bar_inside_a_bar_leaves_no_control_characters_in_a_pipe():
 
 def test_many_short_bars_in_a_pipe_are_one_line_at_once_and_then_one_now_and_then():
     """As in `evaluate`, where no bar lasts and all together take half a minute."""
-    short = "for _ in range(30):\n    for _ in progress.bar(range(2), label='activations', unit='batches'): time.sleep(0.01)"
+    short = (
+        "for _ in range(30):\n"
+        "    for _ in progress.bar(range(2), label='activations', unit='batches'): time.sleep(0.01)"
+    )
     code = WORK[: WORK.index("for _ in")] + short
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.splitlines()
     assert 3 <= len(lines) <= 6 and lines[0] == "activations:   0 % (0 of 2 batches), 00:00 gone, ? left"

@@ -118,7 +118,10 @@ def test_any_float_is_taken_and_computed_with_as_the_weights_are(rule, own, give
 @pytest.mark.parametrize(
     "act, words",
     [
-        (lambda sae: sae.encode(torch.ones(3, 24, dtype=torch.int64)), "activations as a tensor of floats, found torch.int64"),
+        (
+            lambda sae: sae.encode(torch.ones(3, 24, dtype=torch.int64)),
+            "activations as a tensor of floats, found torch.int64",
+        ),
         (lambda sae: sae(torch.ones(3, 24).bool()), "found torch.bool"),
         (lambda sae: sae.encode(torch.ones(3, 24).numpy()), "found ndarray"),
         (lambda sae: sae.encode(torch.ones(24, 3)), "activations of width 24, found 3"),

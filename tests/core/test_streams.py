@@ -268,8 +268,13 @@ def test_another_model_or_text_is_noticed(ids):
 
 @pytest.mark.parametrize(
     "changes, words",
-    [({"p": 0.0}, "p, token_id"), ({"block": 0}, "block"), ({"mask_seed": 3}, "mask_seed"), ({"pool_tokens": 60}, "pool_tokens")],
-)  # fmt: skip
+    [
+        ({"p": 0.0}, "p, token_id"),
+        ({"block": 0}, "block"),
+        ({"mask_seed": 3}, "mask_seed"),
+        ({"pool_tokens": 60}, "pool_tokens"),
+    ],
+)
 def test_scratch_is_read_back_for_what_it_was_made_of_only(tmp_path, ids, changes, words):
     model = SimpleNamespace(model=tiny_model("llama"))
     next(iter(from_model(model, ids, scratch=tmp_path, **MODEL)))

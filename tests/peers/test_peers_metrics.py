@@ -44,7 +44,8 @@ def test_scores_are_those_of_sae_probes(penalty):
     f, y = data(600)
     x = f[:, :8]
     theirs = find_best_reg(
-        x[:300].double().numpy(), y[:300].int().numpy(), x[300:].double().numpy(), y[300:].int().numpy(), penalty=penalty, seed=42
+        x[:300].double().numpy(), y[:300].int().numpy(), x[300:].double().numpy(), y[300:].int().numpy(),
+        penalty=penalty, seed=42,
     ).metrics  # fmt: skip
     ours = probe(x[:300], y[:300], x[300:], y[300:], penalty=penalty, seed=42)
     assert ours.auc == pytest.approx(theirs.test_auc, abs=1e-9)

@@ -57,10 +57,12 @@ def saelens_config(drop, steps, output):
     from sae_lens.saes import BatchTopKTrainingSAEConfig
 
     return LanguageModelSAERunnerConfig(
-        sae=BatchTopKTrainingSAEConfig(d_in=16, d_sae=32, k=4), model_name="tiny", model_class_name="AutoModelForCausalLM",
-        hook_name="model.layers.1", dataset_path="", is_dataset_tokenized=True, streaming=False, context_size=12, prepend_bos=False,
+        sae=BatchTopKTrainingSAEConfig(d_in=16, d_sae=32, k=4),
+        model_name="tiny", model_class_name="AutoModelForCausalLM", hook_name="model.layers.1",
+        dataset_path="", is_dataset_tokenized=True, streaming=False, context_size=12, prepend_bos=False,
         training_tokens=steps * 32, train_batch_size_tokens=32, store_batch_size_prompts=4, n_batches_in_buffer=8,
-        exclude_special_tokens=[0, 1] if drop else [0], device="cpu", lr=1e-3, n_checkpoints=0, output_path=str(output / "sae"), checkpoint_path=str(output), logger=LoggingConfig(log_to_wandb=False),
+        exclude_special_tokens=[0, 1] if drop else [0], device="cpu", lr=1e-3, n_checkpoints=0,
+        output_path=str(output / "sae"), checkpoint_path=str(output), logger=LoggingConfig(log_to_wandb=False),
     )  # fmt: skip
 
 
@@ -107,8 +109,8 @@ def recorder():
             return super().update(step, x)
 
     config = dict(
-        trainer=Recorder, dict_class=BatchTopKSAE, activation_dim=16, dict_size=32, k=4, layer=1, lm_name="tiny", steps=12,
-        warmup_steps=2, device="cpu", lr=1e-3,
+        trainer=Recorder, dict_class=BatchTopKSAE, activation_dim=16, dict_size=32, k=4, layer=1, lm_name="tiny",
+        steps=12, warmup_steps=2, device="cpu", lr=1e-3,
     )  # fmt: skip
     return seen, config
 
@@ -116,7 +118,8 @@ def recorder():
 @pytest.mark.parametrize("drop", [False, True], ids=["kept", "dropped"])
 def test_dictionary_learning_trains_on_our_batches(model, drop):
     stream = from_model(
-        LanguageModel("tiny", model, None, ""), IDS, block=1, p=0.3, token_id=1, mask_seed=5, bos_id=0, batch_size=32, seed=0, progress=False
+        LanguageModel("tiny", model, None, ""), IDS, block=1, p=0.3, token_id=1, mask_seed=5, bos_id=0,
+        batch_size=32, seed=0, progress=False,
     )  # fmt: skip
     from dictionary_learning.training import trainSAE
 
@@ -198,11 +201,16 @@ def test_the_examples_of_the_page_run(name, model, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "model")
     seen, config = recorder()
     names = {
-        "blocks": datasets.Dataset.from_dict({"input_ids": IDS.tolist()}), "ids": IDS, "mask_id": 1, "bos_id": 0, "pad_id": 2,
-        "d_model": 16, "model_name": "tiny", "model_path": str(tmp_path / "model"), "training_tokens": 2048, "steps": 12, "context_size": 12, "batch_size": 64,
-        "logger": LoggingConfig(log_to_wandb=False), "output": str(tmp_path), "trainer_configs": [config], "trainSAE": trainSAE,
+        "blocks": datasets.Dataset.from_dict({"input_ids": IDS.tolist()}), "ids": IDS,
+        "mask_id": 1, "bos_id": 0, "pad_id": 2, "d_model": 16,
+        "model_name": "tiny", "model_path": str(tmp_path / "model"),
+        "training_tokens": 2048, "steps": 12, "context_size": 12, "batch_size": 64,
+        "logger": LoggingConfig(log_to_wandb=False), "output": str(tmp_path),
+        "trainer_configs": [config], "trainSAE": trainSAE,
         "model": HookedProxyLM(model, byte_tokenizer()) if name == "saelens" else model,
-        "buffer": (model(IDS[i % 48 :][:1], output_hidden_states=True).hidden_states[2].flatten(0, 1) for i in range(99)),
+        "buffer": (
+            model(IDS[i % 48 :][:1], output_hidden_states=True).hidden_states[2].flatten(0, 1) for i in range(99)
+        ),
     }  # fmt: skip
     exec(EXAMPLES[name].replace("layers.8", "layers.1"), names)
     if name == "batches":

@@ -45,7 +45,8 @@ def their_core(adapter, x):
     model = SimpleNamespace(run_with_cache=lambda *_, **__: (None, {adapter.cfg.hook_name: x}))
     store = SimpleNamespace(get_batch_tokens=lambda n: torch.ones(x.shape[:2], dtype=torch.int64))
     found = get_sparsity_and_variance_metrics(
-        adapter, model, store, n_batches=1, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
+        adapter, model, store, n_batches=1,
+        compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
         compute_featurewise_density_statistics=True, eval_batch_size_prompts=len(x), model_kwargs={},
     )  # fmt: skip
     return found[0] | {"density": found[1]["feature_density"]}
@@ -168,8 +169,12 @@ def test_the_letter_probe_agrees_with_saebenchs():
 
 
 SCHEMAS = {
-    "core": "core", "absorption_first_letter": "absorption", "sparse_probing": "sparse_probing", "tpp": "scr_and_tpp", "scr": "scr_and_tpp",
-}  # fmt: skip
+    "core": "core",
+    "absorption_first_letter": "absorption",
+    "sparse_probing": "sparse_probing",
+    "tpp": "scr_and_tpp",
+    "scr": "scr_and_tpp",
+}
 
 
 @pytest.fixture(scope="module")

@@ -186,8 +186,8 @@ def tokens_of(folder: Path) -> str:
     from masksae.data import blocks, texts
 
     made = blocks.build(
-        texts.TextStream([SOURCE]), bytes_as_tokens, folder, tokens={"train": 700_000, "held_out": 400_000}, block_length=64,
-        bos_id=1, held_out_share=0.05, seed=0, ordered=False, progress=False,
+        texts.TextStream([SOURCE]), bytes_as_tokens, folder, tokens={"train": 700_000, "held_out": 400_000},
+        block_length=64, bos_id=1, held_out_share=0.05, seed=0, ordered=False, progress=False,
     )  # fmt: skip
     parts = [blocks.Blocks(made[split])[:].numpy().tobytes() for split in ("train", "held_out")]
     return hashlib.sha256(b"".join(parts)).hexdigest()

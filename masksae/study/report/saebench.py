@@ -28,8 +28,8 @@ def core(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
             "kl_div_score": row["kl_score"], "kl_div_with_ablation": row["kl_zero"], "kl_div_with_sae": row["kl_sae"],
         },
         "model_performance_preservation": {
-            "ce_loss_score": row["ce_score"], "ce_loss_with_ablation": row["ce_zero"], "ce_loss_with_sae": row["ce_sae"],
-            "ce_loss_without_sae": row["ce_original"],
+            "ce_loss_score": row["ce_score"], "ce_loss_with_ablation": row["ce_zero"],
+            "ce_loss_with_sae": row["ce_sae"], "ce_loss_without_sae": row["ce_original"],
         },
         "reconstruction_quality": {
             "explained_variance": row["ev_saebench"], "explained_variance_legacy": row["ev_per_token"],
@@ -41,12 +41,14 @@ def core(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
         },
         "sparsity": {"l0": row["l0"], "l1": row["l1"]},
         "token_stats": {
-            "total_tokens_eval_reconstruction": run.profile.evaluation.ce_tokens, "total_tokens_eval_sparsity_variance": row["tokens"],
+            "total_tokens_eval_reconstruction": run.profile.evaluation.ce_tokens,
+            "total_tokens_eval_sparsity_variance": row["tokens"],
         },
         "misc_metrics": {
             "freq_over_1_percent": NOT_MEASURED, "freq_over_10_percent": row["dense_latents"] / n_latents,
             "normalized_freq_over_1_percent": NOT_MEASURED, "normalized_freq_over_10_percent": NOT_MEASURED,
-            "average_max_encoder_cosine_sim": row["encoder_cosine"], "average_max_decoder_cosine_sim": row["decoder_cosine"],
+            "average_max_encoder_cosine_sim": row["encoder_cosine"],
+            "average_max_decoder_cosine_sim": row["decoder_cosine"],
             "frac_alive": 1 - row["dead_latents"] / n_latents,
         },
     }  # fmt: skip
