@@ -171,7 +171,7 @@ def first_letter(
         raise DataError("The probe recognises no test word. Give more words, or activations of a later block.")
     f, w_dec = sae.latents(word_acts, threshold), sae.W_dec.cpu()
     y = torch.nn.functional.one_hot(letters[~probe.is_test], LETTERS).float()
-    ranked = rank_latents(f[~probe.is_test], y, seed=seed)
+    ranked = rank_by_regression(f[~probe.is_test], y, seed=seed)
     found = []
     for letter in passed:
         main, score = main_latents(f, letters == letter, probe.is_test, ranked[letter].tolist())
@@ -218,7 +218,7 @@ def _name(letter: int) -> str:
     return chr(ord("a") + letter)
 
 
-def rank_latents(f: Tensor, y: Tensor, *, seed: int) -> Tensor:
+def rank_by_regression(f: Tensor, y: Tensor, *, seed: int) -> Tensor:
     """[c, 10]: for each column of y [n, c] the latents of f [n, F] with the largest weight in an L1-regularised probe,
     best first."""
     weight, _ = fit_linear(f, y, batch=256, weight_decay=1e-6, l1=0.01, seed=seed)

@@ -56,7 +56,7 @@ def test_l1_silences_useless_latents():
     f = torch.rand(3000, 30, generator=generator)
     for i in range(3):
         f[:, i] += 2 * (letters == i)
-    ranked = absorption.rank_latents(f, torch.nn.functional.one_hot(letters, 26).float(), seed=0)
+    ranked = absorption.rank_by_regression(f, torch.nn.functional.one_hot(letters, 26).float(), seed=0)
     assert ranked[:3, 0].tolist() == [0, 1, 2] and ranked.shape == (26, 10)
 
 
@@ -72,7 +72,7 @@ def test_rare_latents_do_not_crowd_out_the_good_one():
         for j in range(100):
             rare[here[torch.randperm(len(here), generator=generator)[:8]], 100 * i + j] = 20
     f, y = torch.cat([dense, rare], dim=1), torch.nn.functional.one_hot(letters, 26).float()
-    assert absorption.rank_latents(f, y, seed=0)[:3, 0].tolist() == [0, 1, 2]
+    assert absorption.rank_by_regression(f, y, seed=0)[:3, 0].tolist() == [0, 1, 2]
     early, _ = probes.fit_linear(f, y, batch=4096, weight_decay=1e-6, l1=0.01, seed=0)  # SAEBench's batch
     assert (early[:3].argmax(1) >= 60).all()
 
