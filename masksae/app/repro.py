@@ -6,6 +6,7 @@ the profile: its own lock, its own outputs.
 """
 
 import contextlib
+import functools
 import os
 import pydoc
 import signal
@@ -110,19 +111,20 @@ def run_group(command: list[str], **options) -> int:
     """Exit status of a command whose whole family (DVC, its stage, the stage's kernel) ends when we are told to end.
 
     It gets a process group of its own, and from us one SIGINT, whichever signal came and whoever sent it: DVC waits for
-    its stage then, and lets go of its locks. What has not ended after PATIENCE seconds is killed.
+    its stage then, and lets go of its locks. What has not ended after PATIENCE seconds is killed. A shell that starts
+    us in the background has its children ignore SIGINT; these do not.
     """
-    process = subprocess.Popen(command, process_group=0, **options)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, process_group=0, preexec_fn=heed, **options)
     try:
         return process.wait()
     except BaseException:
         os.killpg(process.pid, signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         raise
 
 

@@ -250,8 +250,9 @@ def test_a_signal_ends_dvc_its_stage_and_the_kernel_in_a_line(number, project):
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests may run in the background
+    )  # fmt: skip
     begun = list(itertools.takewhile("busy\n".__ne__, process.stdout))  # or all it says, if it ends before
     assert process.poll() is None, begun
     process.send_signal(number)

@@ -8,19 +8,11 @@ import torch
 from small_training import EVERY, D, F, configs, run, same, sparse_world, stream, train_config
 
 import masksae
-from masksae import (
-    ActivationStream,
-    AuxK,
-    BatchTopK,
-    Gated,
-    SAEConfig,
-    TopK,
-    TrainConfig,
-    logs,
-)  # fmt: skip
+from masksae import ActivationStream, AuxK, BatchTopK, Gated, SAEConfig, TopK, TrainConfig
 from masksae.errors import ConfigError, DataError
 from masksae.saes.sae import SAE
 from masksae.study.sections import Training
+from masksae.training import logs
 from masksae.training.group import geometric_median
 from masksae.training.step import Trainer
 

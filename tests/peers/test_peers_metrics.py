@@ -12,10 +12,15 @@ pytest.importorskip("sae_probes")
 from random_saes import ALL_RULES, random_sae
 
 from masksae.export import saebench_adapter
-from masksae.metrics.perturbation import Probe, Texts, pooled, scr_effects, strongest, tpp_effects
+from masksae.metrics.perturbation import Probe, Texts, scr_effects, strongest, tpp_effects
 from masksae.metrics.sparse_probing import probe, rank_latents
 
 D, F = 24, 96
+
+
+def pooled(values, is_token):
+    """Mean over the tokens of each text: values [n, s, m], is_token bool [n, s] -> [n, m]."""
+    return torch.where(is_token[..., None], values, 0).sum(1) / is_token.sum(1)[:, None]
 
 
 def data(n=200, seed=0):
