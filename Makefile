@@ -47,10 +47,10 @@ status: setup  ## what `make repro` would do for PROFILE
 	@python -m masksae status "$(PROFILE)"
 
 test: setup  ## what must pass everywhere: seven minutes on two cores
-	@python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	@python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: setup  ## everything, for a night: long tests and faults too, peers, SLURM
-	@MASKSAE_FUZZ=$${MASKSAE_FUZZ:-300} python -m pytest -q -n 2 --dist loadfile
+	@MASKSAE_FUZZ=$${MASKSAE_FUZZ:-300} python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 	@$(MAKE) --no-print-directory test-peers test-slurm
 
 lint: setup  ## style, and types of the core
