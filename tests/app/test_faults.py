@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from fault_table import survived
 from tiny_project import byte_tokenizer, tiny_model
@@ -120,7 +121,8 @@ def test_two_runs_of_one_profile_at_once(new_project):
     new_project("whole")
     whole = whole_run()
     new_project("shared")
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    threads = (torch.get_num_threads(),)  # bits hang on their number
+    with multiprocessing.get_context("spawn").Pool(2, torch.set_num_threads, threads) as pool:
         first, second = pool.map(whole_run, [0, 1])
     assert first == second == whole
     survived("two at once", "two runs of one profile on one cache and project", 1, "both ended in the same bytes")
