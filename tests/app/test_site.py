@@ -94,7 +94,7 @@ def test_no_page_is_wider_than_a_phone(project):
     write_text(
         folder / "planted.html", '<meta name="viewport" content="width=device-width"><div style="width:500px">x</div>'
     )
-    pages = [str(path.relative_to(folder)) for path in folder.rglob("*.html") if path.parent.name != "masksae"]
+    pages = [str(path.relative_to(folder)) for path in folder.rglob("*.html") if "masksae" not in path.parent.parts]
     assert "docs/own.html" in pages
     assert [wide.partition(":")[0] for wide in too_wide(folder, pages)] == ["/planted.html"]
 
