@@ -404,8 +404,8 @@ def from_model(
     batch_size: int, seed: int, pool_tokens: int = 131_072, scratch: Path | None = None, sequences: int | None = None,
     progress: bool = True, replacements: Tensor | None = None, share: float = 1.0, overlap: bool | None = None,
 ) -> ActivationStream:  # fmt: skip
-    """Stream of the activations after `block` on token blocks [n, s] (a tensor, or `corpus.Blocks`) that are masked on
-    the way in.
+    """Stream of the activations after `block` on token blocks [n, s] (a tensor, or `data.blocks.Blocks`) that are
+    masked on the way in.
 
     The BOS position is left out: an attention sink whose norm is several times everyone else's. With `scratch`, each
     pool is kept there (half precision) and later epochs and runs read it back; without, every visit runs the model, and

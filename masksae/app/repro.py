@@ -130,14 +130,15 @@ def run_group(command: list[str], **options) -> int:
 
 def pipeline_file(profile) -> Path:
     """The dvc.yaml of a profile, made on first use, relative to the project's root. Raises ConfigError."""
-    name, file = load_profile(profile).name, os.path.relpath(profile_path(profile), repository())
+    loaded, path = load_profile(profile), profile_path(profile)
+    name, file = loaded.name, os.path.relpath(path, repository())
     if name == DEFAULT:
         return Path("dvc.yaml")
     folder = ensure_writable(repository() / "build" / name)
     values = file
-    if profile_path(profile).resolve().parent != PROFILES:
+    if path.resolve().parent != PROFILES:
         values = f"build/{name}/values.yaml"
-        write_text(folder / "values.yaml", yaml.safe_dump(_values(load_profile(profile)), sort_keys=False))
+        write_text(folder / "values.yaml", yaml.safe_dump(_values(loaded), sort_keys=False))
     params = {"profile": name, "profile_file": file, "profile_values": values, "root": "../.."}
     if values != file and (folder / "params.yaml").exists():  # a shipped name is nobody else's
         made_for = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["profile_file"]

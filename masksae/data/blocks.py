@@ -81,7 +81,7 @@ def build(
 ) -> dict:  # fmt: skip
     """The splits as `datasets.Dataset`s of blocks, saved under `folder` and read back: {"train": ..., "held_out": ...}.
 
-    documents  texts, or a `sources.TextStream`: then what was tokenised is kept in parts on the way, and another call
+    documents  texts, or a `texts.TextStream`: then what was tokenised is kept in parts on the way, and another call
                goes on after the last of them
     tokens     wanted size of each split ("contexts" may be among them); documents are read until all are full, so a
                stream need not end. Held-out blocks that repeat training text are dropped then (a few per cent where

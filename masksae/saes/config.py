@@ -5,6 +5,7 @@ prefixes. Impossible combinations raise ConfigError here, so nothing that follow
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from masksae.errors import ConfigError, nearest
 from masksae.saes.fields import keep_whole
@@ -145,10 +146,9 @@ class SAEConfig:
 
     def to_dict(self) -> dict:
         """Plain values for JSON; `from_dict` reads them back."""
-        return asdict(self) | {
-            "selection": {"rule": type(self.selection).__name__} | asdict(self.selection),  # type: ignore[call-overload]  # every rule is a dataclass
-            "prefixes": list(self.prefixes),
-        }
+        rule: Any = self.selection  # a dataclass, which the type of its base does not say
+        selection = {"rule": type(rule).__name__} | asdict(rule)
+        return asdict(self) | {"selection": selection, "prefixes": list(self.prefixes)}
 
     @classmethod
     def from_dict(cls, values: dict) -> "SAEConfig":

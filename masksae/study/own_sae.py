@@ -5,11 +5,8 @@ The profile says whose activations the SAE reads and on which text and tasks it 
 functions that score a run's SAEs, as trained and at matched clean L0. Nothing is trained here.
 """
 
-import hashlib
 import sys
 from pathlib import Path
-
-import torch
 
 from masksae import cache
 from masksae.errors import ConfigError, MasksaeError, OutputError, nearest
@@ -99,14 +96,9 @@ class OwnSAE(Scored):
 
     def rows(self, kind: str, section, make) -> list[dict]:
         made_of = self.identity(self.profile.model, self.profile.text, section)
-        key = [self.table, self.sae.config.to_dict(), self._weights_id(), made_of, cache.code_of(make)]
+        weights = cache.fingerprint(value for _, value in sorted(self.sae.state_dict().items()))
+        key = [self.table, self.sae.config.to_dict(), weights, made_of, cache.code_of(make)]
         return cache.kept_rows(f"own-{kind}", key, make)
-
-    def _weights_id(self) -> str:
-        digest = hashlib.sha256()
-        for name, value in sorted(self.sae.state_dict().items()):
-            digest.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
 
 def evaluate(own: OwnSAE, metrics: list[str]) -> dict[str, list[dict]]:

@@ -150,9 +150,14 @@ class Run(Scored):
         with atomic_dir(self.build / "saes" / arm.name, ANYTHING) as tmp:
             for group in self.groups([arm]):
                 shutil.copytree(self.folder_of(group) / "saes", tmp, dirs_exist_ok=True)
-        write_json(self._made_of(arm), {group.name: self.id_of(group) for group in self.groups([arm])})
+        write_json(self._told(arm), self._made_of(arm))
 
-    def _made_of(self, arm: Arm) -> Path:
+    def _made_of(self, arm: Arm) -> dict[str, str]:
+        """Name and id of each group of an arm, as the profile, its files and the code now say."""
+        return {group.name: self.id_of(group) for group in self.groups([arm])}
+
+    def _told(self, arm: Arm) -> Path:
+        """Where that stands for the SAEs in build/."""
         return self.build / "saes" / f"{arm.name}.json"
 
     def load_saes(self, arms: list[Arm] | None = None) -> dict[str, SAE]:
@@ -161,8 +166,8 @@ class Run(Scored):
         saes = {}
         for arm in self.profile.arms if arms is None else arms:
             folder = self.build / "saes" / arm.name
-            made_of = read_json(self._made_of(arm)) if self._made_of(arm).exists() else None
-            if made_of != {group.name: self.id_of(group) for group in self.groups([arm])}:
+            made_of = read_json(self._told(arm)) if self._told(arm).exists() else None
+            if made_of != self._made_of(arm):
                 other = "was made of another configuration, other files or by other code"
                 raise DataError(
                     f"{folder} {'is missing' if made_of is None else other}. {self.remedy('02_train')} "

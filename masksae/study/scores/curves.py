@@ -1,10 +1,12 @@
 """Scores of notebook 04 along training: absorption of the same-token kind and of the cross-token kind, for every arm
 and ablation.
 
-Absorption grows while an SAE trains, and a masked SAE is further behind on clean text at the same step. So the arms are
-compared against steps and against clean explained variance, at snapshots that are finished SAEs of shorter runs, at
+Absorption changes while an SAE trains, and a masked SAE is further behind on clean text at the same step. So the arms
+are compared against steps and against clean explained variance, at snapshots that are finished SAEs of shorter runs, at
 matched clean L0. Only a `Run` has snapshots.
 """
+
+import functools
 
 from torch import Tensor
 
@@ -26,13 +28,19 @@ def along_scores(run: Run) -> list[dict]:
     """One row per SAE of the first grid and snapshot, the finished SAE included: step, clean L0 as trained, explained
     variance at clean L0 = k, and full absorption of first letters and of contexts, parent by parent. All of them from
     one arm at a time, kept per arm."""
-    return [row for arm in run.arms for row in _arm_rows(run, arm)]
 
-
-def _arm_rows(run: Run, arm) -> list[dict]:
-    def make() -> list[dict]:
+    @functools.cache
+    def shared() -> tuple:
+        """Words, contexts and their probes: the same for every arm, and not needed if all rows are there."""
         words, x_words = word_activations(run)
-        shared = words, x_words, letter_probe(x_words, words, seed=run.profile.absorption.seed), *context_probes(run)
+        return words, x_words, letter_probe(x_words, words, seed=run.profile.absorption.seed), *context_probes(run)
+
+    return [row for arm in run.arms for row in _arm_rows(run, arm, shared)]
+
+
+def _arm_rows(run: Run, arm, shared) -> list[dict]:
+    def make() -> list[dict]:
+        common = shared()
         table = {row["sae"]: row for row in run.rows_of([arm])}
         cells = [
             (table[name] | {"step": step}, sae)
@@ -42,7 +50,7 @@ def _arm_rows(run: Run, arm) -> list[dict]:
 
         def score(cell) -> dict:
             row, sae = cell
-            return row | _scores(run, sae, row["k"], *shared)
+            return row | _scores(run, sae, row["k"], *common)
 
         return in_threads(score, cells, label=f"absorption along training, arm {arm.name}", unit="SAE")
 
