@@ -18,7 +18,7 @@ from masksae.metrics.reconstruction import reconstruction
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
 from masksae.study.run import Run
-from masksae.study.scores.absorption import context_probes, word_activations
+from masksae.study.scores.absorption import context_probes, counted_words, word_activations
 from masksae.study.scores.matched import matched_threshold
 
 KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what came before)"}
@@ -33,7 +33,8 @@ def along_scores(run: Run) -> list[dict]:
     def shared() -> tuple:
         """Words, contexts and their probes: the same for every arm, and not needed if all rows are there."""
         words, x_words = word_activations(run)
-        return words, x_words, letter_probe(x_words, words, seed=run.profile.absorption.seed), *context_probes(run)
+        probe = letter_probe(x_words, words, seed=run.profile.absorption.seed)
+        return words, x_words, probe, counted_words(run), *context_probes(run)
 
     return [row for arm in run.arms for row in _arm_rows(run, arm, shared)]
 
@@ -58,16 +59,16 @@ def _arm_rows(run: Run, arm, shared) -> list[dict]:
     return cache.kept_rows("along", [run.rows_of([arm]), run.ids_of([arm]), options, cache.code_of(make)], make)
 
 
-def _scores(run: Run, sae: SAE, k: float, words: list[str], x_words: Tensor, probe, x_contexts: Tensor, probes) -> dict:
+def _scores(
+    run: Run, sae: SAE, k: float, words: list[str], x_words: Tensor, probe, counted: Tensor, x_contexts: Tensor, probes
+) -> dict:  # fmt: skip
     threshold = matched_threshold(run, sae, k)
     clean, task = reconstruction(sae, run.held_out, threshold=threshold), run.profile.contexts
     letters = first_letter(
-        sae, x_words, words, probe=probe, threshold=threshold, seed=run.profile.absorption.seed,
+        sae, x_words, words, probe=probe, threshold=threshold, counted=counted,
         min_letters=run.profile.absorption.min_letters,
     )  # fmt: skip
-    contexts = context_absorption(
-        sae, x_contexts, probes, min_parents=task.min_parents, threshold=threshold, seed=task.seed
-    )
+    contexts = context_absorption(sae, x_contexts, probes, min_parents=task.min_parents, threshold=threshold)
     return {
         "l0_as_trained": reconstruction(sae, run.held_out).l0 if sae.threshold >= 0 else None,  # not estimated yet
         "l0": clean.l0,
@@ -75,8 +76,12 @@ def _scores(run: Run, sae: SAE, k: float, words: list[str], x_words: Tensor, pro
         "dead_latents": clean.dead_latents,
         "letters": letters.mean_full,
         "contexts": contexts.mean_full,
+        "letters_specific": letters.mean_specific,
+        "contexts_specific": contexts.mean_specific,
         "letters_dense_absorbers": letters.dense_absorbers,
         "contexts_dense_absorbers": contexts.dense_absorbers,
+        "letters_main_f1": letters.main_f1,
+        "contexts_main_f1": contexts.main_f1,
         "letters_items": {r.letter: r.full for r in letters.letters},
         "contexts_items": {r.letter: r.full for r in contexts.letters},
         "contexts_f1": {r.letter: r.probe_f1 for r in contexts.letters},
