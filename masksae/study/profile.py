@@ -18,6 +18,7 @@ from masksae.study.sections import (
     Absorption,
     Arm,
     Contexts,
+    Decisions,
     Evaluation,
     Grid,
     Model,
@@ -59,6 +60,7 @@ class Profile(Section):
     probing: Probing = Probing()
     perturbation: Perturbation = Perturbation()
     simulation: Simulation = Simulation()
+    decisions: Decisions = Decisions()
 
     @property
     def shipped(self) -> bool:
