@@ -423,29 +423,22 @@ class Endpoint(Section):
     """Primary endpoints decide and share one correction; the others are reported with a correction of their own."""
 
 
+def _endpoint(name: str, claim: str, score: str, direction: int, margin: float, items: str, **more) -> Endpoint:
+    return Endpoint(name=name, claim=claim, score=score, direction=direction, margin=margin, items=items, **more)
+
+
 ENDPOINTS = [
-    Endpoint(name="letters", claim="C1", score="mean_full", direction=-1, margin=0.03, items="fixed"),
-    Endpoint(name="contexts", claim="C1", score="context_full", direction=-1, margin=0.02, items="random"),
-    Endpoint(name="probing", claim="C2", score="probing_auc_", direction=1, margin=0.01, items="random"),
-    Endpoint(name="gap", claim="C3", score="ood_gap_", direction=-1, margin=0.01, items="random"),
-    Endpoint(name="ev", claim="C5", score="ev_centred", direction=-1, margin=0.005, items="fixed", slight=0.02),
-    Endpoint(
-        name="robustness", claim="R", score="robustness_random_near_jaccard", direction=1, margin=0.02, items="fixed"
-    ),
-    Endpoint(
-        name="letters specific", claim="C1", score="mean_specific", direction=-1, margin=0.03, items="fixed",
-        primary=False,
-    ),
-    Endpoint(
-        name="contexts specific", claim="C1", score="context_specific", direction=-1, margin=0.02, items="random",
-        primary=False,
-    ),
-    Endpoint(name="letters f1", claim="C1", score="main_f1", direction=1, margin=0.03, items="fixed", primary=False),
-    Endpoint(
-        name="contexts f1", claim="C1", score="context_main_f1", direction=1, margin=0.03, items="random",
-        primary=False,
-    ),
-]  # fmt: skip
+    _endpoint("letters", "C1", "mean_full", -1, 0.03, "fixed"),
+    _endpoint("contexts", "C1", "context_full", -1, 0.02, "random"),
+    _endpoint("probing", "C2", "probing_auc_", +1, 0.01, "random"),
+    _endpoint("gap", "C3", "ood_gap_", -1, 0.01, "random"),
+    _endpoint("explained variance", "C5", "ev_centred", -1, 0.005, "fixed", slight=0.02),
+    _endpoint("robustness", "R", "robustness_random_near_jaccard", +1, 0.02, "fixed"),
+    _endpoint("letters specific", "C1", "mean_specific", -1, 0.03, "fixed", primary=False),
+    _endpoint("contexts specific", "C1", "context_specific", -1, 0.02, "random", primary=False),
+    _endpoint("letters f1", "C1", "main_f1", +1, 0.03, "fixed", primary=False),
+    _endpoint("contexts f1", "C1", "context_main_f1", +1, 0.03, "random", primary=False),
+]
 """Of a profile that names none."""
 
 

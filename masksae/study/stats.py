@@ -274,9 +274,9 @@ def interpolate(l0: Sequence[float], values: Sequence[float], at: float, *, log:
     return round(float(np.interp(scale(at), [scale(x) for x, _ in points], [y for _, y in points])), 12)
 
 
-def pairs_needed(effect: Effect) -> int | None:
+def pairs_needed(effect: Effect, level: float = 0.05) -> int | None:
     """Pairs at which a true difference as large as the one found is found again four times out of five, with the same
-    items; None beyond a thousand, and where no number of pairs would do.
+    items and a two-sided test at `level`; None beyond a thousand, and where no number of pairs would do.
 
     >>> pairs_needed(paired_effect([0.0] * 3, [0.0, 1.0, 2.0])), pairs_needed(paired_effect([0.0] * 2, [-1.0, 1.001]))
     (10, None)
@@ -288,7 +288,7 @@ def pairs_needed(effect: Effect) -> int | None:
     stays = effect.items_error**2
     falls = max(0.0, effect.error**2 - stays) * effect.pairs
     for n in range(2, 1001):
-        needed = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) + stats.t.ppf(POWER, n - 1)
+        needed = stats.t.isf(level / 2, n - 1) + stats.t.ppf(POWER, n - 1)
         if needed * (falls / n + stays) ** 0.5 <= abs(effect.difference):
             return n
     return None

@@ -150,9 +150,10 @@ def _decided(found: stats.Effect, endpoint: Endpoint, p_holm: float | None, alph
     if endpoint.slight is not None:
         verdict = slight(found, endpoint, verdict)
         row |= {"slight": endpoint.slight, "size_in_words": size(found)}
-    row |= {"verdict": verdict, "detectable": found.finds(alpha / max(1, tests))}
+    level = alpha / max(1, tests)
+    row |= {"verdict": verdict, "detectable": found.finds(level)}
     if verdict == "inconclusive":
-        row["pairs_needed"] = stats.pairs_needed(found)
+        row["pairs_needed"] = stats.pairs_needed(found, level)
     return row
 
 

@@ -196,7 +196,7 @@ def interpolated(*results: list[dict]) -> pd.DataFrame:
         l0 = float(np.exp(np.log(part["k"].unique()).mean()))
         for arm in treated_arms(scores):
             row = {"architecture": architecture, "arm": arm, "L0": round(l0, 1)}
-            for title, column in compared(scores).items():
+            for title, column in compared(scores.drop(columns="l0")).items():
                 sides = [at_l0(part[part["arm"] == name], column, l0) for name in (baseline_arm(scores), arm)]
                 seeds = sorted(set(sides[0]) & set(sides[1]))
                 if seeds:
