@@ -63,7 +63,7 @@ class Explorer:
         probe = next((probe for probe in probes if probe.name == parent), None)
         if probe is None:
             raise ConfigError(f"There is no parent {parent!r} here.{nearest(parent, [probe.name for probe in probes])}")
-        metric = context_absorption(sae, x, [probe], min_parents=1, threshold=threshold)
+        metric = context_absorption(sae, x, [probe], among=[parent], min_parents=1, threshold=threshold)
         names = [texts[i] for i in probe.rows.tolist()]
         sample = (x[probe.rows], names, probe.positive, probe.is_test, probe.weight)
         return _story(f"follows {parent}", sae, _of(metric, parent), *sample, threshold=threshold)

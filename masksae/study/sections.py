@@ -396,7 +396,7 @@ class Contexts(Section):
     positives: Positive = 2000
     """Occurrences of a parent, at most, and as many others beside them."""
     min_parents: Positive = 5
-    """Parents that must pass the probe gate."""
+    """Parents that must pass the probe gate, of the set that decides."""
     seed: Seed = 0
 
 
