@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from masksae.saes.config import AuxK
 from masksae.saes.loss import Outcome, aux_loss, dead_latents, dense_step
 from masksae.saes.sae import SAE, load_state
 from masksae.saes.sparse import DENSE_SHARE, sparse_step
@@ -147,11 +148,13 @@ class Trainer:
 
     def _record(self, x: Tensor, outcome: Outcome, step: int) -> None:
         unexplained = (outcome.residual.square().sum() / (x - x.mean(0)).square().sum()).item()
+        dead_after = (self.sae.config.aux or AuxK()).dead_after(self.steps * len(x))  # with or without its help
         record = {
             "step": step,
             "loss": outcome.loss.item(),
             "explained_variance": 1 - unexplained if math.isfinite(unexplained) else None,
             "l0": outcome.l0.item(),
+            "dead": int((self.sae.tokens_since_fired >= dead_after).sum()),
             "silent": int((self.sae.tokens_since_fired >= SILENT_BATCHES * len(x)).sum()),
             "threshold": self.sae.threshold.item(),
         }
