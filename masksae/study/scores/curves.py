@@ -24,38 +24,28 @@ from masksae.study.scores.matched import matched_threshold
 KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what came before)"}
 
 
-def along_scores(run: Run) -> list[dict]:
-    """One row per SAE of the first grid and snapshot, the finished SAE included: step, clean L0 as trained, explained
-    variance at clean L0 = k, and full absorption of first letters and of contexts, parent by parent. All of them from
-    one arm at a time, kept per arm."""
+def along_scores(run: RunPart) -> list[dict]:
+    """One row per SAE and snapshot of a part of a run, the finished SAE included: step, clean L0 as trained, explained
+    variance at clean L0 = k, and absorption of first letters and of contexts, parent by parent. [] where the part keeps
+    no snapshots."""
 
-    @functools.cache
-    def shared() -> tuple:
-        """Words, contexts and their probes: the same for every arm, and not needed if all rows are there."""
-        words, x_words = word_activations(run)
-        return words, x_words, letter_probe(x_words, words, seed=run.profile.absorption.seed), *context_probes(run)
-
-    return [row for arm in run.arms for row in _arm_rows(run, arm, shared)]
-
-
-def _arm_rows(run: Run, arm, shared) -> list[dict]:
     def make() -> list[dict]:
-        common = shared()
-        table = {row["sae"]: row for row in run.rows_of([arm])}
+        table = {row["sae"]: row for row in run.table}
         cells = [
             (table[name] | {"step": step}, sae)
-            for step, saes in sorted(run.snapshots(arm).items())
+            for step, saes in sorted(run.snapshots().items())
             for name, sae in saes.items()
         ]
 
         def score(cell) -> dict:
             row, sae = cell
-            return row | _scores(run, sae, row["k"], *common)
+            return row | _scores(run, sae, row["k"])
 
-        return in_threads(score, cells, label=f"absorption along training, arm {arm.name}", unit="SAE")
+        return in_threads(score, cells, label=f"absorption along training, {run.name}", unit="SAE")
 
-    options = [run.profile.absorption.model_dump(exclude={"draws", "splits"}), run.profile.contexts.model_dump()]
-    return cache.kept_rows("along", [run.rows_of([arm]), run.ids_of([arm]), options, cache.code_of(make)], make)
+    if not run.has_snapshots:
+        return []
+    return run.rows("along", run.profile.absorption, make, run.profile.contexts)
 
 
 def _scores(run: Run, sae: SAE, k: float, words: list[str], x_words: Tensor, probe, x_contexts: Tensor, probes) -> dict:
