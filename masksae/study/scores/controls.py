@@ -63,8 +63,8 @@ SCORES: tuple[Callable[[Scored], list[dict]], ...] = (
 
 def control_scores(run: Scored) -> list[dict]:
     """One row per SAE, control and mode: `control` (a key of `CONTROLS`), explained variance, L0, dead latents,
-    absorption of first letters and of contexts, probing, TPP. The SAEs are the unmasked ones of the main grid, and those
-    with a frozen decoder. [] for a part of a run that has none of them."""
+    absorption of first letters and of contexts, probing, TPP. The SAEs are the unmasked ones of the main grid, and
+    those with a frozen decoder. [] for a part of a run that has none of them."""
     ours = [row for row in run.table if row["arm"] == run.profile.baseline_arm.name]
     trained = [row for row in ours if row["grid"] == run.profile.main_grid.name]
     stuck = {grid.name for grid in run.profile.saes if grid.frozen_decoder}

@@ -6,19 +6,11 @@ are compared against steps and against clean explained variance, at snapshots th
 matched clean L0. Only a `Run` has snapshots.
 """
 
-import functools
 
-from torch import Tensor
-
-from masksae import cache
-from masksae.metrics.absorption import first_letter
-from masksae.metrics.contexts import context_absorption
-from masksae.metrics.probes import letter_probe
 from masksae.metrics.reconstruction import reconstruction
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
-from masksae.study.run import Run
-from masksae.study.scores.absorption import context_probes, word_activations
+from masksae.study.run import RunPart
 from masksae.study.scores.matched import matched_threshold
 
 KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what came before)"}
@@ -48,16 +40,10 @@ def along_scores(run: RunPart) -> list[dict]:
     return run.rows("along", run.profile.absorption, make, run.profile.contexts)
 
 
-def _scores(run: Run, sae: SAE, k: float, words: list[str], x_words: Tensor, probe, x_contexts: Tensor, probes) -> dict:
+def _scores(run: RunPart, sae: SAE, k: float) -> dict:
     threshold = matched_threshold(run, sae, k)
-    clean, task = reconstruction(sae, run.held_out, threshold=threshold), run.profile.contexts
-    letters = first_letter(
-        sae, x_words, words, probe=probe, threshold=threshold, seed=run.profile.absorption.seed,
-        min_letters=run.profile.absorption.min_letters,
-    )  # fmt: skip
-    contexts = context_absorption(
-        sae, x_contexts, probes, min_parents=task.min_parents, threshold=threshold, seed=task.seed
-    )
+    clean = reconstruction(sae, run.held_out, threshold=threshold)
+    letters, contexts = letter_score(run)(sae, threshold), context_score(run)(sae, threshold)
     return {
         "l0_as_trained": reconstruction(sae, run.held_out).l0 if sae.threshold >= 0 else None,  # not estimated yet
         "l0": clean.l0,
