@@ -6,11 +6,11 @@ are compared against steps and against clean explained variance, at snapshots th
 matched clean L0. Only a `Run` has snapshots.
 """
 
-
 from masksae.metrics.reconstruction import reconstruction
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
 from masksae.study.run import RunPart
+from masksae.study.scores.absorption import context_score, letter_score
 from masksae.study.scores.matched import matched_threshold
 
 KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what came before)"}
