@@ -149,6 +149,50 @@ def _activations(
     return torch.cat(parts)
 
 
+def replacement_effects(
+    model: nn.Module, ids: Tensor, positions: Tensor, candidates: Tensor, weights: Tensor, *, block: int | str,
+    batch: int = 16, label: str | None = None,
+) -> Tensor:  # fmt: skip
+    """To first order, what a token's replacement changes of a weighted sum of activations: float32 [n, c].
+
+    The sum is that of `weights` float [n, s, d] times the residual stream after `block`, for ids int64 [n, s]. Entry
+    (i, j) is its change when the token at positions[i] becomes candidates[j]: the step from one embedding to the other
+    times the gradient at the first (HotFlip, Ebrahimi et al., ACL 2018). Costs a forward and a backward to the hook
+    point.
+
+    Raises DataError for ids that are none of the model's.
+    """
+    _check_ids(model, ids)
+    _check_ids(model, candidates[None])
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        steps_to = embedding(candidates.to(model.device)).float()
+    parts = []
+    with _eval_mode(model):
+        for rows in progress.bar(torch.arange(len(ids)).split(batch), label=label, unit="batches"):
+            embedded, x = _from_embeddings(model, ids[rows].to(model.device), block)
+            [gradient] = torch.autograd.grad(x, embedded, weights[rows].to(x.device, x.dtype))
+            at = torch.arange(len(rows), device=x.device), positions[rows].to(x.device)
+            gradient, here = gradient[at].float(), embedded.detach()[at].float()
+            parts.append((gradient @ steps_to.t() - (gradient * here).sum(1, keepdim=True)).cpu())
+    return torch.cat(parts)
+
+
+def _from_embeddings(model, ids: Tensor, block: int | str) -> tuple[Tensor, Tensor]:
+    """Embeddings of tokens, and the residual stream after `block` as a function of them."""
+    path, embedding = hook_point(model, block), model.get_input_embeddings()
+    embeddings = next(name for name, module in model.named_modules() if module is embedding)
+    traced = _traced(model)
+    with torch.no_grad():
+        embedded = embedding(ids)
+    embedded.requires_grad_()
+    with traced.trace(input_ids=ids, use_cache=False) as tracer:
+        traced.get(embeddings).output = embedded
+        output = traced.get(path).output.save()
+        tracer.stop()
+    return embedded, _check_shape(_first(output), ids, path)
+
+
 @torch.no_grad()
 def _prefix_cache(model, prefix: Tensor, block: int | str, ids: Tensor, whole: Tensor):
     """Keys and values of a prefix [1, p] up to `block`; None if `ids` after it and the `whole` sequences give different
