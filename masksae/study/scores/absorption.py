@@ -1,11 +1,13 @@
 """Scores of notebook 04: absorption of first letters, and of parents that another token sets; the noise study."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from masksae.errors import DataError
 from masksae.metrics import contexts
-from masksae.metrics.absorption import AbsorptionResult, first_letter, icl_prefixes, single_token_words
+from masksae.metrics.absorption import PROBE_GATE, AbsorptionResult, first_letter, icl_prefixes, single_token_words
 from masksae.metrics.probes import letter_probe
 from masksae.parallel import in_threads
 from masksae.study.inputs import Scored
@@ -45,14 +47,20 @@ def context_probes(run: Scored) -> tuple[Tensor, list]:
 
 
 def context_scores(run: Scored) -> list[dict]:
-    """As `absorption_scores`, for parents that another token sets."""
+    """As `absorption_scores`, for parents that another token sets. Keys that begin with "exploratory" are those of the
+    exploratory parents, None and [] where none of them has a probe."""
 
     def make() -> list[dict]:
-        x, probes = context_probes(run)
-        options = dict(min_parents=run.profile.contexts.min_parents, seed=run.profile.contexts.seed)
+        (x, probes), task = context_probes(run), run.profile.contexts
+        explored = any(probe.name in contexts.EXPLORATORY and probe.f1 > PROBE_GATE for probe in probes)
 
         def score(sae, threshold) -> dict:
-            return _context_row(contexts.context_absorption(sae, x, probes, threshold=threshold, **options))
+            measure = partial(contexts.context_absorption, sae, x, probes, threshold=threshold, seed=task.seed)
+            row = _context_row(measure(min_parents=task.min_parents))
+            if not explored:
+                return row | {"exploratory_full": None, "exploratory_parents": []}
+            shown = measure(among=contexts.EXPLORATORY, min_parents=1).to_dict()
+            return row | {"exploratory_full": shown["mean_full"], "exploratory_parents": shown["letters"]}
 
         return score_saes(run, "absorption by context", score)
 
