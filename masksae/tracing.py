@@ -150,32 +150,31 @@ def _activations(
 
 
 def replacement_effects(
-    model: nn.Module, ids: Tensor, positions: Tensor, candidates: Tensor, weights: Tensor, *, block: int | str,
-    batch: int = 16, label: str | None = None,
-) -> Tensor:  # fmt: skip
-    """To first order, what a token's replacement changes of a weighted sum of activations: float32 [n, c].
+    model: nn.Module, ids: Tensor, positions: Tensor, candidates: Tensor, weights: Tensor, *, block: int | str
+) -> Tensor:
+    """What replacing a token changes of weighted sums of activations, to first order: float32 [k, n, c].
 
-    The sum is that of `weights` float [n, s, d] times the residual stream after `block`, for ids int64 [n, s]. Entry
-    (i, j) is its change when the token at positions[i] becomes candidates[j]: the step from one embedding to the other
-    times the gradient at the first (HotFlip, Ebrahimi et al., ACL 2018). Costs a forward and a backward to the hook
-    point.
+    The sums are those of `weights` float [k, n, s, d] times the residual stream after `block` for ids int64 [n, s].
+    Entry (i, j, v) is the change of sum i of sequence j when its token at positions[j] becomes candidates[v]: the step
+    from one embedding to the other times the gradient at the first (HotFlip, Ebrahimi et al., ACL 2018). One forward
+    and k backward passes, to the hook point only.
 
     Raises DataError for ids that are none of the model's.
     """
     _check_ids(model, ids)
     _check_ids(model, candidates[None])
-    embedding = model.get_input_embeddings()
-    with torch.no_grad():
-        steps_to = embedding(candidates.to(model.device)).float()
-    parts = []
+    embedding, rows = model.get_input_embeddings(), torch.arange(len(ids), device=model.device)
+    positions = positions.to(model.device)
     with _eval_mode(model):
-        for rows in progress.bar(torch.arange(len(ids)).split(batch), label=label, unit="batches"):
-            embedded, x = _from_embeddings(model, ids[rows].to(model.device), block)
-            [gradient] = torch.autograd.grad(x, embedded, weights[rows].to(x.device, x.dtype))
-            at = torch.arange(len(rows), device=x.device), positions[rows].to(x.device)
-            gradient, here = gradient[at].float(), embedded.detach()[at].float()
-            parts.append((gradient @ steps_to.t() - (gradient * here).sum(1, keepdim=True)).cpu())
-    return torch.cat(parts)
+        embedded, x = _from_embeddings(model, ids.to(model.device), block)
+    with torch.no_grad():
+        there, here = embedding(candidates.to(model.device)).float(), embedded[rows, positions].float()
+    parts = []
+    for each in weights:
+        [gradient] = torch.autograd.grad(x, embedded, each.to(x.device, x.dtype), retain_graph=True)
+        gradient = gradient[rows, positions].float()
+        parts.append((gradient @ there.t() - (gradient * here).sum(1, keepdim=True)).cpu())
+    return torch.stack(parts)
 
 
 def _from_embeddings(model, ids: Tensor, block: int | str) -> tuple[Tensor, Tensor]:

@@ -42,9 +42,7 @@ class Robustness:
 
 
 @torch.no_grad()
-def robustness(
-    sae: SAE, clean: Tensor, changed: Tensor, *, top: int = 5, threshold: float | None = None
-) -> Robustness:
+def robustness(sae: SAE, clean: Tensor, changed: Tensor, *, top: int = 5, threshold: float | None = None) -> Robustness:
     """Compare what an SAE makes of clean and of changed activations [n, d], row by row.
 
     top        how many of a row's largest latents `top_jaccard` compares; inactive ones never count

@@ -27,6 +27,7 @@ from masksae.study.sections import (
     Model,
     Perturbation,
     Probing,
+    Robustness,
     Section,
     Simulation,
     Text,
@@ -119,6 +120,7 @@ class Profile(Section):
     contexts: Contexts = Contexts()
     probing: Probing = Probing()
     perturbation: Perturbation = Perturbation()
+    robustness: Robustness = Robustness()
     simulation: Simulation = Simulation()
 
     @property
