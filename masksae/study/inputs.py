@@ -29,7 +29,7 @@ WRITES = {
     "04_absorption": ["absorption", "contexts", "along", "along_effects", "noise"],
     "05_probing": ["probing"],
     "06_perturbation": ["perturbation"],
-    "07_ood": ["ood"],
+    "07_ood": ["ood", "robustness"],
     "09_paper": ["claims"],
 }
 """Results of each notebook."""
