@@ -52,32 +52,35 @@ def test_controls_stand_beside_the_saes_that_they_are_made_of(run):
     assert beside.language_model is run.language_model and beside.held_out is run.held_out
     assert [row["sae"] for row in beside.table] == [*beside.load_saes()]
     figure = draw_controls(rows)
-    assert [axis.get_title() for axis in figure.axes] == ["explained variance ↑", "probing, 2 latents ↑"]
-    table = {row["SAE"]: row for row in report.control_table(rows)}
-    matched = [r["ev_centred"] for r in rows if (r["control"], r["mode"]) == ("random", "matched")]
-    assert table["random weights"]["explained variance"] == pytest.approx(sum(matched) / 2)
-    assert list(table) == ["as trained", "permuted decoder", "random weights"]
+    assert [axis.get_title() for axis in figure.axes] == ["explained variance ↑", "probing, 5 latents ↑"]
+    table = {row["score"]: row for row in report.control_table(rows)}["explained variance"]
+    ev = {kind: [r["ev_centred"] for r in rows if (r["control"], r["mode"]) == (kind, "matched")] for kind in kinds}
+    assert table["random weights"] == f"{sum(ev['random']) / 2:.3f} (2 of 2)"
+    assert table["as trained"] == f"{sum(ev['trained']) / 2:.3f}" and table["better is"] == "more"
 
 
-def numbers(control, seed, full, f1, ev=0.9):
-    row = {"control": control, "seed": seed, "mode": "matched", "mean_full": full, "main_f1": f1, "ev_centred": ev}
+def numbers(control, seed, full, f1):
+    row = {"control": control, "seed": seed, "mode": "matched", "mean_full": full, "main_f1": f1}
+    row |= {"context_full": 0.1, "context_main_f1": 0.7}
     return [row, row | {"mode": "as_trained", "mean_full": 99.0}]
 
 
-def test_words():
+def test_words_and_numbers_of_the_table():
     rows = [*numbers("trained", 0, 0.16, 0.55), *numbers("trained", 1, 0.20, 0.51)]
-    assert report.control_words(rows) == []
-    rows += [*numbers("random", 0, 0.22, 0.13, 0.1), *numbers("random", 1, 0.18, 0.60, 0.2)]
-    random_, meaning = report.control_words(rows)
-    assert random_ == (
-        "Against random weights, the trained SAE scores better in every pair: explained variance; in some pairs: "
-        "absorption, first letters, F1 of main latents, first letters."
-    )
-    assert "Random weights absorb 0.200" in meaning and "the trained SAEs 0.180" in meaning
-    assert "F1 0.36" in meaning and "with 0.53" in meaning and "scores no better than one that absorbs it" in meaning
-    lower = [row | {"mean_full": 0.01} if row["control"] == "random" else row for row in rows]
-    told, meaning = report.control_words(lower)
-    assert "in no pair: absorption, first letters" in told and "no sign of one either" in meaning
+    assert report.control_words(rows) == report.control_words([]) == report.control_table([]) == []
+    rows += [*numbers("random", 0, 0.22, 0.13), *numbers("random", 1, 0.18, 0.60)]
+    rows += [*numbers("permuted", 0, 0.10, 0.55), *numbers("permuted", 1, 0.06, 0.51)]
+    absorption, f1, *_ = report.control_table(rows)
+    assert absorption["better is"] == "less" and f1["permuted decoder"] == "0.530 (the same)"
+    assert [absorption[c] for c in ("as trained", "permuted decoder", "random weights")] == [
+        "0.180", "0.080 (0 of 2)", "0.200 (1 of 2)",
+    ]  # fmt: skip
+    assert f1["random weights"] == "0.365 (1 of 2)"
+    letters, credit, contexts, _ = report.control_words(rows)
+    assert "letter: full absorption 0.200, no lower than the trained SAEs' 0.180; F1" in letters and "0.36" in letters
+    assert "permuted, 0.080: so much is credited" in credit and "no lower than the trained SAEs' 0.100" in contexts
+    low = [row | {"mean_full": 0.01} if row["control"] == "random" else row for row in rows]
+    assert "0.010, lower than the trained SAEs' 0.180" in report.control_words(low)[0]
 
 
 def test_corrupted_text_is_the_runs_own_with_masks(run):
