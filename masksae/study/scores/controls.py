@@ -76,7 +76,7 @@ def control_scores(run: Scored) -> list[dict]:
     unmasked, first, saes = run.profile.arms[0].name, run.profile.grids[0].name, run.load_saes()
     ours = [row for row in run.table if row["arm"] == unmasked]
     trained = [row for row in ours if row["grid"] == first]
-    frozen = [row for row in ours if getattr(saes[row["sae"]].config, "frozen_decoder", False)]
+    frozen = [row for row in ours if saes[row["sae"]].config.frozen_decoder]
     kinds = {row["sae"]: kind for kind, rows in (("trained", trained), ("frozen", frozen)) for row in rows}
     found = [{"control": kinds[row["sae"]]} | row for row in _scored(run) if row["sae"] in kinds] if kinds else []
     if trained:
