@@ -315,6 +315,22 @@ def test_letters_are_fixed_and_contexts_a_sample():
         effects.effect(effects.merge(reconstruction, absorption), "context_full", "matryoshka20", "kept")
 
 
+def test_robustness_is_over_texts():
+    rows = [
+        {key: row[key] for key in ("sae", "arm", "p", "grid", "k", "seed", "mode", "architecture")}
+        | {"robustness_random_near_jaccard": 0.6 + 0.1 * (row["p"] > 0)}
+        | {
+            "texts": [
+                {"text": str(i), "robustness_random_near_jaccard": 0.6 + 0.1 * (row["p"] > 0) + i / 100}
+                for i in (-1, 0, 1)
+            ]
+        }
+        for row in planted()[0]
+    ]
+    found = judged(*planted(), rows)["R"]
+    assert found["verdict"] == "supported" and found["items"] == 3 and found["difference"] == pytest.approx(0.1)
+
+
 def test_verdicts_carry_size_and_what_was_detectable():
     assert judged(*planted(-0.1))["C1"]["size"] < -1
     assert "detectable" in effects.describe(paired_effect([1.0, 2.0], [1.1, 1.9]))
@@ -393,7 +409,11 @@ DRAWINGS = {
     "architectures": lambda: reconstruction.draw_family(planted()[0]),
     "summary": lambda: absorption.draw_summary(effects.merge(*planted())),
     "training": lambda: reconstruction.draw_training(
-        {f"{arm}-{g}": (arm, g, history(scale)) for arm in ("unmasked", "kept") for g, scale in (("a", 1), ("b", 9))}
+        [
+            {"sae": f"{arm}-{grid}-s0", "arm": arm, "grid": grid, "history": history(scale)}
+            for arm in ("unmasked", "kept")
+            for grid, scale in (("a", 1), ("b", 9))
+        ]
     ),
     "norms": lambda: data.draw_norms(
         [{"arm": a, "masked": m, "norm": 90.0 + i} for a, m in (("unmasked", False), ("kept", True)) for i in range(5)]

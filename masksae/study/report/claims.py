@@ -124,9 +124,9 @@ def decide(
     rows, effects = {}, {}
     for key, (grid, endpoint) in family.items():
         column, cell = _column(scores, endpoint), (baseline_arm(scores), grid)
-        present = scores[(scores["grid"] == grid) & (scores["arm"] == arm)]
-        if column is None or present.empty or present[column].isna().any():
-            rows[key] = _unmeasured(f"No {endpoint.score} of {arm} in {grid}.")
+        sides = [scores[(scores["arm"] == name) & (scores["grid"] == grid)] for name in (arm, baseline_arm(scores))]
+        if column is None or any(side.empty or side[column].isna().any() for side in sides):
+            rows[key] = _unmeasured(f"No {endpoint.score} of {arm} and unmasked SAEs of {grid}.") | {"grid": grid}
             continue
         found = effect(scores, column, grid, arm, cell, endpoint.items)
         reason = obstacle(gates, endpoint, arm, cell, grid)
@@ -194,10 +194,9 @@ def size(found: stats.Effect) -> str:
 def everywhere(scores: pd.DataFrame, decisions: Decisions, arm: str, gates: dict[str, dict]) -> dict:
     """C4: the primary endpoints of C1 to C3 in every grid but the first, which C1 to C3 have decided; one correction
     over all of its cells."""
-    first, *others = dict.fromkeys(scores["grid"])
+    _, *others = dict.fromkeys(scores["grid"])
     held = set(zip(scores["arm"], scores["grid"]))
-    both = [grid for grid in others if {(arm, grid), (baseline_arm(scores), grid)} <= held]
-    grids = [grid for grid in both if not decisions.cells or grid in decisions.cells]
+    grids = decisions.cells or [grid for grid in others if {(arm, grid), (baseline_arm(scores), grid)} <= held]
     asked = [e for e in decisions.endpoints if e.primary and e.claim in ("C1", "C2", "C3") and _column(scores, e)]
     family = {(grid, e.name): (grid, e) for grid in grids for e in asked}
     rows = decide(scores, decisions, arm, gates, family)

@@ -18,7 +18,7 @@ from masksae.study.stats import Effect, Items, interpolate, paired_effect
 KEYS = ["sae", "arm", "p", "grid", "architecture", "k", "seed", "mode"]
 """What the rows of one SAE in one mode have in common in every result."""
 
-NESTED = ["letters", "parents", "tasks", "excluded", "threshold", "groups", "pairs"]
+NESTED = ["letters", "parents", "tasks", "texts", "excluded", "threshold", "groups", "pairs"]
 """Tables inside rows, and what is not compared."""
 
 COMPARED = (
@@ -45,7 +45,7 @@ Cell = tuple[str, str]
 
 def merge(*results: list[dict], mode: str = "matched") -> pd.DataFrame:
     """One row per SAE with the scores of several result files in one mode. Tables inside rows become, for a score that
-    is a mean over letters or tasks, a column SCORE_items of {letter or task: value}."""
+    is a mean over letters, parents, tasks or texts, a column SCORE_items of {letter or task: value}."""
     tables = [pd.DataFrame([row | _items(row) for row in rows if row["mode"] == mode]) for rows in results]
     first, *others = [table.drop(columns=NESTED, errors="ignore") for table in tables]
     for table in others:
@@ -64,6 +64,9 @@ def _items(row: dict) -> dict[str, dict[str, float]]:
         for k, auc in task["auc"].items():
             items.setdefault(f"{task['family']}_auc_{k}_items", {})[task["task"]] = auc
             items.setdefault(f"{task['family']}_gap_{k}_items", {})[task["task"]] = task["raw_auc"] - auc
+    for text in row.get("texts", ()):
+        for key in text.keys() & row.keys():
+            items.setdefault(f"{key}_items", {})[text["text"]] = text[key]
     return items
 
 

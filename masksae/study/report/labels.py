@@ -20,7 +20,7 @@ class Score:
 
 
 SCORES = {
-    "l0": Score("reconstruction", "L0", ", latents active on a clean token"),
+    "l0": Score("reconstruction", "L0", ", latents active on a clean token", digits=1),
     "ev_centred": Score("reconstruction", "explained variance"),
     "ce_score": Score("reconstruction", "CE score", ": 1 is the model as it is, 0 zeros in place"),
     "dead_latents": Score("reconstruction", "dead latents", " on the held-out text", digits=0),
@@ -31,8 +31,14 @@ SCORES = {
     "dense_latents": Score("reconstruction", "dense latents", ", active on more than a tenth of it", digits=0),
     "mean_full": Score("absorption", "absorption, first letters", heading="absorption"),
     "mean_fraction": Score("absorption", "absorption fraction, first letters"),
+    "mean_specific": Score("absorption", "specific absorption, first letters", ": by a latent of few words"),
+    "main_f1": Score("absorption", "F1 of main latents, first letters", heading="F1"),
+    "main_recall": Score("absorption", "recall of main latents, first letters"),
     "dense_absorbers": Score("absorption", "share of absorption credited to dense latents"),
     "context_full": Score("contexts", "absorption, contexts", ": what came before", heading="absorption by context"),
+    "context_specific": Score("contexts", "specific absorption, contexts"),
+    "context_main_f1": Score("contexts", "F1 of main latents, contexts", heading="F1 by context"),
+    "context_main_recall": Score("contexts", "recall of main latents, contexts"),
     "probing_raw_auc": Score("probing", "probing, raw activations", ", AUC"),
     "probing_auc_": Score("probing", "probing, {} latents", ", AUC", heading="probing, AUC"),
     "ood_raw_auc": Score("ood", "shifted texts, raw activations", ", AUC"),
