@@ -543,7 +543,8 @@ class Decisions(Section):
     gate: Gate = Gate()
     endpoints: Annotated[list[Endpoint], Field(min_length=1)] = ENDPOINTS
     cells: list[str] = []
-    """Grids in which C4 asks for C1 to C3 again, the first left out; []: every other one with SAEs of both arms."""
+    """Grids in which C4 asks for C1 to C3 again, the first left out; []: every other one with SAEs of both arms whose
+    unmasked SAEs are compared with no other grid's."""
 
     @model_validator(mode="after")
     def _possible(self):

@@ -129,10 +129,9 @@ def test_dead_latents_of_either_arm_stop_every_comparison():
     assert "not measured" in judged(unknown, absorption)["C5"]["reason"]
     scores = effects.merge(dying, absorption)
     rows = claims.gate_table(claims.gate(scores, Decisions(), LATENTS))
-    assert (
-        len(rows) == 2 * 6
-        and [row["of"] for row in rows if not row["passed"]] == ["dead latents in training, kept"] * 2
-    )
+    assert [(row["SAEs"], row["gate"]) for row in rows] == [("matryoshka20", "passed"), ("batchtopk20", "passed")]
+    assert rows[0]["the same of each arm, bound 0.05"] == "unmasked 0.002, kept 0.060"
+    assert rows[0]["F1 of main latents, first letters, bound 0.5"] == "0.550"
 
 
 def test_holm_is_inside_the_verdict():
@@ -164,8 +163,19 @@ def test_holm_is_inside_the_verdict():
 def test_rows_of_verdicts_for_a_reader():
     rows = claims.verdict_table(judged(*planted(-0.1)))
     assert [row["claim"] for row in rows[:5]] == ["C1"] * 5 and rows[0]["endpoint"] == "letters"
-    assert [row["SAEs"] for row in rows if row["claim"] == "C4"] == ["", "batchtopk20"]
+    assert [row["SAEs"] for row in claims.cell_table(judged(*planted(-0.1)))] == ["batchtopk20"]
     assert all(row["why"] for row in rows if row["verdict"] == "not measured")
+
+
+def test_rivals_are_no_cells_of_c4():
+    """Nor points of an interpolation over k."""
+    scores = effects.merge(*planted(-0.1, grids=("matryoshka20", "batchtopk20", "one")))
+    rival = lambda arm, grid: ("unmasked", "matryoshka20") if (arm, grid) == ("unmasked", "one") else None
+    assert effects.standing(scores, rival) == ["matryoshka20", "batchtopk20"]
+    found = claims.claims(scores, Decisions(), "kept", claims.gate(scores, Decisions(), LATENTS), rival)
+    assert list(found["C4"]["cells"]) == ["batchtopk20"]
+    named = claims.claims(scores, Decisions(cells=["lost"]), "kept", claims.gate(scores, Decisions(), LATENTS))["C4"]
+    assert named["verdict"] == "not measured" and "unmasked SAEs of lost" in named["cells"]["lost"]["letters"]["reason"]
 
 
 def probed(kind, change):

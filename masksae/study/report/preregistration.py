@@ -73,7 +73,7 @@ def text(profile: Profile) -> str:
         ["share of latents dead at the end of training", f"at most {decisions.gate.dead:g}"],
         ["the same, either arm of a comparison", f"at most {decisions.gate.dead_compared:g}"],
     ]
-    cells = ", ".join(decisions.cells) or "every other one that has SAEs of both arms"
+    cells = ", ".join(decisions.cells) or "every other one that has SAEs of both arms and is no rival's or control's"
     arm = decisions.arm or profile.arms[min(1, len(profile.arms) - 1)].name
     trained = {key: value for key, value in profile.model_dump(mode="json").items() if key not in ASIDE}
     return f"""## Profile `{profile.name}`
