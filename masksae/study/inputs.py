@@ -26,10 +26,10 @@ WRITES = {
     "01_data": ["data"],
     "02_train": ["train"],
     "03_reconstruction": ["reconstruction"],
-    "04_absorption": ["absorption", "contexts", "along", "along_effects", "noise"],
+    "04_absorption": ["absorption", "contexts", "along", "along_effects", "controls", "noise"],
     "05_probing": ["probing"],
     "06_perturbation": ["perturbation"],
-    "07_ood": ["ood"],
+    "07_ood": ["ood", "robustness"],
     "09_paper": ["claims"],
 }
 """Results of each notebook."""

@@ -28,6 +28,7 @@ from masksae.study.sections import (
     Model,
     Perturbation,
     Probing,
+    Robustness,
     Section,
     Simulation,
     Text,
@@ -120,6 +121,7 @@ class Profile(Section):
     contexts: Contexts = Contexts()
     probing: Probing = Probing()
     perturbation: Perturbation = Perturbation()
+    robustness: Robustness = Robustness()
     simulation: Simulation = Simulation()
     decisions: Decisions = Decisions()
 

@@ -451,6 +451,20 @@ class Perturbation(Section):
         return [task for tasks in (*self.groups.values(), *self.pairs) for task in tasks]
 
 
+class Robustness(Section):
+    """One token of a held-out text is replaced, and later positions are compared (notebook 07)."""
+
+    texts: Positive = 240
+    """Texts: the beginnings of the first held-out blocks, as many as there are at most."""
+    tokens: Annotated[int, Field(ge=24)] = 48
+    """Tokens of a text, BOS left out; a replaced one has 8 before it at least and 15 after it."""
+    candidates: Annotated[int, Field(ge=2)] = 2000
+    """The most frequent tokens of the training text, of which a gradient chooses one."""
+    top: Positive = 5
+    """Largest latents of a token whose overlap is given beside that of all active ones."""
+    seed: Seed = 0
+
+
 class Simulation(Section):
     """The world with known features (notebook 00). No model is in it, so what it says is the same for every profile:
     the defaults are few worlds, made in seconds and kept for all profiles; the shipped profiles state more."""

@@ -108,6 +108,7 @@ def profile(folder, name="tiny", **changes):
             "ns": [2, 8],
             "ks": [2, 5],
         },
+        "robustness": {"texts": 18, "tokens": 28, "candidates": 20},
         "simulation": {"seeds": 2, "ks": [1.2], "ps": [0.3], "steps": 60},
     }
     for key, value in changes.items():
