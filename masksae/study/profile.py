@@ -243,6 +243,18 @@ class Profile(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _decided(self):
+        """Decisions speak of arms and grids that there are."""
+        for key, names, known in (
+            ("arm", [self.decisions.arm] if self.decisions.arm else [], [arm.name for arm in self.arms[1:]]),
+            ("cells", self.decisions.cells, [grid.name for grid in self.saes if grid is not self.main_grid]),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"decisions.{key}: found {name!r}.{nearest(name, known)}")
+        return self
+
     def _check_block(self, block: Block, grids: list[str]) -> None:
         where = f"blocks.{block.name}"
         for key, known in (("arms", [arm.name for arm in self.arms]), ("saes", grids)):

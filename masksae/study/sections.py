@@ -519,7 +519,7 @@ class Endpoint(Section):
     margin: Annotated[float, Field(gt=0)]
     """In the score's own unit: a difference that is shown to be smaller counts as none."""
     items: Literal["fixed", "random"]
-    """Whether letters, parents, tasks or sets are all there are, or a sample like the pairs."""
+    """Whether letters, parents, tasks, sets or texts are all there are, or a sample like the pairs."""
     slight: Annotated[float, Field(gt=0)] | None = None
     """Of a claim with a size in it: the largest difference that is still as small as the claim says."""
     primary: bool = True
@@ -536,7 +536,7 @@ ENDPOINTS = [
     _endpoint("probing", "C2", "probing_auc_", +1, 0.01, "random"),
     _endpoint("gap", "C3", "ood_gap_", -1, 0.01, "random"),
     _endpoint("explained variance", "C5", "ev_centred", -1, 0.005, "fixed", slight=0.02),
-    _endpoint("robustness", "R", "robustness_random_near_jaccard", +1, 0.02, "fixed"),
+    _endpoint("robustness", "R", "robustness_random_near_jaccard", +1, 0.02, "random"),
     _endpoint("letters specific", "C1", "mean_specific", -1, 0.03, "fixed", primary=False),
     _endpoint("contexts specific", "C1", "context_specific", -1, 0.02, "random", primary=False),
     _endpoint("letters f1", "C1", "main_f1", +1, 0.03, "fixed", primary=False),
@@ -560,7 +560,8 @@ class Decisions(Section):
     gate: Gate = Gate()
     endpoints: Annotated[list[Endpoint], Field(min_length=1)] = ENDPOINTS
     cells: list[str] = []
-    """Grids in which C4 asks for C1 to C3 again, the first left out; []: every other one with SAEs of both arms."""
+    """Grids in which C4 asks for C1 to C3 again, the first left out; []: every other one with SAEs of both arms whose
+    unmasked SAEs are compared with no other grid's."""
 
     @model_validator(mode="after")
     def _possible(self):

@@ -129,10 +129,9 @@ def test_dead_latents_of_either_arm_stop_every_comparison():
     assert "not measured" in judged(unknown, absorption)["C5"]["reason"]
     scores = effects.merge(dying, absorption)
     rows = claims.gate_table(claims.gate(scores, Decisions(), LATENTS))
-    assert (
-        len(rows) == 2 * 6
-        and [row["of"] for row in rows if not row["passed"]] == ["dead latents in training, kept"] * 2
-    )
+    assert [(row["SAEs"], row["gate"]) for row in rows] == [("matryoshka20", "passed"), ("batchtopk20", "passed")]
+    assert rows[0]["the same of each arm, bound 0.05"] == "unmasked 0.002, kept 0.060"
+    assert rows[0]["F1 of main latents, first letters, bound 0.5"] == "0.550"
 
 
 def test_holm_is_inside_the_verdict():
@@ -164,8 +163,19 @@ def test_holm_is_inside_the_verdict():
 def test_rows_of_verdicts_for_a_reader():
     rows = claims.verdict_table(judged(*planted(-0.1)))
     assert [row["claim"] for row in rows[:5]] == ["C1"] * 5 and rows[0]["endpoint"] == "letters"
-    assert [row["SAEs"] for row in rows if row["claim"] == "C4"] == ["", "batchtopk20"]
+    assert [row["SAEs"] for row in claims.cell_table(judged(*planted(-0.1)))] == ["batchtopk20"]
     assert all(row["why"] for row in rows if row["verdict"] == "not measured")
+
+
+def test_rivals_are_no_cells_of_c4():
+    """Nor points of an interpolation over k."""
+    scores = effects.merge(*planted(-0.1, grids=("matryoshka20", "batchtopk20", "one")))
+    rival = lambda arm, grid: ("unmasked", "matryoshka20") if (arm, grid) == ("unmasked", "one") else None
+    assert effects.standing(scores, rival) == ["matryoshka20", "batchtopk20"]
+    found = claims.claims(scores, Decisions(), "kept", claims.gate(scores, Decisions(), LATENTS), rival)
+    assert list(found["C4"]["cells"]) == ["batchtopk20"]
+    named = claims.claims(scores, Decisions(cells=["lost"]), "kept", claims.gate(scores, Decisions(), LATENTS))["C4"]
+    assert named["verdict"] == "not measured" and "unmasked SAEs of lost" in named["cells"]["lost"]["letters"]["reason"]
 
 
 def probed(kind, change):
@@ -315,6 +325,22 @@ def test_letters_are_fixed_and_contexts_a_sample():
         effects.effect(effects.merge(reconstruction, absorption), "context_full", "matryoshka20", "kept")
 
 
+def test_robustness_is_over_texts():
+    rows = [
+        {key: row[key] for key in ("sae", "arm", "p", "grid", "k", "seed", "mode", "architecture")}
+        | {"robustness_random_near_jaccard": 0.6 + 0.1 * (row["p"] > 0)}
+        | {
+            "texts": [
+                {"text": str(i), "robustness_random_near_jaccard": 0.6 + 0.1 * (row["p"] > 0) + i / 100}
+                for i in (-1, 0, 1)
+            ]
+        }
+        for row in planted()[0]
+    ]
+    found = judged(*planted(), rows)["R"]
+    assert found["verdict"] == "supported" and found["items"] == 3 and found["difference"] == pytest.approx(0.1)
+
+
 def test_verdicts_carry_size_and_what_was_detectable():
     assert judged(*planted(-0.1))["C1"]["size"] < -1
     assert "detectable" in effects.describe(paired_effect([1.0, 2.0], [1.1, 1.9]))
@@ -393,7 +419,11 @@ DRAWINGS = {
     "architectures": lambda: reconstruction.draw_family(planted()[0]),
     "summary": lambda: absorption.draw_summary(effects.merge(*planted())),
     "training": lambda: reconstruction.draw_training(
-        {f"{arm}-{g}": (arm, g, history(scale)) for arm in ("unmasked", "kept") for g, scale in (("a", 1), ("b", 9))}
+        [
+            {"sae": f"{arm}-{grid}-s0", "arm": arm, "grid": grid, "history": history(scale)}
+            for arm in ("unmasked", "kept")
+            for grid, scale in (("a", 1), ("b", 9))
+        ]
     ),
     "norms": lambda: data.draw_norms(
         [{"arm": a, "masked": m, "norm": 90.0 + i} for a, m in (("unmasked", False), ("kept", True)) for i in range(5)]

@@ -6,10 +6,12 @@ inside the verdicts. Equivalence is two one-sided tests inside the endpoint's ma
 what is controlled over all endpoints is that any is called supported or contradicted without a cause.
 """
 
+from collections.abc import Callable
+
 import pandas as pd
 
 from masksae.study import stats
-from masksae.study.report.effects import Cell, baseline_arm, change, describe, effect, first_column
+from masksae.study.report.effects import Cell, baseline_arm, change, describe, effect, first_column, standing
 from masksae.study.sections import Decisions, Endpoint
 
 CLAIMS = {
@@ -50,7 +52,10 @@ def gate(scores: pd.DataFrame, decisions: Decisions, latents: dict[str, int]) ->
             "absorption credited to dense latents": _dense(unmasked, bounds.dense_absorbers),
             "dead latents in training": _check(unmasked, "dead", bounds.dead, least=False),
         }
-        dead = {arm: _check(rows, "dead", bounds.dead_compared, least=False) for arm, rows in table.groupby("arm")}
+        dead = {
+            arm: _check(rows, "dead", bounds.dead_compared, least=False)
+            for arm, rows in table.groupby("arm", sort=False)
+        }
         found[grid] = {"passed": all(c["passed"] for c in checks.values()), "checks": checks, "dead": dead}
     return found
 
@@ -94,9 +99,17 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.3f}"
 
 
-def claims(scores: pd.DataFrame, decisions: Decisions, arm: str, gates: dict[str, dict]) -> dict[str, dict]:
+def claims(
+    scores: pd.DataFrame,
+    decisions: Decisions,
+    arm: str,
+    gates: dict[str, dict],
+    baseline: Callable[[str, str], Cell | None] | None = None,
+) -> dict[str, dict]:
     """The verdicts, keyed C1 to C5 and R: what `arm` changes against the unmasked SAEs of the first grid; C4 in the
     others.
+
+    baseline  (arm, grid) -> cell to compare with, as in `effects.comparison`: C4 leaves grids of rivals out
 
     Each claim holds the row of its first primary endpoint, and in `endpoints` the rows of the others by name. A row is
     an Effect with verdict, score, grid, margin, p_holm (superiority, corrected), p_equivalent, `detectable` by the rule
@@ -112,7 +125,7 @@ def claims(scores: pd.DataFrame, decisions: Decisions, arm: str, gates: dict[str
         mine = sorted((e for e in decisions.endpoints if e.claim == key), key=lambda e: not e.primary)
         head, *others = [(e.name, rows[e.name]) for e in mine] or [("", _unmeasured("No endpoint of the profile."))]
         found[key] = head[1] | ({"endpoints": dict(others)} if others else {})
-    found["C4"] = everywhere(scores, decisions, arm, gates)
+    found["C4"] = everywhere(scores, decisions, arm, gates, baseline)
     found["C1"]["dense_absorbers"] = dense_absorbers(scores, first)
     return {key: {"claim": claim, **found[key]} for key, claim in CLAIMS.items()}
 
@@ -124,9 +137,9 @@ def decide(
     rows, effects = {}, {}
     for key, (grid, endpoint) in family.items():
         column, cell = _column(scores, endpoint), (baseline_arm(scores), grid)
-        present = scores[(scores["grid"] == grid) & (scores["arm"] == arm)]
-        if column is None or present.empty or present[column].isna().any():
-            rows[key] = _unmeasured(f"No {endpoint.score} of {arm} in {grid}.")
+        sides = [scores[(scores["arm"] == name) & (scores["grid"] == grid)] for name in (arm, baseline_arm(scores))]
+        if column is None or any(side.empty or side[column].isna().any() for side in sides):
+            rows[key] = _unmeasured(f"No {endpoint.score} of {arm} and unmasked SAEs of {grid}.") | {"grid": grid}
             continue
         found = effect(scores, column, grid, arm, cell, endpoint.items)
         reason = obstacle(gates, endpoint, arm, cell, grid)
@@ -191,13 +204,18 @@ def size(found: stats.Effect) -> str:
     )
 
 
-def everywhere(scores: pd.DataFrame, decisions: Decisions, arm: str, gates: dict[str, dict]) -> dict:
+def everywhere(
+    scores: pd.DataFrame,
+    decisions: Decisions,
+    arm: str,
+    gates: dict[str, dict],
+    baseline: Callable[[str, str], Cell | None] | None = None,
+) -> dict:
     """C4: the primary endpoints of C1 to C3 in every grid but the first, which C1 to C3 have decided; one correction
     over all of its cells."""
-    first, *others = dict.fromkeys(scores["grid"])
-    held = set(zip(scores["arm"], scores["grid"]))
-    both = [grid for grid in others if {(arm, grid), (baseline_arm(scores), grid)} <= held]
-    grids = [grid for grid in both if not decisions.cells or grid in decisions.cells]
+    treated = set(scores.loc[scores["arm"] == arm, "grid"])
+    others = [grid for grid in standing(scores, baseline) if grid in treated and grid != scores["grid"].iloc[0]]
+    grids = decisions.cells or others
     asked = [e for e in decisions.endpoints if e.primary and e.claim in ("C1", "C2", "C3") and _column(scores, e)]
     family = {(grid, e.name): (grid, e) for grid in grids for e in asked}
     rows = decide(scores, decisions, arm, gates, family)
@@ -220,42 +238,47 @@ def _unmeasured(reason: str) -> dict:
 
 
 def verdict_table(found: dict[str, dict]) -> list[dict]:
-    """Rows for a reader, one per endpoint and cell of C4: claim, endpoint, verdict, effect, corrected p-value."""
-    rows = []
-    for key, claim in found.items():
-        cells = [(name, row) for cell in claim.get("cells", {}).values() for name, row in cell.items()]
-        named = [(claim.get("endpoint", ""), claim), *claim.get("endpoints", {}).items(), *cells]
-        for name, row in named:
-            told = describe(stats.Effect.from_dict(row)) if "difference" in row else ""
-            kind = "secondary" if row.get("primary") is False else ""
-            rows.append(
-                {
-                    "claim": key,
-                    "endpoint": " ".join(part for part in (name, kind) if part),
-                    "SAEs": row.get("grid", ""),
-                    "verdict": row["verdict"],
-                    "unmasked → treated": row.get("size_in_words") or told,
-                    "p, Holm": row.get("p_holm"),
-                    "p, equivalence": row.get("p_equivalent"),
-                    "margin": row.get("margin"),
-                    "finds": row.get("detectable"),
-                    "pairs needed": row.get("pairs_needed"),
-                    "why": row.get("reason", ""),
-                }
-            )
-    return rows
+    """Rows for a reader, one per endpoint: claim, endpoint, verdict, effect, corrected p-value; C4 in one row."""
+    return [
+        _told(key, name, row)
+        for key, claim in found.items()
+        for name, row in [(claim.get("endpoint", ""), claim), *claim.get("endpoints", {}).items()]
+    ]
+
+
+def cell_table(found: dict[str, dict]) -> list[dict]:
+    """The same of the cells of C4."""
+    cells = found["C4"]["cells"].values()
+    return [_told("C4", name, row) for cell in cells for name, row in cell.items()]
+
+
+def _told(claim: str, endpoint: str, row: dict) -> dict:
+    change = describe(stats.Effect.from_dict(row), detectable=False) if "difference" in row else ""
+    return {
+        "claim": claim,
+        "endpoint": f"{endpoint} (secondary)" if row.get("primary") is False else endpoint,
+        "SAEs": row.get("grid", ""),
+        "verdict": row["verdict"],
+        "unmasked → treated": row.get("size_in_words") or change,
+        "p, Holm": row.get("p_holm"),
+        "p, equivalence": row.get("p_equivalent"),
+        "margin": row.get("margin"),
+        "finds": row.get("detectable"),
+        "pairs needed": row.get("pairs_needed"),
+        "why": row.get("reason", ""),
+    }
 
 
 def gate_table(gates: dict[str, dict]) -> list[dict]:
-    """Rows for a reader: each grid, each check."""
-    return [
-        {"SAEs": grid, "of": name, "value": check["value"], "bound": check["bound"], "passed": check["passed"]}
-        for grid, found in gates.items()
-        for name, check in [
-            *found["checks"].items(),
-            *((f"dead latents in training, {arm}", check) for arm, check in found["dead"].items()),
-        ]
-    ]
+    """Rows for a reader: each grid, what it reaches and what it ought to, and the dead latents of each arm."""
+    rows = []
+    for grid, found in gates.items():
+        row = {"SAEs": grid, "gate": "passed" if found["passed"] else "failed"}
+        row |= {f"{name}, bound {c['bound']:g}": _number(c["value"]) for name, c in found["checks"].items()}
+        dead = {arm: f"{arm} {_number(c['value'])}" for arm, c in found["dead"].items()}
+        bound = next(iter(found["dead"].values()))["bound"]
+        rows.append(row | {f"the same of each arm, bound {bound:g}": ", ".join(dead.values())})
+    return rows
 
 
 def dense_absorbers(scores: pd.DataFrame, grid: str) -> dict[str, float | None]:

@@ -18,7 +18,7 @@ from masksae.study.stats import Effect, Items, interpolate, paired_effect
 KEYS = ["sae", "arm", "p", "grid", "architecture", "k", "seed", "mode"]
 """What the rows of one SAE in one mode have in common in every result."""
 
-NESTED = ["letters", "parents", "tasks", "excluded", "threshold", "groups", "pairs"]
+NESTED = ["letters", "parents", "tasks", "texts", "excluded", "threshold", "groups", "pairs"]
 """Tables inside rows, and what is not compared."""
 
 COMPARED = (
@@ -45,7 +45,7 @@ Cell = tuple[str, str]
 
 def merge(*results: list[dict], mode: str = "matched") -> pd.DataFrame:
     """One row per SAE with the scores of several result files in one mode. Tables inside rows become, for a score that
-    is a mean over letters or tasks, a column SCORE_items of {letter or task: value}."""
+    is a mean over letters, parents, tasks or texts, a column SCORE_items of {letter or task: value}."""
     tables = [pd.DataFrame([row | _items(row) for row in rows if row["mode"] == mode]) for rows in results]
     first, *others = [table.drop(columns=NESTED, errors="ignore") for table in tables]
     for table in others:
@@ -64,6 +64,9 @@ def _items(row: dict) -> dict[str, dict[str, float]]:
         for k, auc in task["auc"].items():
             items.setdefault(f"{task['family']}_auc_{k}_items", {})[task["task"]] = auc
             items.setdefault(f"{task['family']}_gap_{k}_items", {})[task["task"]] = task["raw_auc"] - auc
+    for text in row.get("texts", ()):
+        for key in text.keys() & row.keys():
+            items.setdefault(f"{key}_items", {})[text["text"]] = text[key]
     return items
 
 
@@ -82,6 +85,13 @@ def own_baseline(scores: pd.DataFrame) -> Callable[[str, str], Cell | None]:
     for those themselves."""
     cells, first = set(zip(scores["arm"], scores["grid"])), baseline_arm(scores)
     return lambda arm, grid: (first, grid) if arm != first and (first, grid) in cells else None
+
+
+def standing(scores: pd.DataFrame, baseline: Callable[[str, str], Cell | None] | None = None) -> list[str]:
+    """Grids whose unmasked SAEs are compared with no other grid's: those of rivals and of controls are."""
+    baseline, first = baseline or own_baseline(scores), baseline_arm(scores)
+    unmasked = dict.fromkeys(scores.loc[scores["arm"] == first, "grid"])
+    return [grid for grid in unmasked if baseline(first, grid) is None]
 
 
 def effect(
@@ -181,17 +191,21 @@ def _described(scores: pd.DataFrame, arm: str, grid: str, cell: Cell) -> dict:
 def _same(trained: pd.DataFrame, matched: pd.DataFrame, cells: set[Cell]) -> bool:
     """Whether the SAEs of some cells have no threshold that could be moved, so that both ways are one."""
     sides = [
-        scores[[cell in cells for cell in zip(scores["arm"], scores["grid"])]].set_index("sae")["l0"].sort_index()
+        scores[[cell in cells for cell in zip(scores["arm"], scores["grid"])]]
+        .set_index("sae")["l0"]
+        .sort_index()
+        .astype(float)
         for scores in (trained, matched)
     ]
     return sides[0].equals(sides[1])
 
 
-def interpolated(*results: list[dict]) -> pd.DataFrame:
+def interpolated(*results: list[dict], baseline: Callable[[str, str], Cell | None] | None = None) -> pd.DataFrame:
     """The comparison at a common clean L0 by interpolating over k, SAEs as trained: another way to matched sparsity
     than recalibrated thresholds, which takes no SAE off its own threshold. One row per architecture that has several k,
-    at their geometric mean; no row where the SAEs' own L0 do not enclose it."""
+    at their geometric mean; no row where the SAEs' own L0 do not enclose it. Rivals (`standing`) are left out."""
     scores, rows = merge(*results, mode="as_trained"), []
+    scores = scores[scores["grid"].isin(standing(scores, baseline))]
     for architecture, part in scores.groupby("architecture", sort=False):
         l0 = float(np.exp(np.log(part["k"].unique()).mean()))
         for arm in treated_arms(scores):
@@ -213,11 +227,11 @@ def at_l0(scores: pd.DataFrame, column: str, l0: float) -> dict[int, float]:
     return {seed: value for seed, value in at.items() if value is not None}
 
 
-def describe(e: Effect, digits: int = 3) -> str:
+def describe(e: Effect, digits: int = 3, *, detectable: bool = True) -> str:
     """ "0.148 → 0.095 (−0.053, 95 % −0.094 to −0.012)"; if nothing was found, with the difference that could have
-    been."""
+    been, unless it stands elsewhere."""
     interval = "one pair, no interval" if e.low is None else f"95 % {_fixed(e.low, digits)} to {_fixed(e.high, digits)}"
-    if e.low is not None and e.verdict(1) == "inconclusive":
+    if detectable and e.low is not None and e.verdict(1) == "inconclusive":
         interval += f"; detectable {_fixed(e.detectable, digits)}"
     difference = ("+" if e.difference > 0 else "") + _fixed(e.difference, digits)
     return f"{_fixed(e.baseline, digits)} → {_fixed(e.treated, digits)} ({difference}, {interval})"

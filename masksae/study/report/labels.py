@@ -20,7 +20,7 @@ class Score:
 
 
 SCORES = {
-    "l0": Score("reconstruction", "L0", ", latents active on a clean token"),
+    "l0": Score("reconstruction", "L0", ", latents active on a clean token", digits=1),
     "ev_centred": Score("reconstruction", "explained variance"),
     "ce_score": Score("reconstruction", "CE score", ": 1 is the model as it is, 0 zeros in place"),
     "dead_latents": Score("reconstruction", "dead latents", " on the held-out text", digits=0),

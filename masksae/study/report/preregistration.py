@@ -10,7 +10,7 @@ import re
 import yaml
 
 from masksae.files import repository, run_id
-from masksae.metrics.contexts import PARENTS
+from masksae.metrics.contexts import EXPLORATORY, PARENTS
 from masksae.study.profile import Profile
 from masksae.study.report.claims import CLAIMS
 from masksae.study.report.labels import SCORES
@@ -36,8 +36,8 @@ is trained; the order of commits shows that. Every result says by its digest whi
 * **A pair** is one draw of everything that is drawn: initial weights, order of the text, masks. Treated less unmasked,
   pair by pair.
 * **One interval for each endpoint, and one p-value from the same statistic.** Items *fixed* (letters: there are no
-  others; explained variance; one set of changed texts for all SAEs): Student's t over the pairs' means. Items *random*
-  (parents, tasks, shifted sets): two-way random effects of pairs and items with Satterthwaite's degrees of freedom
+  others; explained variance, which has none): Student's t over the pairs' means. Items *random* (parents, tasks,
+  shifted sets, texts): two-way random effects of pairs and items with Satterthwaite's degrees of freedom
   (`masksae.study.stats.grand_mean`), which cover 93 % at least at 3 to 12 pairs (tests/study/test_stats.py).
 * **Supported, contradicted**: the two-sided p-value, corrected by Holm over the primary endpoints that are measured,
   is below alpha, and the difference has the sign of the claim, or the other. Secondary endpoints have a correction of
@@ -73,7 +73,7 @@ def text(profile: Profile) -> str:
         ["share of latents dead at the end of training", f"at most {decisions.gate.dead:g}"],
         ["the same, either arm of a comparison", f"at most {decisions.gate.dead_compared:g}"],
     ]
-    cells = ", ".join(decisions.cells) or "every other one that has SAEs of both arms"
+    cells = ", ".join(decisions.cells) or "every other one that has SAEs of both arms and is no rival's or control's"
     arm = decisions.arm or profile.arms[min(1, len(profile.arms) - 1)].name
     trained = {key: value for key, value in profile.model_dump(mode="json").items() if key not in ASIDE}
     return f"""## Profile `{profile.name}`
@@ -83,7 +83,8 @@ Alpha {decisions.alpha:g}, corrected by {decisions.correction.title()}. Grids of
 
 {_endpoints(decisions.endpoints)}
 {to_markdown(gate)}
-Parents that another token sets, of which those count that pass the probe's gate: {"; ".join(PARENTS)}.
+Parents that another token sets, of which those count that pass the probe's gate: {"; ".join(PARENTS)}. These decide
+nothing, since masked SAEs had been scored on them before: {"; ".join(EXPLORATORY)}.
 
 What is trained and scored:
 
