@@ -26,15 +26,13 @@ CONTROLS = {
 
 
 class Controls(Scored):
-    """A run's inputs with the controls of some of its SAEs, in the place of its own SAEs.
+    """A run's inputs with controls in the place of its SAEs: two of each SAE of an arm and a grid."""
 
-    rows  those of `run.table` that controls are made of
-    """
-
-    def __init__(self, run: Scored, rows: list[dict]):
+    def __init__(self, run: Scored, arm: str, grid: str):
         self.run, self.profile, self.source = run, run.profile, run.source
         self.results, self.figures, self.build = run.results, run.figures, run.build
-        self.trained = rows
+        self.name = f"controls-{arm}-{grid}"
+        self.trained = [row for row in run.table if (row["arm"], row["grid"]) == (arm, grid)]
 
     @property
     def table(self) -> list[dict]:
@@ -47,7 +45,7 @@ class Controls(Scored):
         for row in self.trained:
             sae = saes[row["sae"]]
             made[f"{row['sae']}-permuted"] = permuted_decoder(sae, seed=row["seed"])
-            made[f"{row['sae']}-random"] = random_like(sae, self.held_out, seed=row["seed"])
+            made[f"{row['sae']}-random"] = random_like(sae, self.held_out, seed=sae.config.seed)  # where it began
         return made
 
     def load_saes(self) -> dict[str, SAE]:
@@ -57,7 +55,7 @@ class Controls(Scored):
         return self.run.latents_of(row)
 
     def rows(self, kind: str, section, make) -> list[dict]:
-        return self.run.rows(f"controls-{kind}", section, lambda: make())  # of this module: its code is in the id
+        return self.run.rows(f"{self.name}-{kind}", section, lambda: make())  # of this module: its code is in the id
 
 
 for _name in [name for name, made in vars(Inputs).items() if isinstance(made, once)]:
@@ -72,17 +70,22 @@ SCORES: tuple[Callable[[Scored], list[dict]], ...] = (
 def control_scores(run: Scored) -> list[dict]:
     """One row per SAE, control and mode: `control` (a key of `CONTROLS`), explained variance, L0, dead latents,
     absorption of first letters and of contexts, probing, TPP. The SAEs are those of the first grid's unmasked arm, and
-    those of its pairs with a frozen decoder. [] for a part of a run that has none of them."""
+    those with a frozen decoder. [] for a part of a run that has none of them."""
     unmasked, first, saes = run.profile.arms[0].name, run.profile.grids[0].name, run.load_saes()
-    ours = [row for row in run.table if row["arm"] == unmasked]
-    trained = [row for row in ours if row["grid"] == first]
-    frozen = [row for row in ours if saes[row["sae"]].config.frozen_decoder]
-    kinds = {row["sae"]: kind for kind, rows in (("trained", trained), ("frozen", frozen)) for row in rows}
-    found = [{"control": kinds[row["sae"]]} | row for row in _scored(run) if row["sae"] in kinds] if kinds else []
-    if trained:
-        found += _scored(Controls(run, trained))
+    kinds = {row["sae"]: _kind(row, first, saes[row["sae"]]) for row in run.table if row["arm"] == unmasked}
+    kinds = {name: kind for name, kind in kinds.items() if kind}
+    if not kinds:
+        return []
+    found = [{"control": kinds[row["sae"]]} | row for row in _scored(run) if row["sae"] in kinds]
+    if "trained" in kinds.values():
+        found += _scored(Controls(run, unmasked, first))
     order = [*CONTROLS]
     return sorted(found, key=lambda row: (row["seed"], order.index(row["control"])))
+
+
+def _kind(row: dict, first: str, sae: SAE) -> str | None:
+    """What an unmasked SAE is among the controls; None: nothing."""
+    return "frozen" if sae.config.frozen_decoder else "trained" if row["grid"] == first else None
 
 
 def _scored(run: Scored) -> list[dict]:
