@@ -53,6 +53,23 @@ SCORES = {
 latents."""
 
 
+REPLACED = {"random": "a random token", "gradient": "one chosen by gradient", "mask": "the mask token"}
+"""What stands in the place of a token, by kind (`masksae.study.scores.robustness.KINDS`)."""
+
+SCORES |= {
+    f"robustness_{kind}_{reach}_{key}": Score("robustness", f"{what}, {where} {token}")
+    for kind, token in REPLACED.items()
+    for reach, where in {"near": "near", "far": "far from"}.items()
+    for key, what in {
+        "jaccard": "overlap of active latents",
+        "top_jaccard": "overlap of the largest latents",
+        "recon": "change of the reconstruction",
+        "code": "change of the latents",
+        "x": "change of the activation",
+    }.items()
+}
+
+
 def score(key: str) -> Score:
     """The score of a key, whatever its number of latents."""
     return SCORES[key if key in SCORES else key[: key.rindex("_") + 1]]

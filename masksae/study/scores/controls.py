@@ -10,7 +10,7 @@ from collections.abc import Callable
 from masksae.metrics.controls import permuted_decoder, random_like
 from masksae.parallel import once
 from masksae.saes.sae import SAE
-from masksae.study.inputs import Inputs, Scored
+from masksae.study.inputs import Beside, Scored
 from masksae.study.scores.absorption import absorption_scores, context_scores
 from masksae.study.scores.perturbation import concept_scores
 from masksae.study.scores.probing import probing_scores
@@ -25,13 +25,12 @@ CONTROLS = {
 """In the order of how much training is left in them."""
 
 
-class Controls(Scored):
+class Controls(Beside):
     """A run's inputs with controls in the place of its SAEs: two of each SAE of an arm and a grid."""
 
     def __init__(self, run: Scored, arm: str, grid: str):
-        self.run, self.profile, self.source = run, run.profile, run.source
-        self.results, self.figures, self.build = run.results, run.figures, run.build
-        self.name = f"controls-{arm}-{grid}"
+        super().__init__(run)
+        self.run, self.name = run, f"controls-{arm}-{grid}"
         self.trained = [row for row in run.table if (row["arm"], row["grid"]) == (arm, grid)]
 
     @property
@@ -51,15 +50,8 @@ class Controls(Scored):
     def load_saes(self) -> dict[str, SAE]:
         return self.saes
 
-    def latents_of(self, row: dict) -> int:
-        return self.run.latents_of(row)
-
     def rows(self, kind: str, section, make) -> list[dict]:
         return self.run.rows(f"{self.name}-{kind}", section, lambda: make())  # of this module: its code is in the id
-
-
-for _name in [name for name, made in vars(Inputs).items() if isinstance(made, once)]:
-    setattr(Controls, _name, property(lambda controls, name=_name: getattr(controls.run, name)))
 
 
 SCORES: tuple[Callable[[Scored], list[dict]], ...] = (
@@ -69,23 +61,16 @@ SCORES: tuple[Callable[[Scored], list[dict]], ...] = (
 
 def control_scores(run: Scored) -> list[dict]:
     """One row per SAE, control and mode: `control` (a key of `CONTROLS`), explained variance, L0, dead latents,
-    absorption of first letters and of contexts, probing, TPP. The SAEs are those of the first grid's unmasked arm, and
+    absorption of first letters and of contexts, probing, TPP. The SAEs are the unmasked ones of the main grid, and
     those with a frozen decoder. [] for a part of a run that has none of them."""
-    unmasked, first, saes = run.profile.arms[0].name, run.profile.grids[0].name, run.load_saes()
-    kinds = {row["sae"]: _kind(row, first, saes[row["sae"]]) for row in run.table if row["arm"] == unmasked}
-    kinds = {name: kind for name, kind in kinds.items() if kind}
-    if not kinds:
-        return []
-    found = [{"control": kinds[row["sae"]]} | row for row in _scored(run) if row["sae"] in kinds]
+    unmasked, main = run.profile.baseline_arm.name, run.profile.main_grid.name
+    of_grid = {grid.name: "frozen" for grid in run.profile.saes if grid.frozen_decoder} | {main: "trained"}
+    kinds = {row["sae"]: of_grid[row["grid"]] for row in run.table if row["arm"] == unmasked and row["grid"] in of_grid}
+    found = [{"control": kinds[row["sae"]]} | row for row in _scored(run) if row["sae"] in kinds] if kinds else []
     if "trained" in kinds.values():
-        found += _scored(Controls(run, unmasked, first))
+        found += _scored(Controls(run, unmasked, main))
     order = [*CONTROLS]
     return sorted(found, key=lambda row: (row["seed"], order.index(row["control"])))
-
-
-def _kind(row: dict, first: str, sae: SAE) -> str | None:
-    """What an unmasked SAE is among the controls; None: nothing."""
-    return "frozen" if sae.config.frozen_decoder else "trained" if row["grid"] == first else None
 
 
 def _scored(run: Scored) -> list[dict]:
