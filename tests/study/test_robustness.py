@@ -70,16 +70,18 @@ def test_rows_are_means_over_texts(run):
                 start = f"robustness_{kind}"
                 assert row[f"{start}_near_{name}"] == pytest.approx(by_position[:, :3].mean().item(), rel=1e-5)
                 assert row[f"{start}_far_{name}"] == pytest.approx(by_position[:, 3:].mean().item(), rel=1e-5)
-                items = [item[f"{start}_far_{name}"] for item in row["texts"]]
-                assert sum(items) / len(items) == pytest.approx(row[f"{start}_far_{name}"], rel=1e-9)
-        assert [item["text"] for item in row["texts"]] == [str(i) for i in range(18)]
+            for name in ("jaccard", "recon"):
+                items = row["texts"][f"{start}_far_{name}"]
+                assert len(items) == 18 and sum(items) / 18 == pytest.approx(row[f"{start}_far_{name}"], abs=1e-6)
+        assert len(row["texts"]) == 12  # top_jaccard is no jaccard
     for kind in scores.KINDS:  # what happened to the activations is the same for all SAEs
         assert len({row[f"robustness_{kind}_near_x"] for row in rows}) == 1
 
 
 def test_texts_come_in_batches_of_one_size():
-    means = scores._means({"a": torch.arange(60.0).double(), "b": torch.ones(60).double()})
-    assert means["a"] == 29.5 and [item["a"] for item in means["texts"]] == [1 + 3.0 * i for i in range(20)]
+    name = "robustness_random_near_recon"
+    means = scores._means({name: torch.arange(60.0).double(), "code": torch.ones(60).double()})
+    assert means == {name: 29.5, "code": 1.0, "texts": {name: [1 + 3.0 * i for i in range(20)]}}
 
 
 def test_the_same_bytes_twice(inputs, monkeypatch, tmp_path):
@@ -124,16 +126,17 @@ def planted(change):
 def test_words_say_where_an_arm_holds_on_to_its_latents():
     rows = planted(0.1)
     [told] = robustness_words.robustness_words(rows, "first")
-    assert told.startswith("kept against unmasked, 2 pairs: more of its active latents stay the same after a random")
-    assert "the mask token, 4 to 15 after (1 of 2 pairs); its reconstruction moves less nowhere." in told
-    assert "gradient, 1 to 3 after; one" in told  # where all pairs agree, their number is not said
+    assert told.startswith(
+        "kept against unmasked, 2 pairs: more of its active latents stay the same: 1 to 3 after a random token, 4 to"
+    )
+    assert told.endswith("4 to 15 after the mask token (1 of 2 pairs); its reconstruction moves less: nowhere.")
     [told] = robustness_words.robustness_words(planted(-0.1), "first")
-    assert "stay the same nowhere" in told
+    assert "stay the same: nowhere;" in told
     assert robustness_words.robustness_words(rows, "other") == []  # no arm to compare with
     table = robustness_words.robustness_table(rows)
     assert len(table) == 6 * 3 and table[1]["arm"] == "kept" and table[1]["pairs"] == 2
     assert table[1]["jaccard"] == pytest.approx(0.705) and table[0]["jaccard"] == pytest.approx(0.605)
-    assert table[0]["replaced by"] == "a random token, 1 to 3 after"
+    assert table[0]["positions"] == "1 to 3 after a random token"
 
 
 def test_every_score_has_a_name_and_the_picture_its_dots():

@@ -13,7 +13,7 @@ from masksae.study.stats import Effect, interpolate, paired_effect, paired_effec
 KEYS = ["sae", "arm", "p", "grid", "architecture", "k", "seed", "mode"]
 """What the rows of one SAE in one mode have in common in every result."""
 
-NESTED = ["letters", "parents", "tasks", "excluded", "threshold", "groups", "pairs"]
+NESTED = ["letters", "parents", "tasks", "excluded", "threshold", "groups", "pairs", "texts"]
 """Tables inside rows, and what is not compared."""
 
 COMPARED = ("mean_full", "context_full", "ev_centred", "ce_score", "probing_auc_", "ood_gap_", "dead_latents")
@@ -40,6 +40,8 @@ def _items(row: dict) -> dict[str, dict[str, float]]:
         for k, auc in task["auc"].items():
             items.setdefault(f"{task['family']}_auc_{k}_items", {})[task["task"]] = auc
             items.setdefault(f"{task['family']}_gap_{k}_items", {})[task["task"]] = task["raw_auc"] - auc
+    for name, values in row.get("texts", {}).items():
+        items[f"{name}_items"] = {str(batch): value for batch, value in enumerate(values)}
     return items
 
 
