@@ -103,7 +103,7 @@ def _add_study(add) -> None:
     plan.add_argument("--measure", action="store_true", help="time a fraction of the work here, too: a minute")
     fetch_ = add("fetch", "Get a profile's model and text; later commands need no network.", fetch, DEFAULT)
     train_ = add("train", "Train the SAEs of a profile, or go on with them.", train, DEFAULT)
-    pairs = add(
+    add(
         "pairs", "Train and score a profile pair by pair; what `repro` begins with where pairs are kept.", work, DEFAULT
     )
     gate = add(

@@ -1,22 +1,22 @@
 """Penalties on SAEs with similar latents: rivals of masking, each a small frozen config in `SAEConfig.penalties`.
 
 A penalty is a frozen dataclass under `Penalty`, here or in anybody's module; once it is defined, configs and saved SAEs
-know it by its class's name. All that it must have is `value`: a scalar of the decoder and of the L2 norm that each
-latent's activations have over the batch, with autograd. That is enough for the dense step and for the sparse one, which
-turns a gradient of the norms into one of the active entries (f / |f| times it). A penalty does not look at prefix
-groups, so a row's neighbour may lie in another one, nor is it scaled by `prefix_weighting`; rows enter by their
-directions only, so it has no radial gradient for unit rows to project away. With `drop_masked` the batch, and with it
-|f|, holds ordinary positions only.
+know it by its class's name. All that it must have besides a weight is `value`: a scalar of the decoder and of the L2
+norm that each latent's activations have over the batch, with autograd. That is enough for the dense step and for the
+sparse one, which turns a gradient of the norms into one of the active entries (f / |f| times it). The penalties here do
+not look at prefix groups, so a row's neighbour may lie in another one, nor are they scaled by `prefix_weighting` (the
+code of C2R weighs prefixes by "mean"). A cosine sees directions only: for rows of norm 1 the gradient has no radial
+part to project away. With `drop_masked` the batch, and with it |f|, holds ordinary positions only. The loss in
+`SAE.history` has them on the steps that apply them.
 
-What costs is the search for each row's nearest other: F^2 d multiplications, half of all pairs, in blocks; then only F
-pairs are differentiated. `every` spreads it out.
+What costs is the search for each row's nearest other: a cosine for each of F^2 / 2 pairs, in blocks; then only F pairs
+are differentiated. `every` spreads it out (`benchmarks/train.py --penalties`).
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from masksae.errors import ConfigError
 from masksae.saes.fields import check_positive, keep_whole
@@ -38,8 +38,8 @@ class Penalty:
     weight: float
     """Mean weight per step in the loss."""
     every: int
-    """Applied on steps 0, every, 2 every, ..., each time at `every` times the weight, as its authors do it: a rarer
-    penalty is cheaper, not weaker."""
+    """Applied on steps 0, every, 2 every, ..., each time at `every` times the weight, as the code of arXiv 2606.30609
+    does it: a rarer penalty is cheaper, and weaker only where gradients are clipped (`TrainConfig.clip`)."""
 
     def __init_subclass__(cls, base: bool = False, **options):
         """Makes a penalty known; `base`: it is what penalties have in common, and none itself."""
@@ -70,7 +70,7 @@ class OfNearest(Penalty, base=True):
     both rows."""
 
     every: int = 5
-    """As of `Penalty`; 5 as in the code of arXiv 2606.30609, which trains with either penalty."""
+    """As of `Penalty`; 5 as in that code, which trains with either penalty."""
     chunk: int = 8192
     """Most rows that are compared with each other: more are shuffled into chunks of equal size, anew each time, by the
     SAE's seed and the step. 3 at least, so that no row is alone."""
@@ -85,9 +85,10 @@ class OfNearest(Penalty, base=True):
 
     def cosines(self, sae, step: int) -> tuple[Tensor, Tensor]:
         """(max(0, cosine) of each row and its nearest other [F], which one that is [F])."""
-        unit = normalize(sae.W_dec, dim=1)
-        nearest = nearest_rows(unit.detach(), self.chunk, sae.config.seed, step)
-        return (unit * unit[nearest]).sum(1).clamp(min=0), nearest
+        rows, norm = sae.W_dec, sae.W_dec.norm(dim=1).clamp(min=1e-12)
+        unit = rows.detach() * (1 / norm.detach())[:, None]  # dividing all of it takes longer
+        nearest = nearest_rows(unit, self.chunk, sae.config.seed, step)
+        return ((rows * rows[nearest]).sum(1) / (norm * norm[nearest])).clamp(min=0), nearest
 
 
 @dataclass(frozen=True)

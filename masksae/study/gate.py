@@ -12,9 +12,9 @@ from masksae.study.work import SCORES
 
 TAKEN = ("training", "reconstruction", "absorption", "contexts")
 COLUMNS = (
-    "ev_centred", "l0", "dead_in_training", "dead_latents", "mean_full", "mean_specific", "mean_dense", "dense_absorbers",
-    "main_f1", "main_recall", "context_full", "context_specific", "context_dense_absorbers", "context_main_f1",
-    "context_main_recall",
+    "ev_centred", "l0", "dead_in_training", "dead_latents", "mean_full", "mean_specific", "mean_dense",
+    "dense_absorbers", "main_f1", "main_recall", "context_full", "context_specific", "context_dense_absorbers",
+    "context_main_f1", "context_main_recall",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ WRITES = {
     "01_data": ["data"],
     "02_train": ["train"],
     "03_reconstruction": ["reconstruction"],
-    "04_absorption": ["absorption", "contexts", "along", "along_effects", "noise"],
+    "04_absorption": ["absorption", "contexts", "along", "along_effects", "controls", "noise"],
     "05_probing": ["probing"],
     "06_perturbation": ["perturbation"],
     "07_ood": ["ood", "robustness"],
@@ -192,12 +192,12 @@ class Inputs:
         return stream.with_targets(self.stream(Arm(name="clean", p=0, tokens=arm.tokens))) if arm.denoise else stream
 
     def stream_recipe(self, arm: Arm, pair: int = 0) -> list:
-        """All that an arm's activations are made of, but the code: those of an arm that draws nothing are the same in
-        all pairs."""
+        """All that the model's activations on an arm's text are made of, but the code: those of an arm without masks
+        are the same in all pairs, and noise is added when they are read."""
         profile = self.profile
-        drawn = [arm.p, arm.mask_seed(pair), arm.token, arm.fresh_masks, arm.noise] if arm.drawn else []
+        masks = [arm.p, arm.mask_seed(pair), arm.token, arm.fresh_masks] if arm.p else []
         made_of = [self.identity(profile.model, profile.text), profile.contexts.tokens, profile.training.pool_tokens]
-        return [made_of, drawn]
+        return [made_of, masks]
 
     def stream_folder(self, arm: Arm, pair: int = 0) -> Path:
         """Where they are kept."""

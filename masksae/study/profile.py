@@ -22,6 +22,7 @@ from masksae.study.sections import (
     Arm,
     Block,
     Contexts,
+    Decisions,
     Evaluation,
     Grid,
     Model,
@@ -122,6 +123,7 @@ class Profile(Section):
     perturbation: Perturbation = Perturbation()
     robustness: Robustness = Robustness()
     simulation: Simulation = Simulation()
+    decisions: Decisions = Decisions()
 
     @property
     def shipped(self) -> bool:

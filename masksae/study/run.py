@@ -90,7 +90,8 @@ class Run(Inputs):
         saes = [
             [member.arm.drop_masked, member.config(1).to_dict()] for member in group.members
         ]  # of the model's width
-        how = [arm.tokens, arm.denoise, training.model_dump(), training.config(10_000).identity()]
+        noise = [arm.noise, arm.mask_seed(group.pair), arm.fresh_masks] if arm.noise else []
+        how = [arm.tokens, arm.denoise, noise, training.model_dump(), training.config(10_000).identity()]
         return [self.stream_recipe(arm, group.pair), how, saes]
 
     def id_of(self, group: Group) -> str:
@@ -195,10 +196,13 @@ class RunPart(Beside):
         names = [member.name for member in self.members]
         return {name: SAE.load(trained[folders[name]] / name, device=self.device) for name in names}
 
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether the part's SAEs are also kept before they are finished."""
+        return self.part.block.snapshots and bool(self.profile.training.snapshots)
+
     def snapshots(self) -> dict[int, dict[str, SAE]]:
-        """The part's SAEs by step and name, the finished ones too; {} where none are kept."""
-        if not (self.part.block.snapshots and self.profile.training.snapshots):
-            return {}
+        """The part's SAEs by step and name, the finished ones too."""
         finished, by_step = self.load_saes(), {}
         for group in self.groups:
             names = [member.name for member in group.members]
@@ -208,8 +212,8 @@ class RunPart(Beside):
             by_step.setdefault(sae.history[-1]["step"] + 1, {})[name] = sae
         return by_step
 
-    def rows(self, kind: str, section: Section, make: Callable[[], list[dict]]) -> list[dict]:
-        recipe = [self.table, [self.run.recipe(group) for group in self.groups], self.identity(section)]
+    def rows(self, kind: str, section: Section, make: Callable[[], list[dict]], *further: Section) -> list[dict]:
+        recipe = [self.table, [self.run.recipe(group) for group in self.groups], self.identity(section, *further)]
         code = [[self.run.id_of(group) for group in self.groups], cache.code_of(make)]
         if not self.profile.keep_pairs:
             return cache.kept_rows(kind, [recipe, code], make)

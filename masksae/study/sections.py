@@ -378,6 +378,9 @@ class Absorption(Section):
     min_word_letters: Positive = 3
     min_letters: Annotated[int, Field(gt=0, le=26)] = 20
     """Letters that must pass the probe gate."""
+    min_count: Annotated[int, Field(ge=0)] = 20
+    """Times that the training text must hold a word for it to count: an SAE that hardly met a word cannot know what it
+    begins with. Others train the probes, are left out of the means, and counted (words_left_out)."""
     prefixes: Positive = 8
     """In-context prefixes of ten examples; each word follows one of them."""
     seed: Seed = 0
@@ -485,4 +488,89 @@ class Simulation(Section):
     def _possible(self):
         if self.main_p not in self.ps:
             raise ValueError(f"main_p {self.main_p} is none of ps {self.ps}. Add it.")
+        return self
+
+
+class Gate(Section):
+    """What unmasked SAEs must reach before absorption in them says anything: a word whose parent has no good latent
+    counts as absorbed as soon as any other latent carries its direction. Means over the unmasked SAEs of a grid."""
+
+    letters_f1: Share = 0.5
+    """Least F1 of the main latents of first letters."""
+    contexts_f1: Share = 0.6
+    """Least F1 of the main latents of parents that another token sets."""
+    dense_absorbers: Share = 0.1
+    """Largest share of absorbed words that is credited to latents of no particular word, first letters."""
+    dead: Share = 0.02
+    """Largest share of latents that are dead at the end of training."""
+    dead_compared: Share = 0.05
+    """The same of each arm of a comparison; above it the run says that it cannot compare."""
+
+
+class Endpoint(Section):
+    """One score on which a claim is decided: treated less baseline, paired."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9 ]+$")]
+    claim: Literal["C1", "C2", "C3", "C5", "R"]
+    score: str
+    """Column of the results; one that ends in an underscore: the first that begins so."""
+    direction: Literal[-1, 1]
+    """Sign of the difference that the claim says."""
+    margin: Annotated[float, Field(gt=0)]
+    """In the score's own unit: a difference that is shown to be smaller counts as none."""
+    items: Literal["fixed", "random"]
+    """Whether letters, parents, tasks or sets are all there are, or a sample like the pairs."""
+    slight: Annotated[float, Field(gt=0)] | None = None
+    """Of a claim with a size in it: the largest difference that is still as small as the claim says."""
+    primary: bool = True
+    """Primary endpoints decide and share one correction; the others are reported with a correction of their own."""
+
+
+def _endpoint(name: str, claim: str, score: str, direction: int, margin: float, items: str, **more) -> Endpoint:
+    return Endpoint(name=name, claim=claim, score=score, direction=direction, margin=margin, items=items, **more)
+
+
+ENDPOINTS = [
+    _endpoint("letters", "C1", "mean_full", -1, 0.03, "fixed"),
+    _endpoint("contexts", "C1", "context_full", -1, 0.02, "random"),
+    _endpoint("probing", "C2", "probing_auc_", +1, 0.01, "random"),
+    _endpoint("gap", "C3", "ood_gap_", -1, 0.01, "random"),
+    _endpoint("explained variance", "C5", "ev_centred", -1, 0.005, "fixed", slight=0.02),
+    _endpoint("robustness", "R", "robustness_random_near_jaccard", +1, 0.02, "fixed"),
+    _endpoint("letters specific", "C1", "mean_specific", -1, 0.03, "fixed", primary=False),
+    _endpoint("contexts specific", "C1", "context_specific", -1, 0.02, "random", primary=False),
+    _endpoint("letters f1", "C1", "main_f1", +1, 0.03, "fixed", primary=False),
+    _endpoint("contexts f1", "C1", "context_main_f1", +1, 0.03, "random", primary=False),
+]
+"""Of a profile that names none."""
+
+
+class Decisions(Section):
+    """What is decided, on what, and how: written down before the data (docs/preregistration.md)."""
+
+    arm: str | None = None
+    """The treated arm; None: the profile's second."""
+    mode: Literal["as_trained", "matched"] = "as_trained"
+    """Scores that decide: with the SAE's own threshold, as they are published, or with it moved to clean L0 = k."""
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Chance that any of the primary endpoints is called supported or contradicted without a cause; of each claim of
+    equivalence."""
+    correction: Literal["holm"] = "holm"
+    """For the number of endpoints."""
+    gate: Gate = Gate()
+    endpoints: Annotated[list[Endpoint], Field(min_length=1)] = ENDPOINTS
+    cells: list[str] = []
+    """Grids in which C4 asks for C1 to C3 again, the first left out; []: every other one with SAEs of both arms."""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        names = [endpoint.name for endpoint in self.endpoints]
+        if len(set(names)) < len(names):
+            raise ValueError(f"endpoints: names must differ, found {names}. Rename one.")
+        for endpoint in self.endpoints:
+            if endpoint.slight is not None and endpoint.slight <= endpoint.margin:
+                raise ValueError(
+                    f"endpoints.{endpoint.name}: slight ({endpoint.slight}) must be larger than the margin "
+                    f"({endpoint.margin}), within which a difference counts as none."
+                )
         return self

@@ -8,10 +8,12 @@ from datetime import timedelta
 from masksae import progress
 from masksae.study.run import Run, RunPart
 from masksae.study.scores.absorption import absorption_scores, context_scores
+from masksae.study.scores.controls import control_scores
 from masksae.study.scores.curves import along_scores
 from masksae.study.scores.perturbation import concept_scores
 from masksae.study.scores.probing import ood_scores, probing_scores
 from masksae.study.scores.reconstruction import reconstruction_scores
+from masksae.study.scores.robustness import robustness_scores
 from masksae.study.scores.training import training_scores
 
 SCORES = {
@@ -23,6 +25,8 @@ SCORES = {
     "probing": probing_scores,
     "ood": ood_scores,
     "perturbation": concept_scores,
+    "robustness": robustness_scores,
+    "controls": control_scores,
 }
 """What is taken of each part, in the order of the notebooks; what trains comes first."""
 

@@ -72,22 +72,21 @@ def test_pairs_needed_is_where_the_detectable_difference_is_the_effect(size):
 
 
 def test_snapshots_of_a_run(project):
-    ablations = [
-        {"name": "dropped", "p": 0.3, "drop_masked": True},
-        {"name": "fewer", "p": 0.0, "tokens": 0.5, "seeds": [1]},
-    ]
-    run = Run(profile(project, training={"snapshots": [12, 24]}, ablations=ablations))
-    run.saes
-    unmasked, _, dropped, fewer = run.arms
-    steps = run.snapshots(unmasked)
-    last = max(steps)
-    assert list(steps) == [12, 24, last] and list(steps[12]) == ["unmasked-plain-s0", "unmasked-plain-s1"]
-    finished = run.load_saes([unmasked])["unmasked-plain-s0"]
-    assert (steps[last]["unmasked-plain-s0"].W_dec == finished.W_dec).all()
-    assert not (steps[24]["unmasked-plain-s0"].W_dec == finished.W_dec).all()
-    assert list(run.snapshots(dropped)[last]) == ["dropped-plain-s0", "dropped-plain-s1"]
-    short = run.snapshots(fewer)
-    assert list(short[max(short)]) == ["fewer-plain-s1"] and max(short) == pytest.approx(last / 2, abs=2)
+    arms = [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.3}]
+    arms += [{"name": "dropped", "p": 0.3, "drop_masked": True}, {"name": "fewer", "p": 0.0, "tokens": 0.5}]
+    blocks = [{"name": "main", "saes": ["plain"], "pairs": [1]}]
+    blocks += [{"name": "without", "saes": ["matryoshka"], "pairs": [1], "snapshots": False}]
+    run = Run(profile(project, training={"snapshots": [12, 24]}, arms=arms, blocks=blocks))
+    part, without = run.parts
+    steps = part.snapshots()
+    names, last = [f"{arm['name']}-plain-s1" for arm in arms], max(steps)
+    short = max(step for step, saes in steps.items() if names[3] in saes)
+    assert sorted(steps) == [12, 24, short, last] and sorted(steps[12]) == sorted(names)
+    assert short == pytest.approx(last / 2, abs=2) and sorted(steps[last]) == sorted(names[:3])
+    finished = part.load_saes()[names[0]]
+    assert (steps[last][names[0]].W_dec == finished.W_dec).all()
+    assert not (steps[24][names[0]].W_dec == finished.W_dec).all()
+    assert part.has_snapshots and not without.has_snapshots
 
 
 def test_the_caption_has_the_numbers(rows):

@@ -1,9 +1,9 @@
 """Picture of notebook 04: trained SAEs beside their controls."""
 
-import pandas as pd
+from statistics import fmean
 
 from masksae.study.figures.style import COLOURS, GREY, OTHER_COLOURS
-from masksae.study.report.controls import at_matched, better
+from masksae.study.report.controls import better, by_control
 from masksae.study.report.labels import words
 from masksae.study.scores.controls import CONTROLS
 
@@ -15,19 +15,21 @@ def draw_controls(rows: list[dict]):
     pair, dots of a pair joined, a bar for the mean; the arrow says which way is better. Rows of `control_scores`."""
     import matplotlib.pyplot as plt
 
-    table = pd.DataFrame(at_matched(rows))
-    kinds, scores = [kind for kind in CONTROLS if kind in set(table["control"])], better(rows)
+    by_kind, scores = by_control(rows), better(rows)
+    kinds, seeds = [*by_kind], sorted({seed for pairs in by_kind.values() for seed in pairs})
     across = min(4, len(scores))
     down = -(-len(scores) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3.1 * across, 2.9 * down), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(down, across, figsize=(3.1 * across, 2.9 * down), squeeze=False)
     for axis, (key, sign) in zip(axes.flat, scores.items()):
-        for _, pair in table.groupby("seed"):
-            values = pair.set_index("control")[key].reindex(kinds)
-            axis.plot(range(len(kinds)), values, color=GREY, linewidth=0.6, alpha=0.5, zorder=1)
+        for seed in seeds:
+            at = [(place, by_kind[kind][seed][key]) for place, kind in enumerate(kinds) if seed in by_kind[kind]]
+            axis.plot(*zip(*at), color=GREY, linewidth=0.6, alpha=0.5, zorder=1)
         for place, kind in enumerate(kinds):
-            values = table.loc[table["control"] == kind, key]
+            values = [row[key] for row in by_kind[kind].values()]
             axis.scatter([place] * len(values), values, color=COLOUR[kind], s=22, alpha=0.8, zorder=2)
-            axis.scatter(place, values.mean(), color=COLOUR[kind], marker="_", s=500, linewidth=2.5, zorder=3)
+            axis.scatter(place, fmean(values), color=COLOUR[kind], marker="_", s=500, linewidth=2.5, zorder=3)
+        if "_auc_" not in key:  # chance is a half there
+            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         axis.set_title(f"{words(key)} {'↑' if sign > 0 else '↓'}", fontsize="small")
         axis.set(xticks=range(len(kinds)), xticklabels=[CONTROLS[k].replace(" ", "\n") for k in kinds])
         axis.set(xlim=(-0.5, len(kinds) - 0.5))

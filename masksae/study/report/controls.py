@@ -3,6 +3,7 @@
 from statistics import fmean
 
 from masksae.study.report.labels import measured, words
+from masksae.study.report.tables import number
 from masksae.study.scores.controls import CONTROLS
 
 BETTER = {
@@ -12,61 +13,54 @@ BETTER = {
 }  # fmt: skip
 """Scores that are compared, by key: 1 if more is better, -1 if less is."""
 
+TASKS = {"a letter": ("mean_full", "main_f1"), "a context": ("context_full", "context_main_f1")}
+"""The two tasks of absorption: full absorption, and F1 of the main latents."""
+
 
 def better(rows: list[dict]) -> dict[str, int]:
-    """`BETTER` for the keys that some rows have; of several numbers of latents the first."""
-    found = ((measured(key, rows[0]), sign) for key, sign in BETTER.items()) if rows else ()
-    return {keys[0]: sign for keys, sign in found if keys}
+    """`BETTER` for the keys that all rows have; of several numbers of latents the largest."""
+    shared = set.intersection(*(set(row) for row in rows)) if rows else set()
+    found = ((measured(key, shared), sign) for key, sign in BETTER.items())
+    return {keys[-1]: sign for keys, sign in found if keys}
 
 
-def at_matched(rows: list[dict]) -> list[dict]:
-    """The rows at matched clean L0, which is how an SAE and its controls are compared."""
-    return [row for row in rows if row["mode"] == "matched"]
+def by_control(rows: list[dict]) -> dict[str, dict[int, dict]]:
+    """Control -> pair -> row at matched clean L0, which is how an SAE and its controls are compared; controls in their
+    order, without those that no row is of."""
+    found = {kind: {r["seed"]: r for r in rows if (r["control"], r["mode"]) == (kind, "matched")} for kind in CONTROLS}
+    return {kind: pairs for kind, pairs in found.items() if pairs}
 
 
 def control_table(rows: list[dict]) -> list[dict]:
-    """One row per control: the mean of each score over pairs, at matched clean L0. Rows of `control_scores`."""
-    table = []
-    for kind, name in CONTROLS.items():
-        if part := [row for row in at_matched(rows) if row["control"] == kind]:
-            means = {words(key): fmean(row[key] for row in part) for key in better(part)}
-            table.append({"SAE": name, "pairs": len(part)} | means)
+    """One row per score: its mean over pairs for the trained SAEs and for each control, and in how many of the pairs
+    the trained SAE scores better than the control; "the same" where no pair differs. Rows of `control_scores`."""
+    pairs, table = by_control(rows), []
+    for key, sign in better(rows).items():
+        line = {"score": words(key), "better is": "more" if sign > 0 else "less"}
+        for kind, mine in pairs.items():
+            line[CONTROLS[kind]] = number(fmean(row[key] for row in mine.values()))
+            both = [(pairs["trained"][pair][key], row[key]) for pair, row in mine.items() if pair in pairs["trained"]]
+            if kind != "trained" and both:
+                wins = sum(sign * trained > sign * control for trained, control in both)
+                same = all(trained == control for trained, control in both)
+                line[CONTROLS[kind]] += " (the same)" if same else f" ({wins} of {len(both)})"
+        table.append(line)
     return table
 
 
 def control_words(rows: list[dict]) -> list[str]:
-    """For each control a sentence: which scores rate the trained SAE better in every pair, in some, in none; and what
-    that says of full absorption of first letters. Rows of `control_scores`."""
-    matched, told = at_matched(rows), []
-    trained = {row["seed"]: row for row in matched if row["control"] == "trained"}
-    for kind, name in CONTROLS.items():
-        pairs = [(trained[r["seed"]], r) for r in matched if r["control"] == kind != "trained" and r["seed"] in trained]
-        if not pairs:
-            continue
-        verdict: dict[str, list[str]] = {"every pair": [], "some pairs": [], "no pair": []}
-        for key, sign in better([row for row, _ in pairs]).items():
-            wins = sum(sign * row[key] > sign * other[key] for row, other in pairs)
-            verdict["no pair" if wins == 0 else "every pair" if wins == len(pairs) else "some pairs"].append(words(key))
-        found = "; ".join(f"in {where}: {', '.join(keys)}" for where, keys in verdict.items() if keys)
-        told.append(f"Against {name}, the trained SAE scores better {found}.")
-    return told + [_meaning(matched)] if told else []
-
-
-def _meaning(matched: list[dict]) -> str:
-    """What random weights say of full absorption of first letters."""
-    mean = {
-        kind: {key: fmean(row[key] for row in matched if row["control"] == kind) for key in ("mean_full", "main_f1")}
-        for kind in ("trained", "random")
-    }
-    full, f1 = ([mean[kind][key] for kind in ("random", "trained")] for key in ("mean_full", "main_f1"))
-    first = (
-        f"Random weights absorb {full[0]:.3f} of the words of a letter by this score, the trained SAEs {full[1]:.3f}"
-    )
-    second = f"their main latents tell a letter with F1 {f1[0]:.2f}, the trained ones' with {f1[1]:.2f}"
-    if full[0] >= full[1]:
-        return (
-            f"{first}; {second}. An SAE without any latent for a letter scores no better than one that absorbs it: the "
-            "score says that a letter's latent is missing where it is needed, and only F1 beside it says whether there "
-            "was one."
+    """What the controls say of full absorption, a sentence for each task and control. Rows of `control_scores`."""
+    pairs, told = by_control(rows), []
+    for task, (full, f1) in TASKS.items() if {"trained", "random", "permuted"} <= pairs.keys() else ():
+        mean = {k: [fmean(row[key] for row in mine.values()) for key in (full, f1)] for k, mine in pairs.items()}
+        (trained, trained_f1), (random, random_f1) = mean["trained"], mean["random"]
+        verdict = "no lower" if random >= trained else "lower"
+        told.append(
+            f"Random weights have learned nothing of {task}: full absorption {random:.3f}, {verdict} than the trained "
+            f"SAEs' {trained:.3f}; F1 of the main latents {random_f1:.2f}, where theirs is {trained_f1:.2f}."
         )
-    return f"{first}; {second}. Random weights have learned no letter, so a score this low is no sign of one either."
+        told.append(
+            f"With the decoder's rows permuted, {mean['permuted'][0]:.3f}: so much is credited to directions drawn by "
+            f"lot where the main latents of {task} are silent."
+        )
+    return told

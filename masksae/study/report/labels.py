@@ -30,9 +30,17 @@ SCORES = {
     "silent_everywhere": Score("reconstruction", "silent latents that fire nowhere", digits=0),
     "dense_latents": Score("reconstruction", "dense latents", ", active on more than a tenth of it", digits=0),
     "mean_full": Score("absorption", "absorption, first letters", heading="absorption"),
+    "mean_specific": Score(
+        "absorption", "specific absorption, first letters", ": by a latent that fires on less than a tenth of the words"
+    ),
+    "main_f1": Score("absorption", "F1 of main latents, first letters"),
+    "main_recall": Score("absorption", "recall of main latents, first letters"),
     "mean_fraction": Score("absorption", "absorption fraction, first letters"),
     "dense_absorbers": Score("absorption", "share of absorption credited to dense latents"),
     "context_full": Score("contexts", "absorption, contexts", ": what came before", heading="absorption by context"),
+    "context_specific": Score("contexts", "specific absorption, contexts"),
+    "context_main_f1": Score("contexts", "F1 of main latents, contexts"),
+    "context_main_recall": Score("contexts", "recall of main latents, contexts"),
     "probing_raw_auc": Score("probing", "probing, raw activations", ", AUC"),
     "probing_auc_": Score("probing", "probing, {} latents", ", AUC", heading="probing, AUC"),
     "ood_raw_auc": Score("ood", "shifted texts, raw activations", ", AUC"),

@@ -1,6 +1,6 @@
 """Scores of notebook 04: absorption of first letters, and of parents that another token sets; the noise study."""
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from masksae.metrics import contexts
 from masksae.metrics.absorption import PROBE_GATE, AbsorptionResult, first_letter, icl_prefixes, single_token_words
 from masksae.metrics.probes import letter_probe
 from masksae.parallel import in_threads
+from masksae.saes.sae import SAE
 from masksae.study.inputs import Scored
 from masksae.study.scores.matched import score_saes, thresholds
 from masksae.tracing import activations_after
@@ -46,20 +47,32 @@ def context_probes(run: Scored) -> tuple[Tensor, list]:
     return x, contexts.context_probes(x, labels, where[:, 0], positives=task.positives, seed=task.seed)
 
 
+def context_score(run: Scored) -> Callable[..., AbsorptionResult]:
+    """`contexts.context_absorption` of an SAE at a threshold, with all else that it takes; keywords may be changed."""
+    x, probes = run.shared("contexts", lambda: context_probes(run))
+    task = run.profile.contexts
+
+    def score(sae: SAE, threshold: float | None, **changes) -> AbsorptionResult:
+        options = dict(min_parents=task.min_parents) | changes
+        return contexts.context_absorption(sae, x, probes, threshold=threshold, **options)
+
+    return score
+
+
 def context_scores(run: Scored) -> list[dict]:
     """As `absorption_scores`, for parents that another token sets. Keys that begin with "exploratory" are those of the
     exploratory parents, None and [] where none of them has a probe."""
 
     def make() -> list[dict]:
-        (x, probes), task = context_probes(run), run.profile.contexts
+        measure = context_score(run)
+        _, probes = run.shared("contexts", lambda: context_probes(run))
         explored = any(probe.name in contexts.EXPLORATORY and probe.f1 > PROBE_GATE for probe in probes)
 
         def score(sae, threshold) -> dict:
-            measure = partial(contexts.context_absorption, sae, x, probes, threshold=threshold, seed=task.seed)
-            row = _context_row(measure(min_parents=task.min_parents))
+            row = _context_row(measure(sae, threshold))
             if not explored:
                 return row | {"exploratory_full": None, "exploratory_parents": []}
-            shown = measure(among=contexts.EXPLORATORY, min_parents=1).to_dict()
+            shown = measure(sae, threshold, among=contexts.EXPLORATORY, min_parents=1).to_dict()
             return row | {"exploratory_full": shown["mean_full"], "exploratory_parents": shown["letters"]}
 
         return score_saes(run, "absorption by context", score)
@@ -69,9 +82,25 @@ def context_scores(run: Scored) -> list[dict]:
 
 def _context_row(result: AbsorptionResult) -> dict:
     """A result under names that can stand beside those of first letters in a row."""
-    renamed = {"mean_full": "context_full", "mean_fraction": "context_fraction", "letters": "parents"}
-    renamed |= {"dense_absorbers": "context_dense_absorbers", "excluded": "excluded"}
-    return {new: value for old, value in result.to_dict().items() if (new := renamed.get(old))}
+    renamed = {f"mean_{key}": f"context_{key}" for key in ("full", "specific", "middle", "dense", "fraction")}
+    renamed |= {key: f"context_{key}" for key in ("main_recall", "main_f1", "dense_absorbers", "words_left_out")}
+    renamed |= {"letters": "parents", "excluded": "excluded"}
+    return {renamed[key]: value for key, value in result.to_dict().items() if key in renamed}
+
+
+def chosen_words(run: Scored) -> tuple[list[str], Tensor]:
+    """Single-token words of the first-letter task, and their token ids int64 [n]."""
+    task = run.profile.absorption
+    words, ids = single_token_words(run.language_model.tokenizer, task.min_word_letters)
+    chosen = torch.randperm(len(words), generator=torch.Generator().manual_seed(task.seed))[: task.words].sort().values
+    return [words[i] for i in chosen], torch.as_tensor(ids)[chosen]
+
+
+def counted_words(run: Scored) -> Tensor:
+    """bool [n]: which of the words the training text holds often enough to count (`absorption.min_count`)."""
+    _, ids = chosen_words(run)
+    seen = torch.bincount(run.ids("train").flatten(), minlength=int(ids.max()) + 1)
+    return seen[ids] >= run.profile.absorption.min_count
 
 
 def word_activations(run: Scored, draw: int = 0) -> tuple[list[str], Tensor]:
@@ -80,10 +109,8 @@ def word_activations(run: Scored, draw: int = 0) -> tuple[list[str], Tensor]:
     The model is causal, so only the word's own token runs, on top of the cached keys and values of one of a few
     prefixes. Another `draw` has other prefixes for the same words.
     """
-    task, tokenizer = run.profile.absorption, run.language_model.tokenizer
-    words, ids = single_token_words(tokenizer, task.min_word_letters)
-    chosen = torch.randperm(len(words), generator=torch.Generator().manual_seed(task.seed))[: task.words].sort().values
-    words, ids = [words[i] for i in chosen], torch.as_tensor(ids)[chosen]
+    task = run.profile.absorption
+    words, ids = chosen_words(run)
     key = task.model_dump(include={"words", "min_word_letters", "prefixes", "seed"}) | {"draw": draw}
     return words, run.scratch("words", key, lambda: {"x": _word_activations(run, words, ids, draw)})["x"]
 
@@ -101,18 +128,29 @@ def _word_activations(run: Scored, words: list[str], ids: Tensor, draw: int) -> 
     return x
 
 
+def letter_score(run: Scored) -> Callable[..., AbsorptionResult]:
+    """`first_letter` of an SAE at a threshold, with all else that it takes."""
+    task = run.profile.absorption
+
+    def make() -> tuple:
+        words, x = word_activations(run)
+        return x, words, letter_probe(x, words, seed=task.seed), counted_words(run)
+
+    x, words, probe, counted = run.shared("letters", make)
+
+    def score(sae: SAE, threshold: float | None) -> AbsorptionResult:
+        options = dict(probe=probe, counted=counted, min_letters=task.min_letters)
+        return first_letter(sae, x, words, threshold=threshold, **options)
+
+    return score
+
+
 def absorption_scores(run: Scored) -> list[dict]:
     """One row per SAE and mode: mean full absorption, absorption fraction, and the table of letters."""
 
     def make() -> list[dict]:
-        task = run.profile.absorption
-        words, x = word_activations(run)
-        options = dict(probe=letter_probe(x, words, seed=task.seed), seed=task.seed, min_letters=task.min_letters)
-
-        def score(sae, threshold) -> dict:
-            return first_letter(sae, x, words, threshold=threshold, **options).to_dict()
-
-        return score_saes(run, "absorption", score)
+        measure = letter_score(run)
+        return score_saes(run, "absorption", lambda sae, threshold: measure(sae, threshold).to_dict())
 
     return run.rows("absorption", run.profile.absorption, make)
 
@@ -121,18 +159,20 @@ def absorption_noise(run: Scored) -> list[dict]:
     """The noise study: absorption at matched clean L0 of the SAEs of the first grid for each draw of in-context
     examples and each split of the words, [] where the profile asks for one of each."""
     task = run.profile.absorption
-    if task.draws * task.splits == 1:
+    if task.draws * task.splits == 1 or all(row["grid"] != run.profile.main_grid.name for row in run.table):
         return []
     return run.rows("noise", task, lambda: _absorption_noise(run))
 
 
 def _absorption_noise(run: Scored) -> list[dict]:
     task, saes, at, rows = run.profile.absorption, run.load_saes(), thresholds(run), []
-    table = [row for row in run.table if row["grid"] == run.profile.grids[0].name]
+    counted = counted_words(run)
+    table = [row for row in run.table if row["grid"] == run.profile.main_grid.name]
     for draw in range(task.draws):
         words, x = word_activations(run, draw)
         for split in range(task.splits):
-            options = dict(probe=letter_probe(x, words, seed=task.seed + split), seed=task.seed + split, min_letters=1)
+            probe = letter_probe(x, words, seed=task.seed + split)
+            options = dict(probe=probe, min_letters=1, counted=counted)
 
             def score(row, draw=draw, split=split, x=x, words=words, options=options) -> dict:
                 result = first_letter(saes[row["sae"]], x, words, threshold=at[row["sae"]]["matched"], **options)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from masksae.metrics.controls import permuted_decoder, random_like
 from masksae.parallel import once
 from masksae.saes.sae import SAE
-from masksae.study.inputs import Inputs, Scored
+from masksae.study.inputs import Beside, Scored
 from masksae.study.scores.absorption import absorption_scores, context_scores
 from masksae.study.scores.perturbation import concept_scores
 from masksae.study.scores.probing import probing_scores
@@ -25,16 +25,15 @@ CONTROLS = {
 """In the order of how much training is left in them."""
 
 
-class Controls(Scored):
+class Controls(Beside):
     """A run's inputs with the controls of some of its SAEs, in the place of its own SAEs.
 
     rows  those of `run.table` that controls are made of
     """
 
     def __init__(self, run: Scored, rows: list[dict]):
-        self.run, self.profile, self.source = run, run.profile, run.source
-        self.results, self.figures, self.build = run.results, run.figures, run.build
-        self.trained = rows
+        super().__init__(run)
+        self.run, self.trained = run, rows
 
     @property
     def table(self) -> list[dict]:
@@ -53,15 +52,8 @@ class Controls(Scored):
     def load_saes(self) -> dict[str, SAE]:
         return self.saes
 
-    def latents_of(self, row: dict) -> int:
-        return self.run.latents_of(row)
-
     def rows(self, kind: str, section, make) -> list[dict]:
         return self.run.rows(f"controls-{kind}", section, lambda: make())  # of this module: its code is in the id
-
-
-for _name in [name for name, made in vars(Inputs).items() if isinstance(made, once)]:
-    setattr(Controls, _name, property(lambda controls, name=_name: getattr(controls.run, name)))
 
 
 SCORES: tuple[Callable[[Scored], list[dict]], ...] = (
@@ -71,12 +63,12 @@ SCORES: tuple[Callable[[Scored], list[dict]], ...] = (
 
 def control_scores(run: Scored) -> list[dict]:
     """One row per SAE, control and mode: `control` (a key of `CONTROLS`), explained variance, L0, dead latents,
-    absorption of first letters and of contexts, probing, TPP. The SAEs are those of the first grid's unmasked arm, and
-    those of its pairs with a frozen decoder. [] for a part of a run that has none of them."""
-    unmasked, first, saes = run.profile.arms[0].name, run.profile.grids[0].name, run.load_saes()
-    ours = [row for row in run.table if row["arm"] == unmasked]
-    trained = [row for row in ours if row["grid"] == first]
-    frozen = [row for row in ours if getattr(saes[row["sae"]].config, "frozen_decoder", False)]
+    absorption of first letters and of contexts, probing, TPP. The SAEs are the unmasked ones of the main grid, and
+    those with a frozen decoder. [] for a part of a run that has none of them."""
+    ours = [row for row in run.table if row["arm"] == run.profile.baseline_arm.name]
+    trained = [row for row in ours if row["grid"] == run.profile.main_grid.name]
+    stuck = {grid.name for grid in run.profile.saes if grid.frozen_decoder}
+    frozen = [row for row in ours if row["grid"] in stuck]
     kinds = {row["sae"]: kind for kind, rows in (("trained", trained), ("frozen", frozen)) for row in rows}
     found = [{"control": kinds[row["sae"]]} | row for row in _scored(run) if row["sae"] in kinds] if kinds else []
     if trained:

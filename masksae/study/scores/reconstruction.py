@@ -40,13 +40,13 @@ def clean_scores(run: Scored) -> list[dict]:
 
 def _reconstruction_scores(run: Scored) -> list[dict]:
     saes, rows = run.load_saes(), clean_scores(run)
-    spliced = {(row["sae"], row["mode"]): _splice(saes[row["sae"]], row["threshold"]) for row in rows}
+    spliced = {(row["sae"], row["threshold"]): _splice(saes[row["sae"]], row["threshold"]) for row in rows}
     ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
     options = dict(block=run.profile.model.block, keep_first=run.bos_id is not None, label="CE and KL with all SAEs")
     losses = spliced_losses(run.language_model.model, ids, spliced, **options)
     original, zero = losses["original"], losses["zero"]
     for row in rows:
-        sae = losses[row["sae"], row["mode"]]
+        sae = losses[row["sae"], row["threshold"]]
         row |= {"ce_original": original.ce, "ce_zero": zero.ce, "ce_sae": sae.ce, "kl_zero": zero.kl, "kl_sae": sae.kl}
         row |= {"ce_score": ce_score(original.ce, zero.ce, sae.ce), "kl_score": kl_score(zero.kl, sae.kl)}
     return rows
