@@ -68,8 +68,8 @@ class Trainer:
             pre = self._pre_activations(xc)
             index = rule.support(sae, pre, DENSE_SHARE * pre.numel()) if self.sparse else None
             if index is None:
-                return dense_step(sae, target, xc, pre, weight, dead_after, estimate)
-        outcome = sparse_step(sae, target, xc, pre, index, weight, estimate)
+                return dense_step(sae, target, xc, pre, weight, dead_after, estimate, step)
+        outcome = sparse_step(sae, target, xc, pre, index, weight, estimate, step)
         if dead_after is not None:
             dead = dead_latents(sae, outcome.fired, len(x), dead_after)
             if dead.any():
@@ -130,7 +130,10 @@ class Trainer:
         """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1, the rule's own parameters to where
         they make sense."""
         sae, rule = self.sae, self.sae.config.selection
-        if rule.unit_rows:
+        unit_rows = rule.unit_rows and not sae.config.frozen_decoder
+        if sae.config.frozen_decoder:
+            sae.W_dec.grad = None
+        if unit_rows:
             sae.W_dec.grad.addcmul_(sae.W_dec, (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True), value=-1)
         if rule.clipped:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip)
@@ -138,7 +141,7 @@ class Trainer:
             group["lr"] = lr
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)  # gradients exist for one SAE of a group at a time
-        if rule.unit_rows:
+        if unit_rows:
             sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
         rule.project_(sae)
 
