@@ -46,8 +46,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-import masksae
-from masksae import SAE, ActivationStream, AuxK, BatchTopK, SAEConfig, TopK, TrainConfig
+from masksae import C2R, SAE, ActivationStream, AuxK, BatchTopK, OrtSAE, SAEConfig, TopK, TrainConfig, train
 from masksae.errors import DataError
 from masksae.files import read_json, write_json, write_text
 from masksae.metrics.absorption import SHARE
@@ -243,19 +242,6 @@ def detection(features: Tensor, latents: Tensor) -> Tensor:
     return 2 * fires.T @ active / (fires.sum(0)[:, None] + active.sum(0)).clamp(min=1)
 
 
-def mcc(a: Tensor, b: Tensor) -> float:
-    """Mean |cosine| of the best one-to-one matching of the rows of a [n, d] and b [m, d]; in double precision, and by
-    another algorithm than sae_lens's (sparse Jonker-Volgenant), to check it."""
-    import numpy as np
-    from scipy.sparse import csr_array
-    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
-
-    a, b = (v.double().numpy() / np.linalg.norm(v.double().numpy(), axis=1, keepdims=True) for v in (a, b))
-    cosine = np.abs(a @ b.T)
-    row, column = min_weight_full_bipartite_matching(csr_array(2 - cosine))
-    return float(cosine[row, column].mean())
-
-
 def lens_scores(world: World, sae, features: Tensor) -> dict:
     """sae_lens's own evaluation of an SAE (anything with `encode`, `decode` and `W_dec`), on given samples."""
     from sae_lens.synthetic import eval_sae_on_synthetic_data
@@ -272,7 +258,6 @@ class Settings:
 
     seeds: int = 3
     """Worlds; each with an SAE in every cell."""
-    first_seed: int = 0
     p: float = 0.3
     samples: int = 65_536
     held_out: int = 8_192
@@ -285,14 +270,14 @@ class Settings:
 
 RULES = {"TopK": (TopK, ()), "BatchTopK": (BatchTopK, ()), "Matryoshka BatchTopK": (BatchTopK, (1 / 4, 1 / 4, 1 / 2))}
 ARMS = ("unmasked", "kept", "dropped")
-
-
-def penalties() -> dict[str, tuple]:
-    """Rivals of masking by name, those of notebooks and profiles."""
-    return {
-        "OrtSAE": (masksae.OrtSAE(weight=0.25),),
-        "C2R": (masksae.C2R(weight=5.0, every=5),),
-    }
+PENALTIES = {
+    "": (),
+    "OrtSAE": (OrtSAE(weight=0.25, every=5),),
+    "C2R": (C2R(weight=5.0, every=5),),
+    "C2R at a tenth": (C2R(weight=0.5, every=5),),
+}
+"""Rivals of masking, with the weights of their authors. C2R grows with how often a latent fires, and dictionaries are
+small here, so a tenth of it stands beside it."""
 
 
 @dataclass(frozen=True)
@@ -302,20 +287,19 @@ class Cell:
     rule: str
     arm: str
     penalty: str = ""
-    """"": none."""
+    """Of PENALTIES."""
 
     def config(self, world: World, settings: Settings) -> SAEConfig:
         rule, prefixes = RULES[self.rule]
-        extra = {"penalties": penalties()[self.penalty]} if self.penalty else {}
         return SAEConfig(
             world.d_model, settings.n_latents, rule(settings.k), prefixes, aux=AuxK(), seed=OWN_SEED + world.seed,
-            drop_masked=self.arm == "dropped", **extra,
+            drop_masked=self.arm == "dropped", penalties=PENALTIES[self.penalty],
         )  # fmt: skip
 
 
 CELLS = [
     *(Cell(rule, arm) for rule in RULES for arm in ARMS),
-    *(Cell("TopK", arm, penalty) for penalty in ("OrtSAE", "C2R") for arm in ("unmasked", "kept")),
+    *(Cell("TopK", arm, penalty) for penalty in PENALTIES if penalty for arm in ("unmasked", "kept")),
 ]
 
 
@@ -325,7 +309,7 @@ def train_cell(cell: Cell, world: World, data, settings: Settings) -> SAE:
     given = {"x": clean} if cell.arm == "unmasked" else {"x": masked, "is_masked": is_masked}
     stream = ActivationStream.from_array(**given, batch_size=settings.batch, seed=world.seed)
     recipe = TrainConfig(settings.steps, lr=settings.lr)
-    [sae] = masksae.train([cell.config(world, settings)], stream, recipe, progress=False)
+    [sae] = train([cell.config(world, settings)], stream, recipe, progress=False)
     return sae
 
 
@@ -355,13 +339,12 @@ def score_cell(cell: Cell, sae: SAE, world: World, held_out: Tensor, settings: S
 
 def run(settings: Settings, cells: list[Cell], path: Path, make=World) -> None:
     """Train and score what is not in `path` yet. Raises DataError if it holds results of other settings."""
-    record = read_json(path) if path.exists() else {"settings": asdict(settings), "rows": []}
-    grows = {"seeds": None}  # more worlds may be added to those that are there
-    if record["settings"] | grows != asdict(settings) | grows:
+    shared = {name: value for name, value in asdict(settings).items() if name != "seeds"}  # worlds may be added
+    record = read_json(path) if path.exists() else {"settings": shared, "rows": []}
+    if record["settings"] != shared:
         raise DataError(f"{path} holds results of other settings: {record['settings']}. Delete it; it is made again.")
-    record["settings"] = asdict(settings)
     done = {(row["seed"], row["rule"], row["arm"], row["penalty"]) for row in record["rows"]}
-    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
+    for seed in range(settings.seeds):
         left = [cell for cell in cells if (seed, cell.rule, cell.arm, cell.penalty) not in done]
         if not left:
             continue
@@ -373,11 +356,11 @@ def run(settings: Settings, cells: list[Cell], path: Path, make=World) -> None:
             start = time.perf_counter()
             sae = train_cell(cell, world, data, settings)
             rows = score_cell(cell, sae, world, held_out, settings)
-            record["rows"] += rows
+            record["rows"] = sorted(record["rows"] + rows, key=lambda row: (row["seed"], *_place(row)))
             write_json(path, record)
             told = ", ".join(f"{name} {rows[-1][name]:.3f}" for name in ("absorption_same", "absorption_cross", "mcc"))
-            name = " + ".join(filter(None, (cell.rule, cell.penalty)))
-            print(f"  {name}, {cell.arm}: {told} ({time.perf_counter() - start:.0f} s)", flush=True)
+            taken = time.perf_counter() - start
+            print(f"  {name_of(cell.rule, cell.penalty)}, {cell.arm}: {told} ({taken:.0f} s)", flush=True)
 
 
 NAMES = {"absorption": "absorption", "f1": "F1", "mcc": "MCC", "ev": "EV"}
@@ -388,7 +371,7 @@ def comparisons() -> list[tuple[str, Cell, Cell]]:
     """What is compared with what, paired by world: name, baseline, treated."""
     plain = Cell("TopK", "unmasked")
     found = [(f"{rule}: {arm}", Cell(rule, "unmasked"), Cell(rule, arm)) for rule in RULES for arm in ARMS[1:]]
-    for penalty in dict.fromkeys(cell.penalty for cell in CELLS if cell.penalty):
+    for penalty in filter(None, PENALTIES):
         alone = replace(plain, penalty=penalty)
         found += [(f"TopK: {penalty}", plain, alone), (f"TopK + {penalty}: kept", alone, replace(alone, arm="kept"))]
     return found + [(f"{rule} in place of TopK", plain, Cell(rule, "unmasked")) for rule in RULES if rule != "TopK"]
@@ -440,13 +423,13 @@ def tables(record: dict) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     shown = ["l0", "ev", "mcc", "silent", *(f"{score}_{kind}" for score in ("absorption", "f1") for kind in PARENTS)]
-    for key in sorted({(r["rule"], r["penalty"], r["arm"], r["mode"]) for r in rows}, key=_place):
-        rule, penalty, arm, mode = key
-        part = [r for r in rows if (r["rule"], r["penalty"], r["arm"], r["mode"]) == key]
+    for first in [row for row in rows if row["seed"] == rows[0]["seed"]]:
+        rule, penalty, arm, mode = key = [first[name] for name in ("rule", "penalty", "arm", "mode")]
+        part = [r for r in rows if [r["rule"], r["penalty"], r["arm"], r["mode"]] == key]
         means = [sum(r[name] for r in part) / len(part) for name in shown]
         cells = [f"{v:.1f}" if name in ("l0", "silent") else f"{v:.3f}" for name, v in zip(shown, means)]
         matching = "k" if rule == "TopK" else mode.replace("_", " ")
-        lines.append(f"| {' + '.join(filter(None, (rule, penalty)))} | {arm} | {matching} | {' | '.join(cells)} |")
+        lines.append(f"| {name_of(rule, penalty)} | {arm} | {matching} | {' | '.join(cells)} |")
     lines += [
         "",
         "Paired differences, 95 % intervals of Student's t over worlds; each stands for itself, none is corrected:",
@@ -480,14 +463,24 @@ def predictions(found: list[dict]) -> list[str]:
     return ["**Predicted for a language model**, at equal clean L0:", "", *lines]
 
 
+def name_of(rule: str, penalty: str) -> str:
+    """Of an SAE, in tables and figures.
+
+    >>> name_of("TopK", "C2R"), name_of("TopK", "")
+    ('TopK + C2R', 'TopK')
+    """
+    return " + ".join(filter(None, (rule, penalty)))
+
+
 def _heading(score: str) -> str:
     name, *kind = score.split("_")
     return ", ".join([NAMES[name], *kind])
 
 
-def _place(key: tuple[str, str, str, str]) -> tuple:
-    rule, penalty, arm, mode = key
-    return list(RULES).index(rule), penalty, ARMS.index(arm), mode
+def _place(row: dict) -> tuple:
+    """Of a row among those of its world."""
+    places = ((RULES, "rule"), (PENALTIES, "penalty"), (ARMS, "arm"))
+    return (*(list(order).index(row[name]) for order, name in places), row["mode"])
 
 
 BEGIN, END = "<!-- written by benchmarks/synthetic.py -->\n", "\n<!-- up to here -->"
@@ -509,36 +502,23 @@ def draw(rows: list[dict]):
 
     style()
     table = pd.DataFrame([r for r in rows if r["mode"] == "matched" or r["rule"] == "TopK"])
-    table["SAE"] = [
-        " +\n".join(filter(None, pair)).replace("Matryoshka ", "Matryoshka\n")
-        for pair in zip(table["rule"], table["penalty"])
-    ]
-    order = list(dict.fromkeys(table.sort_values(["rule", "penalty"], key=_rank)["SAE"]))
-    look = dict(x="SAE", hue="arm", order=order, hue_order=ARMS, palette=list(FAMILY[: len(ARMS)]), dodge=0.5)
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6.4), sharex=True, sharey="row")
+    table["SAE"] = [name_of(*pair) for pair in zip(table["rule"], table["penalty"])]
+    order = [name for rule in RULES for name in (name_of(rule, p) for p in PENALTIES) if name in set(table["SAE"])]
+    look = dict(x="SAE", hue="arm", order=order, hue_order=ARMS, palette=list(FAMILY[: len(ARMS)]))
+    means = dict(errorbar=t_interval, linestyle="none", marker="_", markersize=13, err_kws={"linewidth": 1.4})
+    figure, axes = plt.subplots(2, 2, figsize=(12, 6.4), sharex=True, sharey=True)
     titles = {"same": "parent and child set by the same token", "cross": "parent set by another token"}
     for row, (score, label) in zip(axes, (("absorption", "absorbed share"), ("f1", "F1 of the parent's latent"))):
         for axis, (kind, title) in zip(row, titles.items()):
-            look["ax"], look["y"] = axis, f"{score}_{kind}"
-            sns.stripplot(table, size=3, alpha=0.6, legend=False, **look)
-            sns.pointplot(
-                table,
-                errorbar=t_interval,
-                linestyle="none",
-                marker="_",
-                markersize=11,
-                err_kws={"linewidth": 1.4},
-                **look,
-            )
-            axis.set(ylabel=label, xlabel="", ylim=(0, None), title=title if score == "absorption" else "")
+            look |= {"ax": axis, "y": f"{score}_{kind}"}
+            sns.stripplot(table, size=3.5, alpha=0.6, legend=False, dodge=True, jitter=False, **look)
+            sns.pointplot(table, dodge=0.8 * (1 - 1 / len(ARMS)), **means, **look)  # where stripplot has its dots
+            axis.set(ylabel=label, xlabel="", ylim=(0, 1), title=title if score == "absorption" else "")
+            axis.set_xticks(range(len(order)), [name.replace(" ", "\n", 1) for name in order])
             axis.get_legend().remove()
     axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure
-
-
-def _rank(column):
-    return column.map(list(RULES).index) if column.name == "rule" else column
 
 
 def t_interval(values) -> tuple[float, float]:
