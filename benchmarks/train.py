@@ -3,6 +3,7 @@
     make peers
     .venv-peers/bin/python benchmarks/train.py                    # the table of benchmarks/README.md
     .venv-peers/bin/python benchmarks/train.py --only Matryoshka  # one architecture
+    .venv-peers/bin/python benchmarks/train.py --penalties        # what OrtSAE and C2R add to a step
 
 Same process, same threads, same batches, same initial weights; the trainers take turns of a few steps, and every number
 is a median over steps, every ratio a median over rounds with its quartiles. "Settled" rows have encoder biases (or
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from peers import dictionary_learning_trainer, saelens_trainer
 
-from masksae import MATRYOSHKA, SAE, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig
+from masksae import C2R, MATRYOSHKA, SAE, AuxK, BatchTopK, Gated, JumpReLU, OrtSAE, ReLU, SAEConfig, TopK, TrainConfig
 from masksae.training.step import Trainer
 
 RECIPE = TrainConfig(steps=100_000, lr=1e-6, warmup=10)  # nothing moves, so that a row stays at its L0
@@ -122,9 +123,40 @@ def measure(rule, prefixes, settled: bool, batches, d: int, n_latents: int, roun
     return result
 
 
+def penalty_cost(penalty, batches, d: int, n_latents: int, rounds: int) -> tuple[float, float]:
+    """Milliseconds of a TopK step without a penalty, and those that applying it adds: medians over neighbouring steps,
+    of which every second one applies it."""
+    trainer = Trainer(
+        SAE(SAEConfig(d, n_latents, TopK(20), aux=AuxK(dead_after_tokens=10**7), penalties=(penalty,))), RECIPE
+    )
+    plain, added = [], []
+    for i in range(rounds):
+        times = []
+        for step in (i * penalty.every + 1, i * penalty.every):
+            start = time.perf_counter()
+            trainer.step(batches[i % len(batches)], step)
+            times.append(1e3 * (time.perf_counter() - start))
+        plain.append(times[0])
+        added.append(times[1] - times[0])
+    return statistics.median(plain[1:]), statistics.median(added[1:])
+
+
+def penalties(arguments) -> None:
+    """The table of penalties: what they cost at every eighth step."""
+    print("| penalty, every 8th step | batch | step without, ms | it adds when applied, ms | per step, % |")
+    print("| --- | --- | --- | --- | --- |")
+    for batch in (512, 2048):
+        batches = make_batches(4, batch, 576)
+        for penalty in (OrtSAE(every=8), C2R(every=8)):
+            plain, added = penalty_cost(penalty, batches, 576, 2048, 8 * arguments.rounds)
+            name = type(penalty).__name__
+            print(f"| {name} | {batch} | {plain:.0f} | {added:.0f} | {added / penalty.every / plain:.0%} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="measure the architectures whose name begins so")
+    parser.add_argument("--penalties", action="store_true", help="the penalties of d 576, F 2,048 instead")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--turns", type=int, default=4, help="timed steps of a trainer in a round")
     parser.add_argument("--threads", type=int, default=2)
@@ -132,6 +164,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.penalties:
+        return penalties(arguments)
     batches = make_batches(4, arguments.batch, arguments.d)
     print(f"d {arguments.d}, F {arguments.latents}, batch {arguments.batch}, {arguments.threads} threads, float32\n")
     print("| architecture | ours, ms (floor) | MB | dictionary_learning, ms | MB | times | SAELens, ms | MB | times |")

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from masksae import progress as bars
 from masksae.cache import fingerprint, spaced
 from masksae.errors import ConfigError, DataError
 from masksae.files import atomic_file, ensure_writable, read_json, read_safetensors, run_id, save_tensors, write_json
-from masksae.masking import check_natural, mask_tokens
+from masksae.masking import check_natural, draws, mask_tokens
 
 Pool = tuple[Tensor, ...]
 """Activations [n, d] (any float type), is_masked bool [n], and where there are any, targets [n, d]: what is to be
@@ -61,6 +62,8 @@ class ActivationStream:
     load        pool number -> (x [n, d], is_masked [n]); called for 0 .. n_pools - 1, again in every epoch, and gives
                 the same then
     pool_sizes  rows of each pool
+    fresh       `load` gets a number of its own for every visit of a pool, epoch n_pools + pool number, and need not
+                give the same in another epoch; still the same for the same number
     prefetch    call `load` for the next pool in a thread while the current one is used; memory for two pools
     d_model     width of the activations; None: found out by loading a pool
     identity    says what the stream is made of, as JSON (see `identity()`); None: what the first pool holds
@@ -73,13 +76,13 @@ class ActivationStream:
 
     def __init__(
         self, load: Callable[[int], Pool], pool_sizes: list[int], *, batch_size: int, seed: int, prefetch: bool = False,
-        d_model: int | None = None, identity: Callable[[], dict] | None = None,
+        d_model: int | None = None, identity: Callable[[], dict] | None = None, fresh: bool = False,
     ):  # fmt: skip
         check_natural("batch_size", batch_size)
         check_natural("seed", seed)
         if batch_size < 1:
             raise ConfigError(f"batch_size must be positive, found {batch_size}.")
-        self._load, self._sizes, self._prefetch = load, list(pool_sizes), prefetch
+        self._load, self._sizes, self._prefetch, self._fresh = load, list(pool_sizes), prefetch, fresh
         self._full = list(accumulate(size // batch_size for size in self._sizes))  # batches up to the end of each pool
         if not self._full or self._full[-1] == 0:
             raise DataError(
@@ -124,7 +127,7 @@ class ActivationStream:
     def d_model(self) -> int:
         """Width of the activations (of `load`s that do not say it: loads the current pool)."""
         if self._d_model is None:
-            self._hold(self._pool % len(self._sizes))
+            self._hold(self._number(self._pool))
         return self._d_model
 
     def to(self, device) -> "ActivationStream":
@@ -158,11 +161,12 @@ class ActivationStream:
             )
 
         def load(number: int) -> Pool:
-            return (*self._load(number)[:2], clean._load(number)[0])
+            return (*self._load(self._number(number))[:2], clean._load(clean._number(number))[0])
 
         return ActivationStream(
             load, self._sizes, batch_size=self.batch_size, seed=self.seed, prefetch=self._prefetch,
             d_model=self._d_model, identity=lambda: self.identity() | {"targets": clean.identity()},
+            fresh=self._fresh or clean._fresh,
         )  # fmt: skip
 
     def batches(self, views: list[tuple[int, bool]]) -> Iterator[list[Pool]]:
@@ -231,9 +235,8 @@ class ActivationStream:
     def _order(self, seed: int, visit: int, dropped: Tensor | None = None) -> Tensor:
         """Rows of a visit's pool in the order of a seed; without the `dropped` ones, the others repeated to the same
         number."""
-        key = np.array([seed, visit], dtype=np.uint64)
         size = self._sizes[visit % len(self._sizes)]
-        order = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).permutation(size))
+        order = torch.from_numpy(draws(seed, visit).permutation(size))
         if dropped is None:
             return order
         order = order[~dropped.cpu()[order]]
@@ -241,9 +244,13 @@ class ActivationStream:
             raise DataError("Every position of a pool of activations is masked: dropping them leaves nothing. Lower p.")
         return order.repeat(-(-size // len(order)))[:size]
 
+    def _number(self, visit: int) -> int:
+        """What `load` is called with for a visit of a pool."""
+        return visit if self._fresh else visit % len(self._sizes)
+
     def _current(self) -> Pool:
         """The pool of the position; begins to make the next one."""
-        pool = self._hold(self._pool % len(self._sizes))
+        pool = self._hold(self._number(self._pool))
         ahead = self._prefetch and self._ahead is None and not _reads()  # inside a load, the lock is taken
         if ahead and (following := self._following()) is not None:
             self._ahead = _Ahead(following, self._read_beside)
@@ -256,10 +263,9 @@ class ActivationStream:
         epochs, number = divmod(self._pool, pools)
         if self._end is not None and epochs * self._full[-1] + self._full[number] >= self._end:
             return None
-        following = next(
-            n % pools for n in range(number + 1, number + 1 + pools) if self._sizes[n % pools] >= self.batch_size
-        )
-        return None if following == number else following
+        visits = range(self._pool + 1, self._pool + 1 + pools)
+        following = self._number(next(n for n in visits if self._sizes[n % pools] >= self.batch_size))
+        return None if following == self._number(self._pool) else following
 
     def _hold(self, number: int) -> Pool:
         if self._held is None or self._held[0] != number:
@@ -302,7 +308,7 @@ class ActivationStream:
     def _check_read(self, number: int, pool: Pool) -> None:
         x, _, *targets = pool
         width = self._d_model or (x.shape[-1] if x.ndim else 0)
-        _check_pool(pool, (self._sizes[number], width), f"of pool {number}")
+        _check_pool(pool, (self._sizes[number % len(self._sizes)], width), f"of pool {number}")
         self._d_model = width
         for part in (part for values in (x, *targets) for part in values.split(8192)):
             finite = torch.isfinite(part.float() if part.dtype == torch.float64 else part)
@@ -403,6 +409,7 @@ def from_model(
     language_model, blocks, *, block: int, p: float, token_id: int, mask_seed: int, bos_id: int | None,
     batch_size: int, seed: int, pool_tokens: int = 131_072, scratch: Path | None = None, sequences: int | None = None,
     progress: bool = True, replacements: Tensor | None = None, share: float = 1.0, overlap: bool | None = None,
+    fresh_masks: bool = False, noise: float = 0.0,
 ) -> ActivationStream:  # fmt: skip
     """Stream of the activations after `block` on token blocks [n, s] (a tensor, or `data.blocks.Blocks`) that are
     masked on the way in.
@@ -417,16 +424,28 @@ def from_model(
     share         use only the first blocks, this share of them; scratch is that of the whole
     overlap       make the next pool while the SAEs train on the current one; None: on GPUs only, since on a CPU both
                   want the same cores. Use the model for nothing else until the iterator, or the training, has ended
+    fresh_masks   draw masks (and noise) anew in every epoch e: block i of n gets number e n + i, as if the text went on
+                  (RoBERTa's dynamic masking, arXiv 1907.11692, section 4.1). Every epoch then runs the model, so there
+                  is no scratch. False: one draw for all epochs
+    noise         from 0: standard deviation of Gaussian noise that is added to the activations of every token, as a
+                  share of theirs. Each entry gets its own draw of deviation noise s, with d s^2 the mean squared
+                  distance of the first pool's activations from their mean: noise^2 is the ratio of the two variances.
+                  It is drawn per block from mask_seed, like the masks and independently of them, and added after
+                  scratch is read, which is that of the stream without noise
 
     Raises ConfigError, DataError, OutputError.
     """
     from masksae.tracing import hook_point, hook_width
 
     model, start = language_model.model, () if bos_id is None else (bos_id,)
-    _check_options(blocks, len(start), share=share, pool_tokens=pool_tokens, sequences=sequences)
+    _check_options(blocks, len(start), share=share, pool_tokens=pool_tokens, sequences=sequences, noise=noise)
     vocabulary = model.get_input_embeddings().num_embeddings if p else None
     masking = {"p": p, "token_id": token_id, "seed": mask_seed, "replacements": replacements}
     mask_tokens(blocks[:1], vocab_size=vocabulary, **masking)  # refuses bad values now, not in the middle
+    if fresh_masks and p and scratch is not None:
+        raise ConfigError(
+            "fresh_masks gives other activations in every epoch, which scratch cannot keep. Leave one of the two out."
+        )
     hook_point(model, block)
     with _loading:
         width = hook_width(model, block)
@@ -440,13 +459,42 @@ def from_model(
     used, kept = max(1, round(share * len(blocks))), blocks.shape[1] - len(start)
     sizes = [min(pools.rows, used - row) * kept for row in range(0, used, pools.rows)] if len(blocks) else []
 
-    def load(number: int) -> Pool:
-        return tuple(values[: sizes[number]] for values in pools(number))
+    @cache
+    def deviation() -> float:
+        return noise * _deviation(pools(0)[0])  # of the whole text's first pool: a share gets the same noise
 
+    def load(number: int) -> Pool:
+        epoch, number = divmod(number, len(sizes))
+        scale = deviation() if noise else 0.0  # before the pool is made: there is no second one beside it
+        x, is_masked = (values[: sizes[number]] for values in pools(number, epoch))
+        return (_add_noise(x, kept, scale, mask_seed, pools.first_sequence(number, epoch)) if noise else x), is_masked
+
+    fresh = bool(fresh_masks and (p or noise))
+    made_of = {"share": float(share), "scratch": scratch is not None}
+    made_of |= {"noise": float(noise), "noise_seed": int(mask_seed)} if noise else {}
+    made_of |= {"fresh_masks": True} if fresh else {}
     return ActivationStream(
-        load, sizes, batch_size=batch_size, seed=seed, prefetch=ahead, d_model=width,
-        identity=lambda: pools.identity() | {"share": float(share), "scratch": scratch is not None},
+        load, sizes, batch_size=batch_size, seed=seed, prefetch=ahead, d_model=width, fresh=fresh,
+        identity=lambda: pools.identity() | made_of,
     )  # fmt: skip
+
+
+def _deviation(x: Tensor) -> float:
+    """Standard deviation of an entry of x [n, d]: d times its square is the mean squared distance of a row from the
+    mean row."""
+    parts = x.split(8192)
+    mean = sum(part.double().sum(0) for part in parts) / len(x)
+    return (sum((part.double() - mean).square().sum().item() for part in parts) / x.numel()) ** 0.5
+
+
+def _add_noise(x: Tensor, length: int, deviation: float, seed: int, first_sequence: int) -> Tensor:
+    """A copy of x [n, d], where every `length` rows are one sequence, with noise that depends on the seed and on the
+    number of the sequence alone."""
+    noisy, noise = torch.empty_like(x), np.empty((length, x.shape[1]), np.float32)
+    for i, (rows, found) in enumerate(zip(x.split(length), noisy.split(length))):
+        draws(seed, first_sequence + i, stretch=1).standard_normal(out=noise, dtype=np.float32)
+        found.copy_(torch.from_numpy(noise).to(x.device).mul_(deviation).add_(rows))
+    return noisy
 
 
 @dataclass(frozen=True)
@@ -469,19 +517,24 @@ class _ModelPools:
         """Blocks of a pool."""
         return -(-self.pool_tokens // (self.blocks.shape[1] - len(self.start)))
 
-    def __call__(self, number: int) -> Pool:
-        """A pool; of scratch it is read back even if it was made now, so that every run has the same half precision."""
+    def first_sequence(self, number: int, epoch: int) -> int:
+        """Number of the masks of a pool's first block."""
+        return epoch * len(self.blocks) + number * self.rows
+
+    def __call__(self, number: int, epoch: int = 0) -> Pool:
+        """A pool with the masks of an epoch; of scratch it is read back even if it was made now, so that every run has
+        the same half precision."""
         if self.scratch is None:
-            return self._make(number, {"device": self.language_model.model.device, "dtype": None})
+            return self._make(number, epoch, {"device": self.language_model.model.device, "dtype": None})
         file = self.scratch / f"pool-{number:05d}.safetensors"
         if not file.exists():
-            _write_pool(file, self._make(number, {"device": "cpu"}))
+            _write_pool(file, self._make(number, epoch, {"device": "cpu"}))
         return _read_pool(file)
 
-    def _make(self, number: int, where: dict) -> Pool:
+    def _make(self, number: int, epoch: int, where: dict) -> Pool:
         row, first = number * self.rows, len(self.start)
-        ids = self.blocks[row : row + self.rows]
-        corrupted, is_masked = mask_tokens(ids, first_sequence=row, spare=self.start, **self.masking)
+        ids, draw = self.blocks[row : row + self.rows], self.first_sequence(number, epoch)
+        corrupted, is_masked = mask_tokens(ids, first_sequence=draw, spare=self.start, **self.masking)
         label = f"activations, pool {number + 1} of {-(-len(self.blocks) // self.rows)}" if self.shown else None
         x = _forward(self.language_model.model, corrupted, self.block, first, self.sequences, label, where)
         return x, is_masked[:, first:].reshape(-1)
@@ -507,7 +560,7 @@ class _ModelPools:
         } | (masks if p else dict.fromkeys(masks))
 
 
-def _check_options(blocks, first: int, *, share: float, pool_tokens: int, sequences: int | None) -> None:
+def _check_options(blocks, first: int, *, share: float, pool_tokens: int, sequences: int | None, noise) -> None:
     shape = tuple(getattr(blocks, "shape", ()))
     if len(shape) != 2:
         raise DataError(f"blocks must have shape [blocks, tokens], found {shape or type(blocks).__name__}.")
@@ -517,6 +570,11 @@ def _check_options(blocks, first: int, *, share: float, pool_tokens: int, sequen
         )
     if not 0 < share <= 1:
         raise ConfigError(f"share is a part of the blocks and must lie in (0, 1], found {share!r}.")
+    if isinstance(noise, bool) or not isinstance(noise, (int, float, np.number)) or not 0 <= noise < float("inf"):
+        raise ConfigError(
+            "noise is the standard deviation of the noise as a share of the activations' own and must be a finite "
+            f"number from 0, found {noise!r}."
+        )
     for name, value in (("pool_tokens", pool_tokens), ("sequences", sequences)):
         if value is not None:
             check_natural(name, value)

@@ -48,8 +48,7 @@ def mask_tokens(
         return ids.clone(), torch.zeros(n, s, dtype=torch.bool, device=ids.device)
     uniform = np.empty((n, 1 if replacements is None else 2, s))
     for i in range(n):
-        key = np.array([seed, int(first_sequence) + i], dtype=np.uint64)
-        np.random.Generator(np.random.Philox(key=key)).random(out=uniform[i])
+        draws(seed, int(first_sequence) + i).random(out=uniform[i])
     is_masked = torch.from_numpy(uniform[:, 0] < p).to(ids.device)
     for kept in spare:
         is_masked &= ids != kept
@@ -59,6 +58,12 @@ def mask_tokens(
     drawn = replacements[index.to(replacements.device)].to(ids.device)
     _check_range(drawn, vocab_size)
     return torch.where(is_masked, drawn, ids), is_masked
+
+
+def draws(seed: int, number: int, stretch: int = 0) -> np.random.Generator:
+    """Random numbers of a pair of natural numbers below 2**64. Stretches of one pair (masks take 0, noise 1) do not
+    meet: 2**192 steps of the counter lie between them."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64), counter=stretch << 192))
 
 
 def check_natural(name: str, value) -> None:

@@ -49,6 +49,8 @@ def _step(config: SAEConfig, batch: int, sparse: bool) -> int:
     d, n, groups = config.d_model, config.n_latents, len(config.group_sizes)
     rule = config.selection
     work = parameters(config) + batch * n + batch * d * (groups + 4) + d * n
+    if config.penalties:
+        work += 4 * d * n  # rows and their neighbours, and the gradients of both
     if sparse and rule.always_sparse:
         return int(work + batch * n / 2 + 16 * rule.goal * batch)
     return work + rule.dense_copies * batch * n

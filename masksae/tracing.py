@@ -149,6 +149,49 @@ def _activations(
     return torch.cat(parts)
 
 
+def replacement_effects(
+    model: nn.Module, ids: Tensor, positions: Tensor, candidates: Tensor, weights: Tensor, *, block: int | str
+) -> Tensor:
+    """What replacing a token changes of weighted sums of activations, to first order: float32 [k, n, c].
+
+    The sums are those of `weights` float [k, n, s, d] times the residual stream after `block` for ids int64 [n, s].
+    Entry (i, j, v) is the change of sum i of sequence j when its token at positions[j] becomes candidates[v]: the step
+    from one embedding to the other times the gradient at the first (HotFlip, Ebrahimi et al., ACL 2018). One forward
+    and k backward passes, to the hook point only.
+
+    Raises DataError for ids that are none of the model's.
+    """
+    _check_ids(model, ids)
+    _check_ids(model, candidates[None])
+    embedding, rows = model.get_input_embeddings(), torch.arange(len(ids), device=model.device)
+    positions = positions.to(model.device)
+    with _eval_mode(model):
+        embedded, x = _from_embeddings(model, ids.to(model.device), block)
+    with torch.no_grad():
+        there, here = embedding(candidates.to(model.device)).float(), embedded[rows, positions].float()
+    parts = []
+    for each in weights:
+        [gradient] = torch.autograd.grad(x, embedded, each.to(x.device, x.dtype), retain_graph=True)
+        gradient = gradient[rows, positions].float()
+        parts.append((gradient @ there.t() - (gradient * here).sum(1, keepdim=True)).cpu())
+    return torch.stack(parts)
+
+
+def _from_embeddings(model, ids: Tensor, block: int | str) -> tuple[Tensor, Tensor]:
+    """Embeddings of tokens, and the residual stream after `block` as a function of them."""
+    path, embedding = hook_point(model, block), model.get_input_embeddings()
+    embeddings = next(name for name, module in model.named_modules() if module is embedding)
+    traced = _traced(model)
+    with torch.no_grad():
+        embedded = embedding(ids)
+    embedded.requires_grad_()
+    with traced.trace(input_ids=ids, use_cache=False) as tracer:
+        traced.get(embeddings).output = embedded
+        output = traced.get(path).output.save()
+        tracer.stop()
+    return embedded, _check_shape(_first(output), ids, path)
+
+
 @torch.no_grad()
 def _prefix_cache(model, prefix: Tensor, block: int | str, ids: Tensor, whole: Tensor):
     """Keys and values of a prefix [1, p] up to `block`; None if `ids` after it and the `whole` sequences give different

@@ -82,7 +82,7 @@ def run(project):
 @pytest.fixture
 def folder(run):
     """A trained SAE of the run, in SAELens' form."""
-    return run.load_saes()["unmasked-plain-s0"].to_saelens(run.build / "mine")
+    return run.saes["unmasked-plain-s0"].to_saelens(run.build / "mine")
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """The pages of docs/ whose numbers come from results and code: `python tools/pages.py` writes them, a test holds the
 committed ones to it.
 
-docs/results.md and docs/data.md are written whole; of metrics.md, scale.md and reproduce.md what stands between
-`<!-- NAME: written by tools/pages.py -->` and `<!-- end -->`. The numbers are read from results/, from plans and from
-the lists of packages; the words about a difference follow its interval (`moved`). What else the prose says of results
-is held to them by tests/app/test_docs.py.
+docs/results.md, docs/data.md and docs/preregistration.md are written whole; of metrics.md, scale.md and reproduce.md
+what stands between `<!-- NAME: written by tools/pages.py -->` and `<!-- end -->`. The numbers are read from results/,
+from plans and from the lists of packages; the words about a difference follow its interval (`moved`). What else the
+prose says of results is held to them by tests/app/test_docs.py.
 """
 
 import re
@@ -24,7 +24,7 @@ from masksae.data.texts import TEXTS
 from masksae.files import read_json, shipped_profiles, write_text
 from masksae.memory import ADAM_AND_WEIGHTS, parameters
 from masksae.study.profile import Profile, load_profile
-from masksae.study.report import curves, effects, reliability, tables
+from masksae.study.report import curves, effects, preregistration, reliability, tables
 from masksae.study.stats import Effect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +94,7 @@ def pages() -> dict[Path, str]:
         "reproduce": {"profiles": profiles()},
     }
     whole = {docs / "results.md": results(), docs / "data.md": data()}
+    whole[ROOT / preregistration.PAGE] = preregistration.page([load_profile(n) for n in preregistration.PROFILES])
     return whole | {docs / f"{page}.md": filled(docs / f"{page}.md", found) for page, found in parts.items()}
 
 

@@ -41,6 +41,10 @@ EXAMPLES = {
     "masksae evaluate MY_SAE --profile mine.yaml --json | jq keys",
     "explore": "masksae explore MY_SAE --letter s\nmasksae explore MY_SAE --context the --profile mine.yaml",
     "export": "masksae export MY_SAE OUT --to saelens",
+    "pairs": "masksae pairs overnight",
+    "gate": "masksae gate",
+    "match": "masksae match overnight --arm kept --grid matryoshka_clean --pilot 99\n"
+    "masksae match overnight --arm noise --like kept --grid topk20 --pilot 99",
     "verify": "masksae verify paper\nmasksae verify paper-gemma --json",
     "reliability": "masksae reliability laptop",
     "share": "masksae share laptop                the folder, build/laptop/hub\nmasksae share laptop --to OWNER/NAME",
@@ -99,6 +103,21 @@ def _add_study(add) -> None:
     plan.add_argument("--measure", action="store_true", help="time a fraction of the work here, too: a minute")
     fetch_ = add("fetch", "Get a profile's model and text; later commands need no network.", fetch, DEFAULT)
     train_ = add("train", "Train the SAEs of a profile, or go on with them.", train, DEFAULT)
+    add(
+        "pairs", "Train and score a profile pair by pair; what `repro` begins with where pairs are kept.", work, DEFAULT
+    )
+    gate = add(
+        "gate", "Score the variants of a profile, unmasked SAEs only: what makes the regime.", print_gate, "gate"
+    )
+    match = add(
+        "match", "Search the k, or the noise, at which an arm has what it is compared at.", print_match, DEFAULT
+    )
+    match.add_argument("--arm", required=True, help="whose k or noise is searched for")
+    match.add_argument("--grid", required=True, help="name of the SAEs")
+    match.add_argument("--pilot", type=int, required=True, help="a pair that is used for nothing else, such as 99")
+    match.add_argument(
+        "--like", metavar="ARM", help="search the noise that costs as much explained variance as this arm"
+    )
     verify = add("verify", "Published numbers beside a profile's; status 1 if some differ.", print_checks, "paper")
     noise = add(
         "reliability", "Which scores of a finished profile can be trusted: a table.", print_reliability, DEFAULT
@@ -106,7 +125,7 @@ def _add_study(add) -> None:
     share = add("share", "SAEs of a profile for the hub, in SAELens' form, with a card.", share_saes, DEFAULT)
     share.add_argument("--to", metavar="OWNER/NAME", help="push them to this repository of the hub")
     site = add("site", "Static pages of all that was run: build/site/index.html.", build_site)
-    _add_json(plan, fetch_, train_, verify, noise, share, site)
+    _add_json(plan, fetch_, train_, gate, match, verify, noise, share, site)
 
 
 def _add_sae(add) -> None:
@@ -237,6 +256,41 @@ def train(options) -> None:
         cells.append([name, number(last["explained_variance"]), number(last["l0"], 1)])  # no EV in batches of one token
     next_step = shlex.join(["masksae", "evaluate", trained[-1]["folder"], "--profile", options.profile])
     _show(options, trained, f"{to_text(cells)}\n\n{run.build / 'saes'}\n\nNext: {next_step}")
+
+
+def work(options) -> None:
+    """Every part of a profile."""
+    from masksae.app.repro import work_off_pairs
+
+    _run_with_terms(options.profile)
+    work_off_pairs(options.profile)
+
+
+def print_gate(options) -> None:
+    """A row per SAE of the variants."""
+    import pandas as pd
+
+    from masksae.study.gate import gate_rows
+    from masksae.study.report.tables import cells, to_text
+
+    rows = gate_rows(_run_with_terms(options.profile))
+    _show(options, rows, to_text(cells(pd.DataFrame(rows))))
+
+
+def print_match(options) -> None:
+    """What was searched for, and every trial; kept in results/NAME/matched.json."""
+    from masksae.study import search
+
+    run = _run_with_terms(options.profile)
+    if options.like:
+        found = search.noise_for_ev(run, options.arm, options.like, options.grid, options.pilot)
+    else:
+        found = search.k_for_clean_l0(run, options.arm, options.grid, options.pilot)
+    known = run.result("matched") if (run.results / "matched.json").exists() else []
+    same = ("what", "arm", "grid")
+    others = [row for row in known if any(row[key] != found[key] for key in same)]
+    run.save_result("matched", [*others, found])
+    _show(options, found, f"{found['what']} = {found['trials'][-1]['at']:.4g} ({len(found['trials'])} trials)")
 
 
 def print_checks(options) -> int:

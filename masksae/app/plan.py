@@ -106,7 +106,6 @@ class Plan:
 
     def __init__(self, profile: Profile):
         self.profile = profile
-        self.arms = [*profile.arms, *profile.ablations]
 
     @cached_property
     def config(self):
@@ -160,31 +159,25 @@ class Plan:
         layer = self.profile.model.layer
         return self.config.num_hidden_layers - 1 if layer is None else layer
 
-    def members(self, arm) -> list[SAEConfig]:
-        """SAEs of an arm or an ablation."""
-        return [grid.config(self.width, seed) for grid, seed in self.profile.members(arm)]
-
     @cached_property
     def saes(self) -> list[SAEConfig]:
-        """All SAEs of all arms and ablations."""
-        return [config for arm in self.arms for config in self.members(arm)]
+        """All SAEs."""
+        return [member.config(self.width) for member in self.profile.members]
 
     @property
     def streams(self) -> int:
         """Activation streams: what the model sees differs by arm, and by pair where tokens are masked. One on less text
-        is part of another."""
-        seen = {
-            (arm.p, arm.mask_seed(pair or 0), arm.token) if arm.p else (0,)
-            for arm in self.arms
-            for pair in self.profile.pairs(arm)
+        is part of another, one with masks that are fresh in every epoch is read as often."""
+        drawn = {
+            (m.arm.p, m.arm.mask_seed(m.pair), m.arm.token, m.arm.fresh_masks) for m in self.profile.members if m.arm.p
         }
-        return len(seen)
+        unmasked = any(not member.arm.p for member in self.profile.members)
+        return unmasked + sum(self.profile.training.epochs if key[-1] else 1 for key in drawn)
 
     @property
     def groups(self) -> list[list[SAEConfig]]:
         """SAEs that are trained together."""
-        pairs = [(arm, pair) for arm in self.arms for pair in self.profile.pairs(arm)]
-        return [[c for c in self.members(arm) if pair in (None, c.seed)] for arm, pair in pairs]
+        return [[member.config(self.width) for member in group.members] for group in self.profile.groups]
 
     @property
     def steps(self) -> int:
@@ -208,7 +201,7 @@ class Plan:
         harvest = Work("activations", self.forward_flop(self.prefix, harvested))
         branches = sum(n * profile.training.decay for n in profile.training.snapshots if n < self.steps) / self.steps
         seen = tokens * profile.training.epochs * (1 + branches)
-        share = [arm.tokens for arm in self.arms for _ in self.members(arm)]
+        share = [member.arm.tokens for member in profile.members]
         flop = sum(part * step_flop(c) for part, c in zip(share, self.saes)) * seen
         moved = sum(part * step_traffic(c, profile.training.batch_size) for part, c in zip(share, self.saes)) * seen
         return [harvest, Work("training", 0.0, flop, moved / profile.training.batch_size), self._evaluation()]
@@ -220,7 +213,7 @@ class Plan:
         words = profile.absorption.words * profile.absorption.draws
         rows = 113 if task.tasks == ["all"] else len(task.tasks)
         texts = (rows + len(task.shifted)) * (task.train + task.test) * min(task.max_tokens, 64)
-        scored = [c for arm in profile.arms for c in self.members(arm)]
+        scored = self.saes
         once = self.forward_flop(self.prefix, held + words + texts)
         last = self.config.num_hidden_layers - 1
         head = 2 * self.width * self.config.vocab_size

@@ -31,6 +31,8 @@ def reproduce(profile) -> int:
     """`dvc repro` for a profile; a good profile is checked before, a summary printed after."""
     ask_for_terms(load_profile(profile).model.source)
     check_fit(profile)
+    if load_profile(profile).keep_pairs:
+        work_off_pairs(profile)
     status = dvc("repro", profile)
     if status == 0:
         name = load_profile(profile).name
@@ -41,6 +43,14 @@ def reproduce(profile) -> int:
 
         print(f"\nTo read: {site.build().as_uri()}")
     return status
+
+
+def work_off_pairs(profile) -> None:
+    """Train and score a profile pair by pair, each kept in results/NAME/pairs as it is finished."""
+    from masksae.study.run import Run
+    from masksae.study.work import work_off
+
+    work_off(Run(profile))
 
 
 def check_fit(profile) -> None:

@@ -16,8 +16,8 @@ SHOWN = ("l0", "ev_centred", "ce_score", "mean_full", "context_full")
 
 
 def build(run: Run) -> Path:
-    """Write build/PROFILE/hub/ and return it. Raises DataError if the SAEs are not trained."""
-    saes, target = run.load_saes(), run.build / "hub"
+    """Write build/PROFILE/hub/ and return it; trains the SAEs that are missing."""
+    saes, target = run.saes, run.build / "hub"
     model = run.profile.model
     hook, name = hook_point(run.language_model.model, model.block), model.source.removeprefix("hub:")
     with atomic_dir(target, ANYTHING) as tmp:
@@ -94,10 +94,9 @@ Weights are derived from the language model: its licence and terms apply.
 
 def _masking(arm, token: str) -> str:
     if not arm.p:
-        return "no masking"
-    return f"{arm.p:.0%} of the input tokens replaced by `{token}`" + (
-        ", those positions left out" if arm.drop_masked else ""
-    )
+        return f"no masking, Gaussian noise of {arm.noise:g} on the activations" if arm.noise else "no masking"
+    left_out = ", those positions left out" if arm.drop_masked or arm.denoise else ""
+    return f"{arm.p:.0%} of the input tokens replaced by `{token}`{left_out}"
 
 
 def _scores(run: Run) -> str:

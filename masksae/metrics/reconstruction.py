@@ -47,7 +47,7 @@ def explained_variance(x: Tensor, x_hat: Tensor, kind: str = "centred") -> float
     if x.shape != x_hat.shape:
         raise DataError(f"x has shape {tuple(x.shape)}, x_hat {tuple(x_hat.shape)}; they must be the same.")
     x, x_hat = (t.detach().reshape(-1, t.shape[-1]) for t in (x, x_hat))
-    sums = _Sums(_mean(x))
+    sums = _Sums(mean_activation(x))
     for piece, piece_hat in zip(x.split(CHUNK), x_hat.split(CHUNK)):
         sums.add(piece, piece_hat)
     return sums.explained(kind)
@@ -143,7 +143,7 @@ def reconstruction(sae: SAE, x: Tensor | Iterable[Tensor], *, threshold: float |
             "list, or a tensor."
         )
     w_dec, w_enc = at_least_single(sae.W_dec), at_least_single(sae.W_enc)
-    sums, norms = _Sums(_mean(x, sae.config.d_model)), w_dec.norm(dim=1)
+    sums, norms = _Sums(mean_activation(x, sae.config.d_model)), w_dec.norm(dim=1)
     active, l1 = torch.zeros(sae.config.n_latents, dtype=torch.int64), 0.0
     for piece in _pieces(x):
         f = sae.encode(piece.to(sae.device), threshold)
@@ -168,6 +168,65 @@ def reconstruction(sae: SAE, x: Tensor | Iterable[Tensor], *, threshold: float |
     )
 
 
+@torch.no_grad()
+def active_counts(sae: SAE, x: Tensor | Iterable[Tensor], *, threshold: float | None = None) -> Tensor:
+    """Number of tokens of x [n, d], or of batches of them, on which each latent is active: int64 [F]. `threshold` takes
+    the place of the SAE's own.
+
+    >>> from masksae import SAEConfig, TopK
+    >>> active_counts(SAE(SAEConfig(4, 16, TopK(2))), torch.ones(3, 4)).unique().tolist()
+    [0, 3]
+    """
+    counts = torch.zeros(sae.config.n_latents, dtype=torch.int64)
+    for piece in _pieces(x):
+        counts += (sae.encode(piece.to(sae.device), threshold) > 0).sum(0).cpu()
+    return counts
+
+
+@dataclass(frozen=True)
+class SilentLatents:
+    """Latents that are active on no token of a clean text, by where they are active when tokens of it are replaced. The
+    three sum to `Reconstruction.dead_latents` on that text."""
+
+    silent_but_masked: int
+    """Active at masked positions, at no ordinary one: latents for the replacing token."""
+    silent_but_corrupted: int
+    """Active at ordinary positions of the corrupted text: latents for what masks do to their neighbours."""
+    silent_everywhere: int
+    """Active nowhere."""
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def silent_latents(clean: Tensor, masked: Tensor, ordinary: Tensor) -> SilentLatents:
+    """What the latents that are silent on clean text fire on.
+
+    clean     bool [F]: active on some token of the clean text
+    masked    bool [F]: active at some masked position of the corrupted text
+    ordinary  bool [F]: active at some other position of it
+
+    Raises DataError for other types, and for shapes that differ.
+
+    >>> clean = torch.tensor([True, False, False, False, False])
+    >>> masked, ordinary = torch.tensor([[True, True, True, False, False], [True, False, True, True, False]])
+    >>> silent_latents(clean, masked, ordinary)
+    SilentLatents(silent_but_masked=1, silent_but_corrupted=2, silent_everywhere=1)
+    """
+    sets = (clean, masked, ordinary)
+    if any(each.dtype != torch.bool or each.ndim != 1 or each.shape != clean.shape for each in sets):
+        found = ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in sets)
+        raise DataError(
+            "Which latents are active on clean text, at masked and at ordinary positions must be three bool [F] of one "
+            f"SAE, found {found}. Take counts > 0."
+        )
+    return SilentLatents(
+        silent_but_masked=int((~clean & masked & ~ordinary).sum()),
+        silent_but_corrupted=int((~clean & ordinary).sum()),
+        silent_everywhere=int((~clean & ~masked & ~ordinary).sum()),
+    )
+
+
 def _pieces(x: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
     """The rows of x in pieces of CHUNK rows, the last one shorter."""
     rest = []
@@ -183,7 +242,7 @@ def _pieces(x: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         yield last
 
 
-def _mean(x: Tensor | Iterable[Tensor], width: int | None = None) -> Tensor:
+def mean_activation(x: Tensor | Iterable[Tensor], width: int | None = None) -> Tensor:
     """Mean over tokens [d]: float64."""
     total, n = 0.0, 0
     for piece in _pieces(x):

@@ -1,4 +1,5 @@
-"""Architectures as data: SAE = selection rule x prefixes x auxiliary loss. Each part is a small frozen config.
+"""Architectures as data: SAE = selection rule x prefixes x auxiliary loss x penalties. Each part is a small frozen
+config.
 
 "Matryoshka BatchTopK" is `SAEConfig(d, n, BatchTopK(20), prefixes=MATRYOSHKA)`; any rule of `saes/rules.py` takes
 prefixes. Impossible combinations raise ConfigError here, so nothing that follows needs to check again.
@@ -9,6 +10,7 @@ from typing import Any
 
 from masksae.errors import ConfigError, nearest
 from masksae.saes.fields import keep_whole
+from masksae.saes.penalties import PENALTIES, Penalty
 from masksae.saes.rules import SELECTIONS, Selection
 
 MOST_GROUPS = 255
@@ -75,9 +77,11 @@ class SAEConfig:
     prefixes: tuple[float, ...] = ()
     """Matryoshka group fractions in dictionary order, summing to 1 (Bussmann et al. 2025, arXiv 2503.17547). () is
     off."""
-    prefix_weighting: str = "1/G^2"
-    """Weight of each of the G prefix losses: "1/G^2" (dictionary_learning's mean of means), "mean" (1/G) or "sum"
-    (1)."""
+    prefix_weighting: str | tuple[float, ...] = "1/G^2"
+    """Weight of each of the G prefix losses: "1/G^2" (dictionary_learning's mean of means), "mean" (1/G), "sum" (1), or
+    one weight per prefix, the shortest first. Balanced Matryoshka (Chanin et al. 2025, arXiv 2505.11756) gives the
+    whole dictionary 1 and each shorter prefix m times the weight of the next longer one, best near m = 0.75: of four,
+    (0.421875, 0.5625, 0.75, 1.0)."""
     aux: AuxK | None = None
     """Auxiliary loss; None is off."""
     seed: int = 0
@@ -86,6 +90,11 @@ class SAEConfig:
     """Train on ordinary positions only: the place of a masked one is taken by another ordinary one of the same pool."""
     own_order: bool = False
     """Draw the order of the tokens from this SAE's seed; otherwise all SAEs of a group see the same batches."""
+    penalties: tuple[Penalty, ...] = ()
+    """Further terms of the loss, such as OrtSAE() or C2R() (`saes/penalties.py`)."""
+    frozen_decoder: bool = False
+    """Decoder rows stay at their random initial directions, a control: their gradient is dropped before clipping, so it
+    does not count in the clipped norm, and everything else trains."""
 
     def __post_init__(self):
         keep_whole(self, "d_model")
@@ -102,10 +111,10 @@ class SAEConfig:
                 f"k = {self.selection.goal} latents cannot be kept of n_latents = {self.n_latents}. "
                 "Lower k or widen the dictionary."
             )
-        if self.prefix_weighting not in WEIGHTINGS:
-            raise ConfigError(
-                f"prefix_weighting {self.prefix_weighting!r} is unknown.{nearest(self.prefix_weighting, WEIGHTINGS)}"
-            )
+        self._check_prefixes()
+        self._check_penalties()
+
+    def _check_prefixes(self) -> None:
         if self.prefixes:
             if any(not 0 < share <= 1 for share in self.prefixes) or abs(sum(self.prefixes) - 1) > 1e-6:
                 raise ConfigError(
@@ -119,6 +128,36 @@ class SAEConfig:
                     f"prefixes {self.prefixes} leave an empty group in a dictionary of {self.n_latents} latents. "
                     "Use fewer groups or more latents."
                 )
+        if self.prefix_weighting in WEIGHTINGS:
+            return
+        if not isinstance(self.prefix_weighting, tuple | list):
+            raise ConfigError(
+                f"prefix_weighting {self.prefix_weighting!r} is unknown.{nearest(self.prefix_weighting, WEIGHTINGS)} "
+                "Or give one weight per prefix."
+            )
+        weights = tuple(self.prefix_weighting)
+        if len(weights) != len(self.prefixes):
+            raise ConfigError(
+                f"prefix_weighting gives {len(weights)} weights for {len(self.prefixes)} prefixes. Give one per prefix."
+            )
+        numbers = all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in weights)
+        if not numbers or weights[-1] == 0:
+            raise ConfigError(
+                f"prefix_weighting must be finite weights of at least 0, the last above 0, found {weights}."
+            )
+        object.__setattr__(self, "prefix_weighting", tuple(map(float, weights)))
+
+    def _check_penalties(self) -> None:
+        if not isinstance(self.penalties, tuple | list):
+            raise ConfigError(f"penalties must be a tuple of penalty configs, found {self.penalties!r}.")
+        object.__setattr__(self, "penalties", tuple(self.penalties))
+        for penalty in self.penalties:
+            if not isinstance(penalty, Penalty):
+                raise ConfigError(
+                    f"penalties must be penalty configs, such as OrtSAE(), found {penalty!r}."
+                    f"{nearest(penalty, PENALTIES)}"
+                )
+            penalty.check(self)
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -140,32 +179,50 @@ class SAEConfig:
 
     @property
     def prefix_weight(self) -> float:
-        """Weight of each prefix's mean squared error in the loss."""
+        """Weight of the whole reconstruction's mean squared error in the loss."""
+        if not isinstance(self.prefix_weighting, str):
+            return self.prefix_weighting[-1]
         groups = len(self.group_sizes)
         return {"1/G^2": 1 / groups**2, "mean": 1 / groups, "sum": 1.0}[self.prefix_weighting]
 
+    @property
+    def prefix_shares(self) -> tuple[float, ...]:
+        """Weight of each prefix's error as a share of that of the whole reconstruction; the last is 1."""
+        if isinstance(self.prefix_weighting, str):
+            return (1.0,) * len(self.group_sizes)
+        return tuple(weight / self.prefix_weighting[-1] for weight in self.prefix_weighting)
+
     def to_dict(self) -> dict:
-        """Plain values for JSON; `from_dict` reads them back."""
+        """Plain values for JSON; `from_dict` reads them back. What was added later is there only where it is in use,
+        so that an SAE keeps its identity."""
         rule: Any = self.selection  # a dataclass, which the type of its base does not say
         selection = {"rule": type(rule).__name__} | asdict(rule)
-        return asdict(self) | {"selection": selection, "prefixes": list(self.prefixes)}
+        values = asdict(self) | {"selection": selection, "prefixes": list(self.prefixes)}
+        if not isinstance(self.prefix_weighting, str):
+            values["prefix_weighting"] = list(self.prefix_weighting)
+        values["penalties"] = [{"penalty": type(penalty).__name__} | asdict(penalty) for penalty in self.penalties]
+        return {name: value for name, value in values.items() if value or name not in ("penalties", "frozen_decoder")}
 
     @classmethod
     def from_dict(cls, values: dict) -> "SAEConfig":
-        """Inverse of `to_dict`. Raises ConfigError for an unknown selection rule, and for what is no such
+        """Inverse of `to_dict`. Raises ConfigError for an unknown selection rule or penalty, and for what is no such
         dictionary."""
         try:
             values = dict(values)
-            selection = dict(values.pop("selection"))
-            rule = selection.pop("rule", None)
-            if rule not in SELECTIONS:
-                raise ConfigError(
-                    f"Unknown selection rule {rule!r}.{nearest(rule, SELECTIONS)} "
-                    "Import the module of a rule of your own."
-                )
+            selection = _part(values.pop("selection"), "rule", "selection rule", SELECTIONS)
+            penalties = tuple(_part(p, "penalty", "penalty", PENALTIES) for p in values.pop("penalties", ()))
             aux = values.pop("aux")
-            return cls(selection=SELECTIONS[rule](**selection), aux=AuxK(**aux) if aux else None, **values)
+            return cls(selection=selection, aux=AuxK(**aux) if aux else None, penalties=penalties, **values)
         except ConfigError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"This is no configuration of an SAE ({type(error).__name__}: {error}).") from error
+
+
+def _part(values: dict, key: str, what: str, known: dict):
+    """A selection rule or a penalty from its dictionary, whose `key` holds the name of its class."""
+    values = dict(values)
+    name = values.pop(key, None)
+    if name not in known:
+        raise ConfigError(f"Unknown {what} {name!r}.{nearest(name, known)} Import the module of a {what} of your own.")
+    return known[name](**values)

@@ -3,12 +3,12 @@
 
 With B tokens, G prefix groups and e_g = x_hat_g - x the error of the reconstruction from groups 1..g,
 
-    loss = w sum_g mean_b |e_g|^2  +  penalty  +  [ the first term for the gate ]
-           +  c mean_b |r - x_aux|^2 / mean_b |r - mean r|^2
+    loss = sum_g w_g mean_b |e_g|^2  +  penalty  +  [ the first term for the gate ]
+           +  c mean_b |r - x_aux|^2 / mean_b |r - mean r|^2  +  the SAE's penalties
 
-w is the prefix weight; penalty and gate belong to the selection rule (`saes/rules.py`). The last term, AuxK, exists
+w_g are the prefix weights; penalty and gate belong to the selection rule (`saes/rules.py`). The next term, AuxK, exists
 only while latents are dead: r is the detached residual x - x_hat and x_aux its reconstruction by the k_aux strongest
-dead latents.
+dead latents. The last ones are those of `saes/penalties.py`, on the steps that apply them.
 
 Nothing here waits for the device: no number is read back, and no shape depends on data.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from masksae.saes.penalties import due, penalty_loss
 from masksae.saes.sae import SAE
 
 
@@ -38,11 +39,11 @@ class Outcome:
 
 
 def reconstruction_loss(sae: SAE, x: Tensor, f: Tensor, w_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor]:
-    """(w sum_g mean_b |e_g|^2, e_G [B, d]) with autograd."""
-    error, total = b_dec - x, 0.0
-    for f_g, w_g in zip(f.split(sae.config.group_sizes, 1), w_dec.split(sae.config.group_sizes, 0)):
-        error = error + f_g @ w_g
-        total = total + error.square().sum(1).mean()
+    """(sum_g w_g mean_b |e_g|^2, e_G [B, d]) with autograd."""
+    error, total, sizes = b_dec - x, 0.0, sae.config.group_sizes
+    for f_g, rows, share in zip(f.split(sizes, 1), w_dec.split(sizes, 0), sae.config.prefix_shares):
+        error = error + f_g @ rows
+        total = total + share * error.square().sum(1).mean()
     return total * sae.config.prefix_weight, error
 
 
@@ -70,7 +71,7 @@ def dead_latents(sae: SAE, fired: Tensor, batch: int, dead_after: int) -> Tensor
 
 
 def dense_loss(
-    sae: SAE, x: Tensor, pre: Tensor, weight=0.0, dead_after: int | None = None
+    sae: SAE, x: Tensor, pre: Tensor, weight=0.0, dead_after: int | None = None, step: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition: (loss, residual [B, d], f [B, F]) with autograd from `pre`, the pre-activations of x, and the
     parameters.
@@ -78,6 +79,7 @@ def dense_loss(
     weight      sparsity coefficient
     dead_after  add AuxK for latents that have not fired for so many tokens: 0 without any, but a top-k over all
                 latents; None: do not
+    step        add the penalties that this step applies; None: none
     """
     f, gate, penalty = sae.config.selection.dense(sae, pre, weight)
     loss, error = reconstruction_loss(sae, x, f, sae.W_dec, sae.b_dec)
@@ -87,16 +89,27 @@ def dense_loss(
     residual = -error.detach()
     if dead_after is not None:
         loss = loss + aux_loss(sae, x, residual, dead_latents(sae, (f > 0).any(0), len(x), dead_after), pre)
+    if due(sae.config, step):
+        loss = loss + penalty_loss(sae, f.norm(dim=0), step, len(x))
     return loss, residual, f.detach()
 
 
-def dense_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, weight, dead_after: int | None, estimate: bool) -> Outcome:
-    """Fill every `.grad`. `xc` is the encoder's input, `pre` [B, F] its pre-activations, `dead_after` as in
+def dense_step(
+    sae: SAE,
+    x: Tensor,
+    xc: Tensor,
+    pre: Tensor,
+    weight,
+    dead_after: int | None,
+    estimate: bool,
+    step: int | None = None,
+) -> Outcome:
+    """Fill every `.grad`. `xc` is the encoder's input, `pre` [B, F] its pre-activations, `dead_after` and `step` as in
     `dense_loss`; `estimate`: fill `Outcome.smallest`."""
     sae.zero_grad()
     pre = pre.detach().requires_grad_()
     with torch.enable_grad():
-        loss, residual, f = dense_loss(sae, x, pre, weight, dead_after)
+        loss, residual, f = dense_loss(sae, x, pre, weight, dead_after, step)
         loss.backward()
     encoder_gradients(sae, (pre.grad.t() @ xc).to(sae.dtype), pre.grad.sum(0, dtype=sae.dtype))
     smallest = sae.config.selection.smallest(f, None, len(f)) if estimate else None

@@ -1,7 +1,7 @@
 """The same gradient as `saes/loss.py` at the price of k of F latents: decode and backward touch active entries only.
 
-A kept latent of prefix group g sees only E_g, the sum of the errors e_g' over g' >= g, so one backward matrix per group
-is enough:
+A kept latent of prefix group g sees only E_g, the sum of the errors e_g' over g' >= g, each times its weight as a share
+of the last one's, w, so one backward matrix per group is enough:
 
     df_bj = (2 w / B) E_g(b) . d_j        dW_j = (2 w / B) sum_b f_bj E_g(b)
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from masksae.saes.loss import Outcome, encoder_gradients
+from masksae.saes.penalties import due, penalty_loss
 from masksae.saes.sae import SAE
 
 DENSE_SHARE = 0.25
@@ -88,7 +89,9 @@ class Entries:
 
 
 @torch.no_grad()
-def sparse_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, index: Tensor, weight, estimate: bool) -> Outcome:
+def sparse_step(
+    sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, index: Tensor, weight, estimate: bool, step: int | None = None
+) -> Outcome:
     """Fill every `.grad`, AuxK apart. `index`: what the rule's `support` gave; the rest as in `dense_step`."""
     rule, e = sae.config.selection, Entries(pre, index, sae.config.group_sizes)
     f, gate = rule.sparse(sae, e)
@@ -98,6 +101,8 @@ def sparse_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, index: Tensor, wei
     if gate is not None:
         gate_loss, _, grad_gate = _reconstruct(sae, x, e, gate, frozen=True)
         loss = loss + gate_loss
+    if due(sae.config, step):
+        loss = loss + _penalise_(sae, e, f, grad_f, step)
     grad_pre, penalty = rule.backward(sae, e, f, grad_f, grad_gate, weight)
     # dpre^T xc latent by latent: this is the order in which W_enc is stored, so neither product nor gradient is turned
     # round
@@ -111,23 +116,24 @@ def sparse_step(sae: SAE, x: Tensor, xc: Tensor, pre: Tensor, index: Tensor, wei
 
 
 def _reconstruct(sae: SAE, x: Tensor, e: Entries, f: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(w sum_g mean_b |e_g|^2, x - x_hat, gradient of f at the entries); sets the decoder's gradients unless it is
+    """(sum_g w_g mean_b |e_g|^2, x - x_hat, gradient of f at the entries); sets the decoder's gradients unless it is
     frozen."""
-    factor = 2 * sae.config.prefix_weight / e.shape[0]
+    factor, shares = 2 * sae.config.prefix_weight / e.shape[0], sae.config.prefix_shares
     errors, loss = [], 0.0
-    for part, low, high in e.groups():
+    for (part, low, high), share in zip(e.groups(), shares):
         # e_g = e_(g - 1) + f_g W_g: all prefixes together cost one reconstruction from all latents
         error = errors[-1] if errors else sae.b_dec - x
         errors.append(torch.addmm(error, e.by_token(part, low, high, f), sae.W_dec[low:high]))
-        loss = loss + torch.dot(errors[-1].view(-1), errors[-1].view(-1))  # no [B, d] of squares
+        loss = loss + share * torch.dot(errors[-1].view(-1), errors[-1].view(-1))  # no [B, d] of squares
     residual = -errors[-1]  # a copy: the errors are written over from here on
     grad_f, weighted = torch.empty_like(f), f * factor  # the factor goes to k B numbers, not to F d
     if not frozen:
         sae.W_dec.grad = torch.empty_like(sae.W_dec)  # each group fills its rows
     backward = None
-    for (part, low, high), error in zip(reversed(e.groups()), reversed(errors)):
-        # from the last group to the first E_g = E_(g + 1) + e_g grows in place, in the last error's memory
-        backward = error if backward is None else backward.add_(error)
+    for (part, low, high), error, share in zip(reversed(e.groups()), reversed(errors), reversed(shares)):
+        # from the last group, whose share is 1, to the first E_g = E_(g + 1) + share e_g grows in place, in the last
+        # error's memory
+        backward = error if backward is None else backward.add_(error, alpha=share)
         pattern = e.by_token(part, low, high, f)
         # E_g(b) . d_j for the pairs (b, j) of the pattern alone, k B of the F B that E_g W_g^T has; beta = 0: not its
         # values
@@ -139,6 +145,17 @@ def _reconstruct(sae: SAE, x: Tensor, e: Entries, f: Tensor, frozen: bool = Fals
     if not frozen:
         sae.b_dec.grad = factor * backward.sum(0)  # b_dec is in every e_g, as the first group's latents are
     return loss * sae.config.prefix_weight / e.shape[0], residual, grad_f
+
+
+def _penalise_(sae: SAE, e: Entries, f: Tensor, grad_f: Tensor, step: int) -> Tensor:
+    """The penalties of this step; their gradients are added to the decoder's and to grad_f."""
+    norms = e.per_latent(f.square()).sqrt().requires_grad_()
+    with torch.enable_grad():
+        loss = penalty_loss(sae, norms, step, e.shape[0])
+        loss.backward()
+    if norms.grad is not None:  # d|f_j| / df_bj = f_bj / |f_j|, 0 for a silent latent
+        grad_f.addcmul_(f, torch.where(norms > 0, norms.grad / norms, 0)[e.col])
+    return loss.detach()
 
 
 def _csr(starts: Tensor, col: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -16,7 +16,7 @@ from masksae.metrics.contexts import context_absorption
 from masksae.metrics.probes import first_letters, letter_probe
 from masksae.parallel import once
 from masksae.saes.sae import SAE, at_least_single
-from masksae.study.inputs import Scored
+from masksae.study.inputs import Inputs
 from masksae.study.report.tables import cells, to_html
 from masksae.study.scores.absorption import context_probes, context_sample, vocabulary, word_activations
 
@@ -46,7 +46,7 @@ class Story:
 class Explorer:
     """Looks at SAEs of a run's model; what does not depend on the SAE is computed once."""
 
-    def __init__(self, run: Scored):
+    def __init__(self, run: Inputs):
         self.run = run
 
     def letter(self, sae: SAE, letter: str, threshold: float | None = None) -> Story:
@@ -63,7 +63,7 @@ class Explorer:
         probe = next((probe for probe in probes if probe.name == parent), None)
         if probe is None:
             raise ConfigError(f"There is no parent {parent!r} here.{nearest(parent, [probe.name for probe in probes])}")
-        metric = context_absorption(sae, x, [probe], min_parents=1, threshold=threshold)
+        metric = context_absorption(sae, x, [probe], among=[parent], min_parents=1, threshold=threshold)
         names = [texts[i] for i in probe.rows.tolist()]
         sample = (x[probe.rows], names, probe.positive, probe.is_test, probe.weight)
         return _story(f"follows {parent}", sae, _of(metric, parent), *sample, threshold=threshold)
@@ -96,7 +96,8 @@ class Explorer:
         ids = self.run.ids("contexts")
         _, _, where = context_sample(self.run)
         shown = ["".join(self._texts[t] for t in ids[b, max(0, i - 3) : i + 1].tolist()) for b, i in where.tolist()]
-        return *context_probes(self.run), shown
+        x, probes, _ = context_probes(self.run)
+        return x, probes, shown
 
 
 def _of(result: AbsorptionResult, name: str) -> LetterResult:

@@ -18,18 +18,18 @@ from masksae.data import blocks, models, texts
 from masksae.errors import DataError
 from masksae.files import cache_dir, ensure_writable, read_json, repository, run_id, write_json
 from masksae.parallel import once
-from masksae.study.profile import Arm, load_profile
-from masksae.study.sections import Section
+from masksae.study.profile import Profile, load_profile
+from masksae.study.sections import Arm, Section
 
 WRITES = {
     "00_mechanism": ["mechanism"],
     "01_data": ["data"],
     "02_train": ["train"],
     "03_reconstruction": ["reconstruction"],
-    "04_absorption": ["absorption", "contexts", "along", "along_effects", "noise"],
+    "04_absorption": ["absorption", "contexts", "along", "along_effects", "controls", "noise"],
     "05_probing": ["probing"],
     "06_perturbation": ["perturbation"],
-    "07_ood": ["ood"],
+    "07_ood": ["ood", "robustness"],
     "09_paper": ["claims"],
 }
 """Results of each notebook."""
@@ -41,13 +41,16 @@ KINDS = ("results", "figures", "build")
 class Inputs:
     """One profile's model, text and activations, and its folders `results`, `figures`, `build`.
 
-    out  one folder for all three; None: results/, figures/ and build/ of the project, each by the profile's name
+    profile  shipped name, path of a YAML file, or a `Profile`
+    out      one folder for all three; None: results/, figures/ and build/ of the project, each by the profile's name
 
     Raises ConfigError for a profile that cannot be used, OutputError for a folder that cannot be written.
     """
 
     def __init__(self, profile="smoke", out=None):
-        self.profile, self.source = load_profile(profile), str(profile)
+        given = isinstance(profile, Profile)
+        self.profile, self.source = profile if given else load_profile(profile), profile.name if given else str(profile)
+        self._shared: dict = {}
         folders = [repository() / kind / self.profile.name for kind in KINDS] if out is None else [out] * 3
         self.results, self.figures, self.build = map(ensure_writable, folders)
 
@@ -78,6 +81,13 @@ class Inputs:
         """Tensors of the model that `make()` gives, kept under an id of the model, of `key` and of the code that `make`
         reaches."""
         return cache.kept_tensors(kind, [self.identity(self.profile.model), key, cache.code_of(make)], make)
+
+    def shared(self, name: str, make: Callable):
+        """What `make()` gives, such as tasks with their probes: made once for all SAEs that are scored on these
+        inputs."""
+        if name not in self._shared:
+            self._shared[name] = make()
+        return self._shared[name]
 
     @once
     def device(self) -> str:
@@ -162,13 +172,15 @@ class Inputs:
     def stream(self, arm: Arm, pair: int = 0):
         """Training activations of an arm with the masks of one of its pairs."""
         training = self.profile.training
-        scratch = self.stream_folder(arm, pair) if training.epochs > 1 else None
+        scratch = self.stream_folder(arm, pair) if training.epochs > 1 and not arm.fresh_masks else None
         stream = activations.from_model(
             self.language_model,
             blocks.Blocks(self.blocks["train"]),
             block=self.profile.model.block,
             p=arm.p,
             mask_seed=arm.mask_seed(pair),
+            fresh_masks=arm.fresh_masks,
+            noise=arm.noise,
             bos_id=self.bos_id,
             batch_size=training.batch_size,
             seed=self.profile.text.seed,
@@ -179,16 +191,17 @@ class Inputs:
         )
         return stream.with_targets(self.stream(Arm(name="clean", p=0, tokens=arm.tokens))) if arm.denoise else stream
 
-    def stream_id(self, arm: Arm, pair: int = 0) -> str:
-        """Id of an arm's activations: those of an arm without masks are the same in all pairs."""
+    def stream_recipe(self, arm: Arm, pair: int = 0) -> list:
+        """All that the model's activations on an arm's text are made of, but the code: those of an arm without masks
+        are the same in all pairs, and noise is added when they are read."""
         profile = self.profile
-        masks = [arm.p, arm.mask_seed(pair), arm.token] if arm.p else []
+        masks = [arm.p, arm.mask_seed(pair), arm.token, arm.fresh_masks] if arm.p else []
         made_of = [self.identity(profile.model, profile.text), profile.contexts.tokens, profile.training.pool_tokens]
-        return run_id([made_of, masks, cache.code_id("study.inputs")])
+        return [made_of, masks]
 
-    def stream_folder(self, arm: Arm, pair: int = 0):
+    def stream_folder(self, arm: Arm, pair: int = 0) -> Path:
         """Where they are kept."""
-        return cache_dir("activations", self.stream_id(arm, pair))
+        return cache_dir("activations", run_id([self.stream_recipe(arm, pair), cache.code_id("study.inputs")]))
 
     @once
     def held_out(self) -> Tensor:
@@ -201,8 +214,8 @@ class Inputs:
 
 
 class Scored(Inputs, ABC):
-    """Inputs with SAEs to score on them: what the functions of `masksae.study.scores` take. A `Run` is one, an `OwnSAE`
-    another."""
+    """Inputs with SAEs to score on them: what the functions of `masksae.study.scores` take. A part of a run is one, an
+    `OwnSAE` another."""
 
     @property
     @abstractmethod
@@ -214,10 +227,23 @@ class Scored(Inputs, ABC):
         """`SAE`s by name."""
 
     @abstractmethod
-    def latents_of(self, row: dict) -> int:
-        """Size of the dictionary of a row's SAE."""
-
-    @abstractmethod
     def rows(self, kind: str, section: Section, make: Callable[[], list[dict]]) -> list[dict]:
         """Score rows that `make()` gives, kept under an id of the SAEs, of a section of the profile and of the code
         that `make` reaches."""
+
+
+class Beside(Scored):
+    """Other SAEs on the inputs of a run: what is made once for that run (model, text, activations) is the run's own."""
+
+    def __init__(self, inputs: Inputs):
+        self.inputs, self.profile, self.source = inputs, inputs.profile, inputs.source
+        self.results, self.figures, self.build = inputs.results, inputs.figures, inputs.build
+        self._shared = inputs._shared
+
+
+def _shared(name: str) -> property:
+    return property(lambda beside: getattr(beside.inputs, name))
+
+
+for _name in [name for name, made in vars(Inputs).items() if isinstance(made, once)]:
+    setattr(Beside, _name, _shared(_name))

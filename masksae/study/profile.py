@@ -6,6 +6,8 @@ either.
 """
 
 import reprlib
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -14,28 +16,87 @@ from pydantic import Field, ValidationError, model_validator
 
 from masksae.errors import ConfigError, nearest
 from masksae.files import PROFILES, shipped_profiles
+from masksae.saes.config import SAEConfig
 from masksae.study.sections import (
     Absorption,
     Arm,
+    Block,
     Contexts,
+    Decisions,
     Evaluation,
     Grid,
     Model,
     Perturbation,
     Probing,
+    Robustness,
     Section,
     Simulation,
     Text,
     Training,
+    Variant,
 )
 
-ARMS = [Arm(name="unmasked", p=0.0), Arm(name="masked", p=0.3)]
+ARMS = [Arm(name="unmasked", p=0.0), Arm(name="kept", p=0.3)]
 
 RESERVED = ("api", "docs", "faults", "guide", "lib", "release", "site")
 """Folders of build/ and of build/site/ that are no profile's; a profile of that name would be written over."""
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 80
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One SAE of a profile."""
+
+    arm: Arm
+    grid: Grid
+    pair: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}-{self.grid.name}-s{self.pair}"
+
+    def config(self, d_model: int) -> SAEConfig:
+        """Of the SAE, for a model of that width."""
+        return self.grid.config(d_model, self.pair, self.arm.drop_masked or self.arm.denoise)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One pair of one block: what is trained and scored before the next begins."""
+
+    block: Block
+    pair: int
+    members: tuple[Member, ...]
+    """Those that no earlier part has."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.block.name}-s{self.pair}"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """SAEs that are trained together on one activation stream."""
+
+    members: tuple[Member, ...]
+    snapshots: bool
+
+    @property
+    def arm(self) -> Arm:
+        """One that sees the group's activations."""
+        return self.members[0].arm
+
+    @property
+    def pair(self) -> int:
+        """One whose draw the group's activations are."""
+        return self.members[0].pair
+
+    @property
+    def name(self) -> str:
+        arms, grids, pairs = (dict.fromkeys(names) for names in zip(*(m.name.split("-") for m in self.members)))
+        return "-".join("+".join(names) for names in (arms, list(grids)[:3], list(pairs)[:3]))
 
 
 class Profile(Section):
@@ -47,18 +108,22 @@ class Profile(Section):
     model: Model
     text: Text
     arms: Annotated[list[Arm], Field(min_length=1)] = ARMS
-    ablations: list[Arm] = []
-    """Further arms, with SAEs of the first grid only; compared in notebooks 04 and 08."""
     training: Training = Training()
-    architectures: Annotated[list[str], Field(min_length=1)] = ["all"]
-    """Which of the grids under `saes` are trained, by architecture ("Matryoshka BatchTopK"); [all]: every one."""
     saes: Annotated[list[Grid], Field(min_length=1)]
+    blocks: Annotated[list[Block], Field(min_length=1)] = [Block()]
+    """The first one decides the claims."""
+    keep_pairs: bool = False
+    """Write the scores of each pair into results/NAME/pairs as it is finished, and take them from there: for runs that
+    are spread over machines."""
+    variants: list[Variant] = []
     evaluation: Evaluation = Evaluation()
     absorption: Absorption = Absorption()
     contexts: Contexts = Contexts()
     probing: Probing = Probing()
     perturbation: Perturbation = Perturbation()
+    robustness: Robustness = Robustness()
     simulation: Simulation = Simulation()
+    decisions: Decisions = Decisions()
 
     @property
     def shipped(self) -> bool:
@@ -66,18 +131,75 @@ class Profile(Section):
         return self.name in shipped_profiles()
 
     @property
-    def grids(self) -> list[Grid]:
-        """The SAEs that are trained: those of `saes` whose architecture is wanted."""
-        return [grid for grid in self.saes if {"all", grid.architecture} & {*self.architectures}]
+    def baseline_arm(self) -> Arm:
+        """The unmasked arm."""
+        return self.arms[0]
 
-    def members(self, arm: Arm) -> list[tuple[Grid, int]]:
-        """(grid, seed) of every SAE of an arm or of an ablation, which has those of the first grid."""
-        grids = self.grids if arm in self.arms else self.grids[:1]
-        return [(grid, seed) for grid in grids for seed in arm.seeds or grid.seeds]
+    @property
+    def main_grid(self) -> Grid:
+        """The first one of the first block: the claims are decided on its SAEs."""
+        return self._grids_of(self.blocks[0])[0]
 
-    def pairs(self, arm: Arm) -> list[int | None]:
-        """The draws of masks of an arm: one for each seed of its SAEs; [None] without masks."""
-        return list(dict.fromkeys(seed for _, seed in self.members(arm))) if arm.p else [None]
+    def _arms_of(self, block: Block) -> list[Arm]:
+        return [arm for arm in self.arms if not block.arms or arm.name in block.arms]
+
+    def _grids_of(self, block: Block) -> list[Grid]:
+        return [grid for grid in self.saes if not block.saes or grid.name in block.saes]
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """What is worked off one after the other; every SAE is in one of them."""
+        seen, parts = set(), []
+        for block in self.blocks:
+            for pair in block.pairs:
+                grids = self._grids_of(block)
+                members = [Member(arm, grid, pair) for arm in self._arms_of(block) for grid in grids]
+                new = tuple(member for member in members if member.name not in seen)
+                seen |= {member.name for member in new}
+                parts += [Part(block, pair, new)] if new else []
+        return parts
+
+    @property
+    def members(self) -> list[Member]:
+        """Every SAE, in the order of the parts."""
+        return [member for part in self.parts for member in part.members]
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Every SAE in one group: those of a part that see the same activations. Where activations are not kept in
+        scratch, all of a block that see the same, for the model runs but once then."""
+        by_key: dict[tuple, tuple[Block, list[Member]]] = {}
+        for part in self.parts:
+            together = part.name if self.training.epochs > 1 else part.block.name
+            for member in part.members:
+                key = (together, *member.arm.sees(member.pair))
+                by_key.setdefault(key, (part.block, []))[1].append(member)
+        return [Group(tuple(members), block.snapshots) for block, members in by_key.values()]
+
+    def model_copy(self, **options) -> "Profile":
+        """As pydantic's, without what was worked out of the values before."""
+        copy = super().model_copy(**options)
+        for name in ("parts", "groups"):
+            copy.__dict__.pop(name, None)
+        return copy
+
+    def baseline(self, arm: str, grid: str) -> tuple[str, str] | None:
+        """(arm, grid) whose SAEs those of an arm and a grid are compared with: the unmasked ones of the grid, or of the
+        grid that it is `against`; None for the main baseline itself."""
+        cells = {(member.arm.name, member.grid.name) for member in self.members}
+        against = next(g.against for g in self.saes if g.name == grid)
+        for other in (grid, against):
+            if (cell := (self.baseline_arm.name, other)) in cells - {(arm, grid)}:
+                return cell
+        return None
+
+    def changed(self, variant: Variant) -> "Profile":
+        """This profile with the changes of one of its variants. Raises ConfigError for changes that make no profile."""
+        values = self.model_dump(mode="json", exclude_unset=True) | {"variants": []}
+        for name, change in variant.changes.items():
+            both = isinstance(change, dict) and isinstance(values.get(name), dict)
+            values[name] = values[name] | change if both else change
+        return _validated(values, f"variant {variant.name} of {self.name}")
 
     @model_validator(mode="after")
     def _sized(self):
@@ -90,33 +212,76 @@ class Profile(Section):
 
     @model_validator(mode="after")
     def _possible(self):
-        known = dict.fromkeys(grid.architecture for grid in self.saes)
-        for name in self.architectures:
-            if name not in known and name != "all":
-                raise ValueError(f"architectures: no grid of saes is a {name!r}.{nearest(name, ['all', *known])}")
-        for what, items in (("arms and ablations", [*self.arms, *self.ablations]), ("saes", self.saes)):
+        for what, items in (
+            ("arms", self.arms),
+            ("saes", self.saes),
+            ("blocks", self.blocks),
+            ("variants", self.variants),
+        ):
             names = [item.name for item in items]
             if len(set(names)) < len(names):
                 raise ValueError(f"{what}: names must differ, found {names}. Rename one.")
-        if self.arms[0].p != 0:
+        if self.baseline_arm.drawn:
             raise ValueError(
                 f"arms: the first arm is the baseline of every comparison and needs p = 0, found {self.arms[0].p}."
             )
-        for arm in self.arms:
-            if arm.seeds is not None:
-                raise ValueError(f"arms.{arm.name}.seeds: an arm has SAEs of every grid and seed. Leave this key out.")
-        for arm in self.ablations:
-            if missing := set(arm.seeds or ()) - set(self.grids[0].seeds):
+        grids = [grid.name for grid in self.saes]
+        for block in self.blocks:
+            self._check_block(block, grids)
+        for grid in self.saes:
+            if grid.against is not None and grid.against not in grids:
                 raise ValueError(
-                    f"ablations.{arm.name}.seeds: {sorted(missing)} are not among the first grid's "
-                    f"({self.grids[0].seeds}), so nothing pairs with them."
+                    f"saes.{grid.name}.against: there is no grid {grid.against!r}.{nearest(grid.against, grids)}"
                 )
+        self._check_partners()
+        for variant in self.variants:
+            self.changed(variant)
         if self.text.train_tokens < self.training.batch_size:
             raise ValueError(
                 f"text.train_tokens ({self.text.train_tokens}) is less than one training.batch_size "
                 f"({self.training.batch_size}). Raise the first."
             )
         return self
+
+    @model_validator(mode="after")
+    def _decided(self):
+        """Decisions speak of arms and grids that there are."""
+        for key, names, known in (
+            ("arm", [self.decisions.arm] if self.decisions.arm else [], [arm.name for arm in self.arms[1:]]),
+            ("cells", self.decisions.cells, [grid.name for grid in self.saes if grid is not self.main_grid]),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"decisions.{key}: found {name!r}.{nearest(name, known)}")
+        return self
+
+    def _check_block(self, block: Block, grids: list[str]) -> None:
+        where = f"blocks.{block.name}"
+        for key, known in (("arms", [arm.name for arm in self.arms]), ("saes", grids)):
+            for name in getattr(block, key):
+                if name not in known:
+                    raise ValueError(f"{where}.{key}: found {name!r}.{nearest(name, known)}")
+        if len(set(block.pairs)) < len(block.pairs):
+            raise ValueError(
+                f"{where}.pairs: {block.pairs} holds a pair twice; two pairs of one number share a draw and are one. "
+                "Leave one out."
+            )
+
+    def _check_partners(self) -> None:
+        """Every SAE has one that it is compared with: of the same pair."""
+        names = {member.name for member in self.members}
+        for member in self.members:
+            cell = self.baseline(member.arm.name, member.grid.name)
+            if cell is None and member.arm is not self.baseline_arm:
+                raise ValueError(
+                    f"blocks: {member.name} has no unmasked SAE to be compared with. Add the arm "
+                    f"{self.baseline_arm.name} to its block, or name a grid in saes.{member.grid.name}.against."
+                )
+            if cell is not None and f"{cell[0]}-{cell[1]}-s{member.pair}" not in names:
+                raise ValueError(
+                    f"blocks: {member.name} is compared with {cell[0]}-{cell[1]}, which has no pair {member.pair}. Add "
+                    "it to their block, or leave it out here."
+                )
 
 
 def profile_path(name_or_path) -> Path:
@@ -161,11 +326,16 @@ def load_profile(name_or_path) -> Profile:
             f"{path}: name: {raw['name']!r} is a folder of the project's own under build/, "
             f"as are {', '.join(RESERVED)}. Choose another."
         )
+    return _validated(raw, path)
+
+
+def _validated(raw: dict, what) -> Profile:
+    """A profile out of plain values. Raises ConfigError with a line for each key that cannot be used."""
     try:
         return Profile.model_validate(raw)
     except ValidationError as error:
         problems = "\n".join("  " + _explain(e) for e in error.errors())
-        raise ConfigError(f"{path} cannot be used:\n{problems}") from None
+        raise ConfigError(f"{what} cannot be used:\n{problems}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -6,12 +6,13 @@ Unknown keys and wrong types are refused; `masksae.study.profile` turns the refu
 
 import re
 from dataclasses import MISSING, fields
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from masksae.errors import nearest
 from masksae.saes.config import AuxK, SAEConfig
+from masksae.saes.penalties import PENALTIES, Penalty
 from masksae.saes.rules import SELECTIONS, Selection, snake_case
 from masksae.training.config import TrainConfig
 
@@ -122,14 +123,27 @@ class Arm(Section):
     """Train on ordinary positions only."""
     denoise: bool = False
     """Reconstruct the clean activation from the corrupted one, at ordinary positions."""
+    fresh_masks: bool = False
+    """Draw the masks anew in every epoch, where otherwise one draw serves all epochs of a pair; the language model then
+    runs in every epoch."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Gaussian noise on the activations (`ActivationStream.from_model`): is it masking that works, or any noise?"""
     tokens: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the training text that is used."""
-    seeds: list[Seed] | None = None
-    """Of an ablation: seeds of its SAEs, some of the first grid's; None: all of them."""
+
+    @property
+    def drawn(self) -> bool:
+        """Whether masks or noise are drawn, so that each pair has activations of its own."""
+        return self.p > 0 or self.noise > 0
 
     def mask_seed(self, pair: int) -> int:
-        """Seed of the masks that the SAEs of seed `pair` see: another for every pair."""
+        """Seed of the masks and of the noise that the SAEs of a pair see: another for every pair."""
         return self.seed << 32 | pair
+
+    def sees(self, pair: int) -> tuple:
+        """What an arm's SAEs of a pair see: arms and pairs of the same are trained on the same activations."""
+        drawn = (self.p, self.mask_seed(pair), self.token, self.fresh_masks, self.noise) if self.drawn else ()
+        return *drawn, self.tokens, self.denoise
 
 
 class Training(Section):
@@ -154,10 +168,10 @@ class Training(Section):
     """Steps at which the SAEs are also kept, each after a learning-rate decay of its own: absorption along training
     (notebook 04). Those that an arm does not reach are left out."""
 
-    def config(self, steps: int) -> TrainConfig:
-        """The `TrainConfig` of a run of so many steps; what is None follows them."""
+    def config(self, steps: int, snapshots: bool = True) -> TrainConfig:
+        """The `TrainConfig` of a run of so many steps, with or without snapshots; what is None follows the steps."""
         shared = self.model_dump(exclude={"epochs", "batch_size", "pool_tokens", "snapshots"})
-        shared["snapshots"] = tuple(n for n in self.snapshots if n < steps)
+        shared["snapshots"] = tuple(n for n in self.snapshots if snapshots and n < steps)
         seldom = {"checkpoint_every": max(200, steps // 100), "log_every": max(20, steps // 1000)}
         return TrainConfig(steps, **shared, **seldom)
 
@@ -209,6 +223,36 @@ class Rule(Section):
         return self
 
 
+class Penalised(Section):
+    """A penalty by the snake case of its name, and its parameters as keys: {penalty: ortsae, every: 8}."""
+
+    model_config = ConfigDict(extra="allow")
+
+    penalty: str
+
+    @property
+    def config(self) -> Penalty:
+        """The penalty's config."""
+        kind = _penalties()[self.penalty]
+        hints = get_type_hints(kind)
+        return kind(**{name: _value(name, value, hints[name]) for name, value in self.model_extra.items()})
+
+    @model_validator(mode="after")
+    def _known(self):
+        if self.penalty not in _penalties():
+            raise ValueError(f"found {self.penalty!r}.{nearest(self.penalty, _penalties())}")
+        known = {field.name for field in fields(_penalties()[self.penalty])}
+        for name in sorted(self.model_extra.keys() - known):
+            raise ValueError(f"{self.penalty} has no {name!r}.{nearest(name, known)}")
+        self.config
+        return self
+
+
+def _penalties() -> dict[str, type[Penalty]]:
+    """Every penalty by its name in profiles."""
+    return {snake_case(name): penalty for name, penalty in PENALTIES.items()}
+
+
 def _rules() -> dict[str, type[Selection]]:
     """Every rule by its name in profiles."""
     return {snake_case(name): rule for name, rule in SELECTIONS.items()}
@@ -223,31 +267,50 @@ def _value(name: str, value, kind):
 
 
 class Grid(Section):
-    """SAEs that differ in their seed only: in the initial weights, the order of the tokens and the masks that are drawn
-    from it."""
+    """SAEs that differ in their pair only: in the initial weights, the order of the tokens and the masks, all drawn
+    from its number."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     selection: Rule
     n_latents: Positive
     prefixes: tuple[float, ...] = ()
     """Matryoshka group fractions, summing to 1; empty: one group."""
+    prefix_weighting: str | tuple[float, ...] = "1/G^2"
+    """Of the prefixes' losses (`SAEConfig`)."""
+    penalties: list[Penalised] = []
+    """What is added to the loss: [{penalty: ortsae, every: 8}]; see `masksae.saes.penalties`."""
+    frozen_decoder: bool = False
+    """Leave the decoder at its random start and train the rest: a control of the scores."""
+    aux: bool = True
+    """Whether dead latents are revived (rules that are `revived`)."""
     dead_after_tokens: Positive | None = None
-    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss (rules that are
-    `revived`). None: a sixteenth of the run's tokens, 10,000,000 at most."""
-    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
+    """A latent that has not fired for so many tokens counts as dead and gets the auxiliary loss. None: a sixteenth of
+    the run's tokens, 10,000,000 at most."""
+    clean_l0: Annotated[float, Field(gt=0)] | None = None
+    """Clean L0 at which matched scores are taken; None: the rule's own goal. Of a grid whose k was chosen so that a
+    masked arm reaches it as trained (`masksae match`)."""
+    against: str | None = None
+    """Another grid: where this one has no unmasked SAEs, those of that one are the baseline; where it has, they are
+    compared with that one's too."""
 
     def config(self, d_model: int, seed: int, drop_masked: bool = False) -> SAEConfig:
         """The SAE's configuration for a model of width `d_model`."""
         rule = self.selection.config
-        aux = AuxK(dead_after_tokens=self.dead_after_tokens) if rule.revived else None
-        options = dict(aux=aux, seed=seed, drop_masked=drop_masked, own_order=True)
-        return SAEConfig(d_model, self.n_latents, rule, self.prefixes, **options)
+        aux = AuxK(dead_after_tokens=self.dead_after_tokens) if rule.revived and self.aux else None
+        options = dict(aux=aux, seed=seed, drop_masked=drop_masked, own_order=True, frozen_decoder=self.frozen_decoder)
+        options |= {"penalties": tuple(penalty.config for penalty in self.penalties)}
+        return SAEConfig(d_model, self.n_latents, rule, self.prefixes, self.prefix_weighting, **options)
+
+    @property
+    def l0(self) -> float:
+        """Clean L0 at which matched scores are taken."""
+        return self.clean_l0 or self.selection.config.goal
 
     @property
     def architecture(self) -> str:
         """Name for figures and tables, such as "Matryoshka BatchTopK".
 
-        >>> Grid(name="a", selection=Rule(rule="jump_relu", target_l0=20), n_latents=64, seeds=[0]).architecture
+        >>> Grid(name="a", selection=Rule(rule="jump_relu", target_l0=20), n_latents=64).architecture
         'JumpReLU'
         """
         return self.config(d_model=1, seed=0).architecture
@@ -256,6 +319,29 @@ class Grid(Section):
     def _possible(self):
         self.config(d_model=1, seed=0)
         return self
+
+
+class Block(Section):
+    """Some arms times some grids times some pairs; blocks are worked off in their order, pair by pair."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "main"
+    arms: list[str] = []
+    """Names; []: every arm."""
+    saes: list[str] = []
+    """Names of grids; []: every grid."""
+    pairs: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
+    """A pair is one draw of everything that is drawn: initial weights, order of the tokens, masks. Two pairs share
+    nothing but the text."""
+    snapshots: bool = True
+    """Whether the SAEs are also kept at `training.snapshots`."""
+
+
+class Variant(Section):
+    """The same profile with some keys changed: what makes the regime (`masksae gate`)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    changes: dict[str, Any]
+    """Section -> key -> value, as in a profile; a list takes the place of a list."""
 
 
 TASKS = [
@@ -313,7 +399,9 @@ class Contexts(Section):
     positives: Positive = 2000
     """Occurrences of a parent, at most, and as many others beside them."""
     min_parents: Positive = 5
-    """Parents that must pass the probe gate."""
+    """Parents that must pass the probe gate, of the set that decides."""
+    min_count: Annotated[int, Field(ge=0)] = 20
+    """Times that the training text must hold the word itself for it to count, as in `absorption`."""
     seed: Seed = 0
 
 
@@ -368,6 +456,20 @@ class Perturbation(Section):
         return [task for tasks in (*self.groups.values(), *self.pairs) for task in tasks]
 
 
+class Robustness(Section):
+    """One token of a held-out text is replaced, and later positions are compared (notebook 07)."""
+
+    texts: Positive = 240
+    """Texts: the beginnings of the first held-out blocks, as many as there are at most."""
+    tokens: Annotated[int, Field(ge=24)] = 48
+    """Tokens of a text, BOS left out; a replaced one has 8 before it at least and 15 after it."""
+    candidates: Annotated[int, Field(ge=2)] = 2000
+    """The most frequent tokens of the training text, of which a gradient chooses one."""
+    top: Positive = 5
+    """Largest latents of a token whose overlap is given beside that of all active ones."""
+    seed: Seed = 0
+
+
 class Simulation(Section):
     """The world with known features (notebook 00). No model is in it, so what it says is the same for every profile:
     the defaults are few worlds, made in seconds and kept for all profiles; the shipped profiles state more."""
@@ -388,4 +490,90 @@ class Simulation(Section):
     def _possible(self):
         if self.main_p not in self.ps:
             raise ValueError(f"main_p {self.main_p} is none of ps {self.ps}. Add it.")
+        return self
+
+
+class Gate(Section):
+    """What unmasked SAEs must reach before absorption in them says anything: a word whose parent has no good latent
+    counts as absorbed as soon as any other latent carries its direction. Means over the unmasked SAEs of a grid."""
+
+    letters_f1: Share = 0.5
+    """Least F1 of the main latents of first letters."""
+    contexts_f1: Share = 0.6
+    """Least F1 of the main latents of parents that another token sets."""
+    dense_absorbers: Share = 0.1
+    """Largest share of absorbed words that is credited to latents of no particular word, first letters."""
+    dead: Share = 0.02
+    """Largest share of latents that are dead at the end of training."""
+    dead_compared: Share = 0.05
+    """The same of each arm of a comparison; above it the run says that it cannot compare."""
+
+
+class Endpoint(Section):
+    """One score on which a claim is decided: treated less baseline, paired."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9 ]+$")]
+    claim: Literal["C1", "C2", "C3", "C5", "R"]
+    score: str
+    """Column of the results; one that ends in an underscore: the first that begins so."""
+    direction: Literal[-1, 1]
+    """Sign of the difference that the claim says."""
+    margin: Annotated[float, Field(gt=0)]
+    """In the score's own unit: a difference that is shown to be smaller counts as none."""
+    items: Literal["fixed", "random"]
+    """Whether letters, parents, tasks, sets or texts are all there are, or a sample like the pairs."""
+    slight: Annotated[float, Field(gt=0)] | None = None
+    """Of a claim with a size in it: the largest difference that is still as small as the claim says."""
+    primary: bool = True
+    """Primary endpoints decide and share one correction; the others are reported with a correction of their own."""
+
+
+def _endpoint(name: str, claim: str, score: str, direction: int, margin: float, items: str, **more) -> Endpoint:
+    return Endpoint(name=name, claim=claim, score=score, direction=direction, margin=margin, items=items, **more)
+
+
+ENDPOINTS = [
+    _endpoint("letters", "C1", "mean_full", -1, 0.03, "fixed"),
+    _endpoint("contexts", "C1", "context_full", -1, 0.02, "random"),
+    _endpoint("probing", "C2", "probing_auc_", +1, 0.01, "random"),
+    _endpoint("gap", "C3", "ood_gap_", -1, 0.01, "random"),
+    _endpoint("explained variance", "C5", "ev_centred", -1, 0.005, "fixed", slight=0.02),
+    _endpoint("robustness", "R", "robustness_random_near_jaccard", +1, 0.02, "random"),
+    _endpoint("letters specific", "C1", "mean_specific", -1, 0.03, "fixed", primary=False),
+    _endpoint("contexts specific", "C1", "context_specific", -1, 0.02, "random", primary=False),
+    _endpoint("letters f1", "C1", "main_f1", +1, 0.03, "fixed", primary=False),
+    _endpoint("contexts f1", "C1", "context_main_f1", +1, 0.03, "random", primary=False),
+]
+"""Of a profile that names none."""
+
+
+class Decisions(Section):
+    """What is decided, on what, and how: written down before the data (docs/preregistration.md)."""
+
+    arm: str | None = None
+    """The treated arm; None: the profile's second."""
+    mode: Literal["as_trained", "matched"] = "as_trained"
+    """Scores that decide: with the SAE's own threshold, as they are published, or with it moved to clean L0 = k."""
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Chance that any of the primary endpoints is called supported or contradicted without a cause; of each claim of
+    equivalence."""
+    correction: Literal["holm"] = "holm"
+    """For the number of endpoints."""
+    gate: Gate = Gate()
+    endpoints: Annotated[list[Endpoint], Field(min_length=1)] = ENDPOINTS
+    cells: list[str] = []
+    """Grids in which C4 asks for C1 to C3 again, the first left out; []: every other one with SAEs of both arms whose
+    unmasked SAEs are compared with no other grid's."""
+
+    @model_validator(mode="after")
+    def _possible(self):
+        names = [endpoint.name for endpoint in self.endpoints]
+        if len(set(names)) < len(names):
+            raise ValueError(f"endpoints: names must differ, found {names}. Rename one.")
+        for endpoint in self.endpoints:
+            if endpoint.slight is not None and endpoint.slight <= endpoint.margin:
+                raise ValueError(
+                    f"endpoints.{endpoint.name}: slight ({endpoint.slight}) must be larger than the margin "
+                    f"({endpoint.margin}), within which a difference counts as none."
+                )
         return self

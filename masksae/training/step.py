@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from masksae.saes.config import AuxK
 from masksae.saes.loss import Outcome, aux_loss, dead_latents, dense_step
 from masksae.saes.sae import SAE, load_state
 from masksae.saes.sparse import DENSE_SHARE, sparse_step
@@ -68,8 +69,8 @@ class Trainer:
             pre = self._pre_activations(xc)
             index = rule.support(sae, pre, DENSE_SHARE * pre.numel()) if self.sparse else None
             if index is None:
-                return dense_step(sae, target, xc, pre, weight, dead_after, estimate)
-        outcome = sparse_step(sae, target, xc, pre, index, weight, estimate)
+                return dense_step(sae, target, xc, pre, weight, dead_after, estimate, step)
+        outcome = sparse_step(sae, target, xc, pre, index, weight, estimate, step)
         if dead_after is not None:
             dead = dead_latents(sae, outcome.fired, len(x), dead_after)
             if dead.any():
@@ -130,7 +131,10 @@ class Trainer:
         """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1, the rule's own parameters to where
         they make sense."""
         sae, rule = self.sae, self.sae.config.selection
-        if rule.unit_rows:
+        unit_rows = rule.unit_rows and not sae.config.frozen_decoder
+        if sae.config.frozen_decoder:
+            sae.W_dec.grad = None
+        if unit_rows:
             sae.W_dec.grad.addcmul_(sae.W_dec, (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True), value=-1)
         if rule.clipped:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip)
@@ -138,17 +142,19 @@ class Trainer:
             group["lr"] = lr
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)  # gradients exist for one SAE of a group at a time
-        if rule.unit_rows:
+        if unit_rows:
             sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
         rule.project_(sae)
 
     def _record(self, x: Tensor, outcome: Outcome, step: int) -> None:
         unexplained = (outcome.residual.square().sum() / (x - x.mean(0)).square().sum()).item()
+        dead_after = (self.sae.config.aux or AuxK()).dead_after(self.steps * len(x))  # with or without its help
         record = {
             "step": step,
             "loss": outcome.loss.item(),
             "explained_variance": 1 - unexplained if math.isfinite(unexplained) else None,
             "l0": outcome.l0.item(),
+            "dead": int((self.sae.tokens_since_fired >= dead_after).sum()),
             "silent": int((self.sae.tokens_since_fired >= SILENT_BATCHES * len(x)).sum()),
             "threshold": self.sae.threshold.item(),
         }

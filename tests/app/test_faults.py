@@ -55,7 +55,8 @@ def make_project(root) -> None:
         "model": {"source": "model", "block": 1, "mask_token": "<mask>", "bos_token": "<bos>"},
         "text": {"sources": ["text.jsonl"], "block_length": 32, "train_tokens": 3200, "held_out_tokens": 320},
         "training": {"batch_size": 64, "snapshots": [20], "epochs": 2, "pool_tokens": 1600},
-        "saes": [{"name": "b4", "selection": {"rule": "batch_topk", "k": 4}, "n_latents": 64, "seeds": [0]}],
+        "saes": [{"name": "b4", "selection": {"rule": "batch_topk", "k": 4}, "n_latents": 64}],
+        "blocks": [{"pairs": [0]}],
         "evaluation": {"ce_tokens": 320},
         "contexts": {"tokens": 320},
     }

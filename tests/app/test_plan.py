@@ -17,7 +17,7 @@ from masksae.app.plan import GPUS, Plan, peers, step_flop
 from masksae.app.plan_text import text
 from masksae.errors import ConfigError, SourceError
 from masksae.saes.sae import SAE
-from masksae.study.sections import Training
+from masksae.study.sections import Block, Training
 from masksae.training.step import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,10 +77,10 @@ def test_a_larger_gpu_is_faster_and_ablations_cost(paper):
         hours = {gpu.name: sum(plan.hours(work, gpu) for work in plan.work) for gpu in GPUS}
         assert hours["H100 SXM"] < hours["A100 80GB"] < hours["L4"] < 72
     laptop = load_profile("laptop")
-    less = Plan(laptop.model_copy(update={"ablations": []}))
+    less = Plan(laptop.model_copy(update={"blocks": [Block(arms=["unmasked"], pairs=[100])]}))
     assert len(less.saes) < len(paper["laptop"].saes) and less.work[1].sae_flop < paper["laptop"].work[1].sae_flop
-    steps = paper["laptop"].steps
-    assert steps == 484  # what the trainer counts
+    assert less.streams == 1 and paper["laptop"].streams == 4  # of each pair its masks, kept and dropped alike
+    assert paper["laptop"].steps == 6 * (400_000 // 128 * 127 // 512)  # what the trainer counts
 
 
 def test_a_plan_needs_no_network(monkeypatch, capsys, tmp_path):

@@ -222,7 +222,7 @@ def test_a_short_profile_gets_every_key_that_a_stage_depends_on(project):
         key for stage in STAGES.values() for params in stage.get("params", []) for key in params["${profile_values}"]
     }
     values = yaml.safe_load((project / "build/mine/values.yaml").read_text())
-    assert keys <= set(values) and values["saes"][0]["seeds"] == [0, 1, 2] and values["arms"][1]["p"] == 0.3
+    assert keys <= set(values) and values["blocks"][0]["pairs"] == [0, 1, 2] and values["arms"][1]["p"] == 0.3
 
 
 @pytest.mark.parametrize("command", ["repro", "status", "project"])

@@ -31,7 +31,7 @@ def run(project):
 
 def test_the_folder_holds_every_sae_as_it_is(run):
     folder = upload.build(run)
-    for name, sae in run.load_saes().items():
+    for name, sae in run.saes.items():
         assert torch.equal(load_saelens(folder / name).W_dec, sae.W_dec)
     assert len([path for path in folder.iterdir() if path.is_dir()]) == len(run.table)
 

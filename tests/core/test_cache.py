@@ -62,11 +62,11 @@ def test_an_edit_on_the_way_to_a_score_moves_the_ids_from_there_on(package, file
 
 
 def test_scores_rest_on_the_ids_of_their_saes(project, monkeypatch):
-    run, made = Run(profile(project)), []
+    [part, *_], made = Run(profile(project)).parts, []
     make = lambda: [{"n": made.append(1) or len(made)}]
-    score = lambda: run.rows("try", run.profile.evaluation, make)
+    score = lambda: part.rows("try", part.profile.evaluation, make)
     assert score() == score() == [{"n": 1}]
-    monkeypatch.setattr(Run, "ids_of", lambda self, arms: ["trained by other code"])
+    monkeypatch.setattr(Run, "id_of", lambda self, group: "trained by other code")
     assert score() == [{"n": 2}]
 
 
@@ -120,11 +120,11 @@ def test_a_function_outside_the_package_is_known_by_its_file():
 
 def ids(run: Run) -> dict[str, list[str]]:
     """The ids of a run's activations, of its SAEs, and of what some of its scores rest on besides."""
-    streams = [run.stream_id(group.arm, group.pair or 0) for group in run.groups(run.arms)]
+    streams = [run.stream_folder(group.arm, group.pair).name for group in run.profile.groups]
     sections = [run.profile.evaluation, run.profile.probing, run.profile.perturbation, run.profile.text]
     return {
         "streams": streams,
-        "groups": run.ids_of(run.arms),
+        "groups": [run.id_of(group) for group in run.profile.groups],
         "scores": [cache.run_id(run.identity(s)) for s in sections],
     }
 
@@ -192,13 +192,15 @@ def test_hashes_are_looked_up_only_where_nothing_changed(data):
 
 
 def test_each_pair_has_its_own_masks_and_the_unmasked_arm_none(project):
-    run = Run(profile(project, ablations=[{"name": "dropped", "p": 0.3, "drop_masked": True}]))
-    names = [group.name for group in run.groups(run.arms)]
-    assert names == ["unmasked", "masked-s0", "masked-s1", "dropped-s0", "dropped-s1"]
-    unmasked, first, second, *dropped = (run.stream_id(g.arm, g.pair or 0) for g in run.groups(run.arms))
-    assert len({unmasked, first, second}) == 3 and dropped == [first, second]  # arms of one pair share a forward
+    arms = [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.3}]
+    arms += [{"name": "dropped", "p": 0.3, "drop_masked": True}, {"name": "noise", "p": 0.0, "noise": 0.5}]
+    run = Run(profile(project, arms=arms, blocks=[{"saes": ["plain"], "pairs": [0, 1]}]))
+    unmasked, masked, dropped, noise = ([run.stream_folder(arm, pair) for pair in (0, 1)] for arm in run.profile.arms)
+    assert len({*unmasked, *masked}) == 3  # arms of one pair share a forward, and noise is added to what is there
+    assert dropped == masked and noise == unmasked
+    assert len({run.id_of(group) for group in run.profile.groups}) == len(run.profile.groups) == 6
     masked = run.profile.arms[1]
     masks = [run.corrupt(masked, run.ids("train"), pair)[1] for pair in (0, 1)]
     agreement = (masks[0] == masks[1]).double().mean().item()
     assert agreement == pytest.approx(0.3**2 + 0.7**2, abs=0.03)
-    assert {grid.config(8, seed).own_order for _, grid, seed in run.members(masked)} == {True}
+    assert {member.config(8).own_order for member in run.profile.members} == {True}

@@ -6,53 +6,129 @@ import torch
 from masksae import SAE, BatchTopK, SAEConfig
 from masksae.errors import DataError
 from masksae.metrics import absorption, contexts
-from masksae.metrics.contexts import PARENTS, context_absorption, context_probes, occurrences
+from masksae.metrics.contexts import ALL, EXPLORATORY, PARENTS, context_absorption, context_probes, occurrences
 
-TEXTS = [
-    " the",
-    " cat",
-    " To",
-    " be",
-    " 7",
-    "7",
-    " Paris",
-    "ing",
-    ' "',
-    " of",
-    " an",
-    " and",
-    " in",
-    " a",
-    "The",
-    " dog",
-]
-ID = {text: i for i, text in enumerate(TEXTS)}
+BEFORE = {
+    "his or her": ["his", " Her"],
+    "a pronoun": [" He", " they"],
+    "a negation": [" not", "'t", "n’t", " never"],
+    "a comma": [",", ',"', "),"],
+    "the end of a sentence": [".", '."', "?", "!)"],
+    "a colon or semicolon": [":", ";", "):"],
+    "a dash": [" -", " –", "--", "-"],
+    "a closing parenthesis": [")", '")'],
+    "a title": [" Mr", " President", "Dr"],
+    "a modal verb": [" Would", " must"],
+    "a form of have": [" has", "Had"],
+    "a wh-word": [" who", "Which"],
+    "that": [" that", "That"],
+    "a subordinator": [" because", "If"],
+    "a month or weekday": [" May", " Sunday"],
+    "said": [" said", " told"],
+    "more or less": [" more", " least"],
+    "than": [" than"],
+    "a possessive": ["'s", "’s"],
+    "a number in letters": [" two", "Ten"],
+    "an ordinal": [" first", " Next"],
+    "a quantifier": [" many", "Another"],
+    "an intensifier": [" very", " so"],
+    "a word in -ly": [" only", "ly"],
+    "a word in -ing": [" saying", "ing"],
+    "a word in -ed": [" asked", "ed"],
+    "the": [" the", "The"],
+    "and": [" and"],
+    "a": [" a", "A"],
+    "in": [" in"],
+    "to": [" To"],
+    "of": [" of"],
+    "a form of be": [" be", "were"],
+    "a determiner": [" an", " the", " those"],
+    "a preposition": [" of", " in", " To"],
+    "a number": [" 7", "7", "2010"],
+    "a capitalised word": [" Paris"],
+}
+"""Tokens after which a word has a parent."""
+OTHERS = ["&", " green", "er", " bather", " 7th", " thE9", " president", " sunday"]
+"""Tokens that give it none."""
 
 
 def parents(*texts: str) -> list[set[str]]:
-    """Parents at each ordinary word of a block."""
-    _, labels = occurrences(torch.tensor([[ID[text] for text in texts]]), TEXTS)
-    return [{name for name, yes in zip(PARENTS, row) if yes} for row in labels.tolist()]
+    """Parents at each ordinary word of a block, in the order of the words."""
+    vocabulary = sorted(set(texts))
+    _, labels = occurrences(torch.tensor([[vocabulary.index(text) for text in texts]]), vocabulary)
+    return [{name for name, yes in zip(ALL, row) if yes} for row in labels.tolist()]
 
 
-def test_parents_by_the_token_before():
-    assert parents("ing", " the", " cat") == [{"the", "a determiner"}]
-    assert parents("ing", "The", " cat") == [{"the", "a determiner"}]
-    assert parents("ing", " To", " cat") == [{"to", "a preposition"}]
-    assert parents("ing", " of", " cat") == [{"of", "a preposition"}]
-    assert parents("ing", " in", " cat") == [{"in", "a preposition"}]
-    assert parents("ing", " an", " cat") == [{"a determiner"}]
-    assert parents("ing", " a", " cat") == [{"a", "a determiner"}]
-    assert parents("ing", "ing", " and", " cat") == [set(), {"and"}]  # " and" is an ordinary word itself
-    assert parents("ing", " 7", " cat") == [{"a number"}] == parents("ing", "7", " cat")
-    assert parents("ing", " be", " cat") == [{"a form of be"}]
-    assert parents("ing", " Paris", " cat")[-1] == {"a capitalised word"}
-    assert parents("ing", " the", " cat", " dog")[-1] == {"the, two back"}
-    assert parents(' "', "ing", " cat", ' "', " dog") == [{"inside quotes"}, set()]
+@pytest.fixture(scope="module")
+def after():
+    """Token -> parents of a word that follows it."""
+    tokens = sorted({token for examples in BEFORE.values() for token in examples} | set(OTHERS))
+    texts = [*tokens, "&", " cat"]
+    blocks = torch.tensor([[len(tokens), len(tokens), i, len(tokens) + 1] for i in range(len(tokens))])
+    where, labels = occurrences(blocks, texts)
+    of_cat = labels[where[:, 1] == 3]
+    return {token: {name for name, yes in zip(ALL, row) if yes} for token, row in zip(tokens, of_cat.tolist())}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_parents_by_the_token_before(name, after):
+    assert all(name in after[token] for token in BEFORE[name])
+    assert not any(name in after[token] for token in OTHERS)
+
+
+def test_case_tells_names_from_words():
+    assert parents("&", "&", " may", " cat")[-1] == {"a modal verb"}
+    assert parents("&", "&", " president", " cat")[-1] == parents("&", "&", " sunday", " cat")[-1] == set()
+    assert parents("&", "&", " Sunday", " cat")[-1] == {"a month or weekday", "a capitalised word"}
+
+
+def test_parents_by_several_tokens():
+    assert parents("&", " Mr", ".", " Cat") == [{"a title", "the end of a sentence"}]
+    assert parents("&", " well", "-", "known", " cat")[-1] == {"a hyphen, two back"}
+    assert parents("&", " not", " the", " cat")[-1] == {"a negation, two back", "the", "a determiner"}
+    assert parents("&", " the", "&", " cat") == [{"the, two back"}]
+    for amount in ([" $", "3"], [" ($", "4", "8", ".", "2"], ["£", "2", ",", "0", "0", "0"], ["€", "100"]):
+        assert "an amount of money" in parents("&", *amount, " cat")[-1], amount
+        assert "an amount of money" not in parents("&", *amount, "&", " cat")[-1], amount
+    for unit in (["5", " million"], [" 21", "%"], ["4", " days"]):
+        assert "a number with its unit" in parents("&", "&", *unit, " cat")[-1], unit
+    assert "a number with its unit" not in parents("&", " the", " days", " cat")[-1]
+    for year in ([" ", "2", "0", "1", "0"], ["-", "1", "9", "6", "1"], [" 1984"], ["(", "2007"]):
+        assert "a year" in parents("&", *year, " cat")[-1], year
+    for number in ([" ", "1", "2", "0", "1", "0"], [" ", "3", "0", "1", "0"], [" 1284"]):
+        assert "a year" not in parents("&", *number, " cat")[-1], number
+
+
+def test_parents_between_marks():
+    inside = [{"inside quotes"}, set()]
+    assert parents("&", ' "', "&", " cat", ' "', " dog") == inside
+    brackets = [
+        "&",
+        ")",
+        " (",
+        "&",
+        " cat",
+        "(",
+        "&",
+        " cat",
+        ")",
+        "&",
+        " cat",
+        ").",
+        "&",
+        " cat",
+    ]  # the first closes none
+    assert ["inside parentheses" in found for found in parents(*brackets)] == [True, True, True, False]
+
+
+def test_a_rule_does_not_look_beyond_the_beginning_of_the_block():
+    texts = [" dog", "&", " cat", "&", "&", " not"]
+    assert parents(*texts) == [set(), set()]  # " not" is the last token: nothing follows it but by rolling over
 
 
 def test_only_words_with_two_tokens_before_them_count():
-    where, _ = occurrences(torch.tensor([[ID[" cat"], ID[" dog"], ID[" cat"], ID["ing"], ID["7"], ID[" a"]]]), TEXTS)
+    texts = [" cat", " dog", "ing", "7", " a"]
+    where, _ = occurrences(torch.tensor([[0, 1, 0, 2, 3, 4]]), texts)
     assert where.tolist() == [[0, 2]]
 
 
@@ -67,7 +143,7 @@ def sample(n=8000, d=44, seed=0):
     generator = torch.Generator().manual_seed(seed)
     directions = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
     word = torch.randint(0, WORDS, (n,), generator=generator)
-    labels = torch.zeros(n, len(PARENTS), dtype=torch.bool)
+    labels = torch.zeros(n, len(ALL), dtype=torch.bool)
     labels[:, 0] = torch.rand(n, generator=generator) < 0.33
     labels[:, 1] = torch.rand(n, generator=generator) < 0.33
     labels[:20, 2] = True  # too rare
@@ -78,13 +154,13 @@ def sample(n=8000, d=44, seed=0):
 def test_probes_find_what_is_there_and_no_more():
     x, labels, block, directions, _ = sample()
     probes = context_probes(x, labels, block, positives=2000)
-    assert [p.name for p in probes] == ["the", "and"]  # the third occurs twenty times
-    the, nothing = probes
-    assert the.f1 > 0.99 and torch.nn.functional.cosine_similarity(the.weight, directions[PARENT], dim=0) > 0.95
+    assert [p.name for p in probes] == list(ALL[:2])  # the third occurs twenty times
+    first, nothing = probes
+    assert first.f1 > 0.99 and torch.nn.functional.cosine_similarity(first.weight, directions[PARENT], dim=0) > 0.95
     assert nothing.f1 < 0.6
-    assert the.positive.sum() == 2000 and len(the.rows) == 4000 == len(set(the.rows.tolist()))
-    tested = set(block[the.rows[the.is_test]].tolist())
-    assert tested and not tested & set(block[the.rows[~the.is_test]].tolist())  # whole blocks
+    assert first.positive.sum() == 2000 and len(first.rows) == 4000 == len(set(first.rows.tolist()))
+    tested = set(block[first.rows[first.is_test]].tolist())
+    assert tested and not tested & set(block[first.rows[~first.is_test]].tolist())  # whole blocks
 
 
 def planted(directions, absorbing: bool) -> SAE:
@@ -110,13 +186,27 @@ def test_planted_absorption_is_measured():
     x, labels, block, directions, word = sample()
     probes = context_probes(x, labels, block, positives=2000)
     clean = context_absorption(planted(directions, False), x, probes, min_parents=1)
-    assert clean.mean_full == 0 and clean.letters[0].main == (PARENT,) and "and" in clean.excluded
+    assert clean.mean_full == 0 and clean.letters[0].main == (PARENT,) and clean.excluded == tuple(PARENTS)[1:]
     found = context_absorption(planted(directions, True), x, probes, min_parents=1)
-    [the] = found.letters
+    [first] = found.letters
     tested = probes[0].rows[probes[0].is_test & probes[0].positive]
-    assert the.main == (PARENT,) and the.words == len(tested)
-    assert the.full == pytest.approx((word[tested] == 0).double().mean().item())
-    assert found.mean_full == the.full > 0.01
+    assert first.main == (PARENT,) and first.words == len(tested)
+    assert first.full == pytest.approx((word[tested] == 0).double().mean().item())
+    assert found.mean_full == first.full > 0.01
+
+
+def test_the_two_sets_are_scored_apart():
+    x, labels, block, directions, word = sample()
+    labels[:, len(PARENTS)] = labels[:, 0]  # an exploratory parent that holds at the same words
+    probes = context_probes(x, labels, block, positives=2000)
+    assert [p.name for p in probes if p.f1 > 0.6] == [ALL[0], "the"]
+    sae = planted(directions, True)
+    decides = context_absorption(sae, x, probes, min_parents=1)
+    shown = context_absorption(sae, x, probes, among=EXPLORATORY, min_parents=1)
+    assert [r.letter for r in decides.letters] == [ALL[0]] and decides.excluded == tuple(PARENTS)[1:]
+    assert [r.letter for r in shown.letters] == ["the"] and shown.excluded == tuple(EXPLORATORY)[1:]
+    with pytest.raises(DataError, match=r"Only 1 parents .*2 are needed"):
+        context_absorption(sae, x, probes, min_parents=2)  # the other set does not count
 
 
 def test_an_sae_in_half_precision_on_activations_in_double():
@@ -132,13 +222,19 @@ def test_an_sae_in_half_precision_on_activations_in_double():
 def test_too_few_parents_is_an_error_that_names_them():
     x, labels, block, directions, _ = sample()
     probes = context_probes(x, labels, block, positives=2000)
-    with pytest.raises(DataError, match=r"Only 1 parents.*2 are needed.*and 0\..*contexts.tokens"):
+    with pytest.raises(DataError, match=r"Only 1 parents.*2 are needed.*a pronoun 0\..*contexts.tokens"):
         context_absorption(planted(directions, False), x, probes, min_parents=2)
 
 
-def test_the_word_list_has_no_overlap_that_would_make_a_parent_trivial():
-    prepositions, determiners = (set(contexts.BEFORE[key].split()) for key in ("a preposition", "a determiner"))
-    assert not prepositions & determiners and len(PARENTS) == 13 == len(set(PARENTS))
+def test_what_was_explored_does_not_decide(after):
+    """A parent of the new set is no old one under another name: no two hold after the same of the examples."""
+    assert len(PARENTS) >= 16 and len(EXPLORATORY) == 13 and not set(PARENTS) & set(EXPLORATORY)
+    held = {name: frozenset(token for token, found in after.items() if name in found) for name in BEFORE}
+    assert len(set(held.values())) == len(held)
+
+
+def test_lists_of_words_have_no_overlap_that_would_make_a_parent_trivial():
+    assert not set(contexts.PREPOSITIONS.split()) & set(contexts.DETERMINERS.split())
 
 
 def test_sinks_are_rows_of_outlying_norm():

@@ -10,7 +10,14 @@ from sklearn.metrics import r2_score
 from masksae import SAE, BatchTopK, ReLU, SAEConfig
 from masksae.errors import ConfigError, DataError
 from masksae.metrics import explained_variance
-from masksae.metrics.reconstruction import calibrated_threshold, ce_score, kl_score, reconstruction
+from masksae.metrics.reconstruction import (
+    active_counts,
+    calibrated_threshold,
+    ce_score,
+    kl_score,
+    reconstruction,
+    silent_latents,
+)
 
 
 def random_sae(d=6, n_latents=24, seed=0):
@@ -210,3 +217,32 @@ def test_encode_at_another_threshold_leaves_the_sae_alone():
 def test_score_anchors():
     assert kl_score(8.0, 0.0) == 1 and kl_score(8.0, 8.0) == 0
     assert ce_score(3.0, 11.0, 3.0) == 1 and ce_score(3.0, 11.0, 11.0) == 0 and ce_score(3.0, 11.0, 15.0) == -0.5
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), threshold=st.floats(3, 9))
+def test_what_silent_latents_fire_on_against_sets(seed, threshold):
+    sae, clean, corrupted = random_sae(seed=seed), tokens(seed=seed), tokens(seed=seed + 1) + 1
+    masked = torch.rand(500, generator=torch.Generator().manual_seed(seed)) < 0.3
+    f = [sae.encode(x, threshold).numpy() for x in (clean, corrupted)]
+    fires = lambda rows: {int(j) for j in np.nonzero(rows)[1]}
+    silent = set(range(24)) - fires(f[0])
+    beside, at = silent & fires(f[1][~masked.numpy()]), silent & fires(f[1][masked.numpy()])
+    counts = [active_counts(sae, x, threshold=threshold) for x in (clean, corrupted[masked], corrupted[~masked])]
+    assert counts[0].tolist() == (f[0] > 0).sum(0).tolist()
+    found = silent_latents(*(each > 0 for each in counts))
+    assert (found.silent_but_masked, found.silent_but_corrupted) == (len(at - beside), len(beside))
+    assert found.silent_everywhere == len(silent - at - beside)
+    dead = reconstruction(sae, clean, threshold=threshold).dead_latents
+    assert sum(found.to_dict().values()) == dead == len(silent)
+
+
+def test_silent_latents_takes_three_sets_of_one_sae():
+    active = torch.ones(4, dtype=torch.bool)
+    for sets in (
+        (active, active, active[:3]),
+        (active, active, active.long()),
+        (active[None], active[None], active[None]),
+    ):
+        with pytest.raises(DataError, match=r"must be three bool \[F\]"):
+            silent_latents(*sets)

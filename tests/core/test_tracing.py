@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from masksae.errors import ConfigError, DataError
-from masksae.tracing import activations, activations_after, hook_point, hook_width, spliced_losses
+from masksae.tracing import (
+    activations,
+    activations_after,
+    hook_point,
+    hook_width,
+    replacement_effects,
+    spliced_losses,
+)
 
 
 def hooked(model, ids, block):
@@ -192,3 +199,35 @@ def test_a_model_in_training_mode_gives_what_it_gives_in_eval_mode(ids):
 def test_ids_without_a_token_to_predict(model, shape, keep_first, words):
     with pytest.raises(DataError, match=f"no token to predict.*{words}"):
         spliced_losses(model, torch.full(shape, 5), {}, block=1, keep_first=keep_first)
+
+
+def test_effects_of_replacements_are_the_slope_of_finite_differences(model, ids):
+    """A hundredth of the way from one embedding to the other changes the sums by a hundredth of the effect."""
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(2, 12, 9, 16, generator=generator)
+    positions, candidates = torch.randint(0, 8, (12,), generator=generator), torch.tensor([3, 70, 127])
+    effects = replacement_effects(model, ids, positions, candidates, weights, block=1)
+    model.double()  # differences of float32 would be noise
+    embedding = model.get_input_embeddings()
+    for v, token in enumerate(candidates):
+        sums = []
+        for way in (0.01, -0.01):
+            here, there = (embedding.weight.detach()[each] for each in (ids[torch.arange(12), positions], token))
+            scale = embedding(token).norm() / embedding.weight[token].norm()  # Gemma's grow on the way
+            embedded = embedding(ids).detach()
+            embedded[torch.arange(12), positions] += way * (there - here) * scale
+            handle = embedding.register_forward_hook(lambda m, i, o, embedded=embedded: embedded)
+            sums.append((hooked(model, ids, 1) * weights).sum((2, 3)))
+            handle.remove()
+        slope = (sums[0] - sums[1]) / 0.02
+        torch.testing.assert_close(effects[:, :, v].double(), slope, rtol=1e-3, atol=1e-3)
+
+
+def test_only_the_replaced_position_has_an_effect(model, ids):
+    """Weights before a position see nothing of it in a causal model; a token in its own place changes nothing."""
+    weights = torch.zeros(1, 12, 9, 16)
+    weights[:, :, :4] = 1
+    at = torch.full((12,), 4)
+    assert not replacement_effects(model, ids, at, torch.tensor([5, 6]), weights, block=2).any()
+    own = replacement_effects(model, ids[:1], at[:1] - 2, ids[0, 2:4], weights[:, :1], block=2)
+    assert own[0, 0, 0].abs() < 1e-5 < own[0, 0, 1].abs()

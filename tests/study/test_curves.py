@@ -5,9 +5,9 @@ import pytest
 from tiny_project import profile
 
 from masksae import Run
+from masksae.errors import DataError
 from masksae.study.figures import absorption, style
 from masksae.study.report import curves
-from masksae.study.stats import paired_effect, pairs_needed
 
 
 def curve(arm, p, seed, ev, letters, contexts, steps=(10, 20, 40)):
@@ -33,7 +33,9 @@ def rows():
 def test_effects_at_equal_steps_and_at_equal_explained_variance(rows):
     found = {(e["arm"], e["kind"][:5], e["equal"]): e for e in curves.effects(rows)}
     steps, equal = found["masked", "same ", "steps"], found["masked", "same ", "EV"]
-    assert steps["difference"] == pytest.approx(-0.15) and steps["items"] == 2
+    assert steps["difference"] == pytest.approx(-0.15) and steps["items"] is None
+    contexts = next(e for e in curves.effects(rows) if e["kind"] == curves.KINDS["contexts"] and e["equal"] == "steps")
+    assert contexts["items"] == 2  # parents are a sample, letters all there are
     assert equal["baseline"] == pytest.approx(0.15) and equal["difference"] == pytest.approx(
         0.0
     )  # all of it under-training
@@ -41,6 +43,12 @@ def test_effects_at_equal_steps_and_at_equal_explained_variance(rows):
     assert ("worse", "same ", "EV") not in found  # nothing is extrapolated
     both = [e for e in curves.effects(rows) if e["kind"].startswith("cross-token less") and e["arm"] == "masked"]
     assert both[0]["difference"] == pytest.approx((0.025 - 0.15) - (0.15 - 0.30), abs=1e-9)
+
+
+def test_pairs_without_a_partner_are_named(rows):
+    alone = [row for row in rows if not (row["arm"] == "unmasked" and row["seed"] == 1)]
+    with pytest.raises(DataError, match=r"masked has the pairs \[1\], which have no unmasked partner"):
+        curves.effects(alone)
 
 
 def test_tables(rows):
@@ -61,33 +69,22 @@ def test_pictures_show_every_arm(rows):
     assert [t.get_text() for t in arms.axes[0].get_yticklabels()] == ["unmasked", "masked", "worse"]
 
 
-@pytest.mark.parametrize("size", [0.4, 0.8, 2.0])
-def test_pairs_needed_is_where_the_detectable_difference_is_the_effect(size):
-    n = pairs_needed(size)
-    alternating = lambda n: [size + (1 if i % 2 else -1) * ((n - 1) / n) ** 0.5 for i in range(n)]
-    even = n + n % 2
-    assert paired_effect([0.0] * even, alternating(even)).detectable <= size * 1.001
-    fewer = even - 2
-    assert fewer < 2 or paired_effect([0.0] * fewer, alternating(fewer)).detectable > size
-
-
 def test_snapshots_of_a_run(project):
-    ablations = [
-        {"name": "dropped", "p": 0.3, "drop_masked": True},
-        {"name": "fewer", "p": 0.0, "tokens": 0.5, "seeds": [1]},
-    ]
-    run = Run(profile(project, training={"snapshots": [12, 24]}, ablations=ablations))
-    run.saes
-    unmasked, _, dropped, fewer = run.arms
-    steps = run.snapshots(unmasked)
-    last = max(steps)
-    assert list(steps) == [12, 24, last] and list(steps[12]) == ["unmasked-plain-s0", "unmasked-plain-s1"]
-    finished = run.load_saes([unmasked])["unmasked-plain-s0"]
-    assert (steps[last]["unmasked-plain-s0"].W_dec == finished.W_dec).all()
-    assert not (steps[24]["unmasked-plain-s0"].W_dec == finished.W_dec).all()
-    assert list(run.snapshots(dropped)[last]) == ["dropped-plain-s0", "dropped-plain-s1"]
-    short = run.snapshots(fewer)
-    assert list(short[max(short)]) == ["fewer-plain-s1"] and max(short) == pytest.approx(last / 2, abs=2)
+    arms = [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.3}]
+    arms += [{"name": "dropped", "p": 0.3, "drop_masked": True}, {"name": "fewer", "p": 0.0, "tokens": 0.5}]
+    blocks = [{"name": "main", "saes": ["plain"], "pairs": [1]}]
+    blocks += [{"name": "without", "saes": ["matryoshka"], "pairs": [1], "snapshots": False}]
+    run = Run(profile(project, training={"snapshots": [12, 24]}, arms=arms, blocks=blocks))
+    part, without = run.parts
+    steps = part.snapshots()
+    names, last = [f"{arm['name']}-plain-s1" for arm in arms], max(steps)
+    short = max(step for step, saes in steps.items() if names[3] in saes)
+    assert sorted(steps) == sorted([12, 24, short, last]) and sorted(steps[12]) == sorted(names)
+    assert short == pytest.approx(last / 2, abs=2) and sorted(steps[last]) == sorted(names[:3])
+    finished = part.load_saes()[names[0]]
+    assert (steps[last][names[0]].W_dec == finished.W_dec).all()
+    assert not (steps[24][names[0]].W_dec == finished.W_dec).all()
+    assert part.has_snapshots and not without.has_snapshots
 
 
 def test_the_caption_has_the_numbers(rows):

@@ -41,7 +41,8 @@ def own(project, model, tokenizer=None, **keys):
         "model": {"source": "model", "block": 1, "mask_token": "<mask>", "bos_token": "<bos>"} | keys,
         "text": {"sources": ["text.jsonl"], "block_length": 32, "train_tokens": 6400, "held_out_tokens": 320},
         "training": {"batch_size": 128},
-        "saes": [{"name": "b4", "selection": {"rule": "batch_topk", "k": 4}, "n_latents": 64, "seeds": [0]}],
+        "saes": [{"name": "b4", "selection": {"rule": "batch_topk", "k": 4}, "n_latents": 64}],
+        "blocks": [{"pairs": [0]}],
         "evaluation": {"ce_tokens": 320},
         "contexts": {"tokens": 320},
     }

@@ -18,7 +18,7 @@ from masksae.study.scores import reconstruction
 
 
 def test_three_forms_are_told_apart(run, tmp_path):
-    sae = run.load_saes()["masked-matryoshka-s0"]
+    sae = run.saes["masked-matryoshka-s0"]
     for name, write in {"a": sae.to_saelens, "b": sae.to_dictionary_learning, "c": sae.save}.items():
         write(tmp_path / name)
         assert torch.equal(masksae.load_sae(tmp_path / name).W_dec, sae.W_dec)
@@ -42,7 +42,7 @@ def test_a_guest_scores_what_the_run_scores(run, folder, tmp_path):
 
 def test_a_guest_in_half_precision_scores_alike(run, folder, tmp_path):
     own = own_sae.evaluate(own_sae.OwnSAE(run.source, folder, out=tmp_path / "a"), ["reconstruction"])["reconstruction"]
-    half = run.load_saes()["unmasked-plain-s0"].bfloat16().to_saelens(tmp_path / "half")
+    half = run.saes["unmasked-plain-s0"].bfloat16().to_saelens(tmp_path / "half")
     found = own_sae.evaluate(own_sae.OwnSAE(run.source, half, out=tmp_path / "b"), ["reconstruction"])["reconstruction"]
     for ours, theirs in zip(own, found, strict=True):
         for score in ("ev_centred", "l0", "ce_sae"):

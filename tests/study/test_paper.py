@@ -11,7 +11,9 @@ from tiny_project import byte_tokenizer, tiny_model
 
 from masksae import Run, load_profile
 from masksae.files import PROFILES
+from masksae.study.profile import Profile
 from masksae.study.scores import matched
+from masksae.study.sections import Block
 
 WORDS = "the cat sat on a mat while seven dogs ran past it and nobody saw them".split()
 
@@ -55,7 +57,8 @@ def shrunk(name: str, folder, pile, **changes):
         "threshold_ema": 0.8,
         "pool_tokens": 2000,
     }
-    values["saes"] = [grid | {"n_latents": 256, "seeds": [0]} for grid in values["saes"]]
+    values["saes"] = [grid | {"n_latents": 256} for grid in values["saes"]]
+    values["blocks"] = [block | {"pairs": [0]} for block in values["blocks"]]
     values["evaluation"]["ce_tokens"], values["contexts"]["tokens"] = 320, 320
     values |= changes
     (folder / f"tiny-{name}.yaml").write_text(yaml.safe_dump(values))
@@ -63,35 +66,36 @@ def shrunk(name: str, folder, pile, **changes):
 
 
 @pytest.mark.parametrize(
-    "name, kind, architectures", [("paper", "gpt_neox", ["all"]), ("paper-gemma", "gemma2", ["Matryoshka BatchTopK"])]
+    "name, kind, blocks", [("paper", "gpt_neox", {"blocks": [{"pairs": [0]}]}), ("paper-gemma", "gemma2", {})]
 )
-def test_a_tiny_paper(pile, tmp_path, name, kind, architectures):
+def test_a_tiny_paper(pile, tmp_path, name, kind, blocks):
     tiny_model(kind).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    run = Run(shrunk(name, tmp_path, pile, architectures=architectures))
+    run = Run(shrunk(name, tmp_path, pile, **blocks))
     half = torch.bfloat16 if name == "paper-gemma" else torch.float32
     assert run.language_model.model.dtype == half
     text = run.ids("train")
     assert text.shape == (400, 32) and (text[:, 0] == run.bos_id).all()
     saes = run.saes
-    grids = 16 if architectures == ["all"] else 4
+    grids = 16 if blocks else 4
     assert len(saes) == 2 * grids and {sae.config.n_latents for sae in saes.values()} == {256}
     assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for sae in saes.values() for p in sae.parameters())
     assert not list((tmp_path / "cache").rglob("pool-*"))  # activations are never stored
     for sae in saes.values():
         first, last = sae.history[0], sae.history[-1]
         assert last["step"] > 40 and last["explained_variance"] > first["explained_variance"]
-    assert matched.thresholds(run).keys() == saes.keys()
+    assert {name for part in run.parts for name in matched.thresholds(part)} == saes.keys()
 
 
-def test_one_key_adds_the_other_architectures():
+def test_one_block_adds_the_other_architectures():
     for name in ("paper", "paper-gemma"):
         profile = load_profile(name)
-        assert profile.architectures == ["Matryoshka BatchTopK"] and [g.selection.k for g in profile.grids] == [
-            20,
-            40,
-            80,
-            160,
-        ]
-        assert {g.architecture for g in profile.saes} == {"Matryoshka BatchTopK", "BatchTopK", "TopK", "JumpReLU"}
-        assert len(profile.saes) == 16 and {g.selection.config.goal for g in profile.saes} == {20, 40, 80, 160}
+        assert {member.grid.architecture for member in profile.members} == {"Matryoshka BatchTopK"}
+        assert {member.grid.l0 for member in profile.members} == {20, 40, 80, 160}
+        lines = (PROFILES / f"{name}.yaml").read_text().splitlines()
+        [further] = [line.partition("# ")[2] for line in lines if line.strip().startswith("# - {name: architectures")]
+        block = Block.model_validate(yaml.safe_load(further)[0])
+        more = Profile.model_validate(profile.model_dump(mode="json") | {"blocks": [*profile.blocks, block]})
+        kinds = {"Matryoshka BatchTopK", "BatchTopK", "TopK", "JumpReLU"}
+        assert {member.grid.architecture for member in more.members} == kinds
+        assert len(more.members) == 4 * len(profile.members)

@@ -40,17 +40,16 @@ def test_dead_latents_can_be_revived_in_every_shipped_profile(name):
     text, training = profile.text, profile.training
     kept = text.train_tokens * (text.block_length - 1) // text.block_length
     revived = 0
-    for arm in [*profile.arms, *profile.ablations]:
-        steps = training.epochs * int(arm.tokens * kept) // training.batch_size
+    for member in profile.members:
+        steps = training.epochs * int(member.arm.tokens * kept) // training.batch_size
         recipe = training.config(steps)
         for n in recipe.snapshot_steps:
             assert recipe.branch(n).threshold_start < n
-        for grid, seed in profile.members(arm):
-            aux = grid.config(64, seed).aux
-            assert (aux is not None) == ("topk" in grid.selection.rule)
-            if aux is not None:
-                assert aux.dead_after(steps * training.batch_size) <= steps * training.batch_size / 10
-                revived += 1
+        aux = member.config(64).aux
+        assert (aux is not None) == ("topk" in member.grid.selection.rule)
+        if aux is not None:
+            assert aux.dead_after(steps * training.batch_size) <= steps * training.batch_size / 10
+            revived += 1
     assert revived
 
 
@@ -73,20 +72,48 @@ MISTAKES = {
     "unknown section": (put("trainning", value={}), "trainning", "Did you mean 'training'"),
     "missing key": (lambda p: p["model"].pop("block"), "model.block", "missing"),
     "wrong type": (put("training", "lr", value="fast"), "training.lr", "'fast'"),
-    "fraction of a seed": (put("saes", 0, "seeds", value=[0.5]), "saes.0.seeds.0", "0.5"),
+    "fraction of a pair": (put("blocks", 0, "pairs", value=[0.5]), "blocks.0.pairs.0", "0.5"),
+    "pairs that share a draw": (put("blocks", 0, "pairs", value=[3, 3]), "blocks.main.pairs", "twice", "share a draw"),
+    "an arm that is not there": (put("blocks", 0, "arms", value=["keep"]), "blocks.main.arms", "Did you mean 'kept'"),
+    "a grid that is not there": (put("blocks", 0, "saes", value=["topk"]), "blocks.main.saes", "Did you mean 'topk20'"),
+    "a masked SAE without a partner": (
+        put("blocks", 0, "arms", value=["kept"]),
+        "kept-topk20-s100 has no unmasked SAE",
+        "Add the arm unmasked",
+    ),
+    "a pair without a partner": (
+        put("blocks", -1, "pairs", value=[7]),
+        "dropped-topk20-s7 is compared with unmasked-topk20",
+        "no pair 7",
+    ),
+    "a grid against nothing": (
+        put("saes", -1, "against", value="topk21"),
+        "saes.frozen20.against",
+        "Did you mean 'topk20'",
+    ),
+    "an unknown penalty": (
+        put("saes", 3, "penalties", value=[{"penalty": "ortosae"}]),
+        "saes.3.penalties.0",
+        "'ortsae'",
+    ),
+    "a penalty's unknown key": (
+        put("saes", 3, "penalties", value=[{"penalty": "ortsae", "evry": 8}]),
+        "saes.3.penalties.0",
+        "Did you mean 'every'",
+    ),
+    "a variant that is no profile": (
+        put("variants", value=[{"name": "a", "changes": {"training": {"lr": -1}}}]),
+        "variant a of mine cannot be used",
+        "training.lr",
+    ),
     "p above 1": (put("arms", 1, "p", value=1.5), "arms.1.p", "1.5"),
     "baseline is masked": (put("arms", 0, "p", value=0.1), "arms", "first arm"),
     "names twice": (put("arms", 1, "name", value="unmasked"), "arms", "names must differ"),
     "misspelt selection rule": (put("saes", 0, "selection", "rule", value="batchtopk"), "rule", "'batch_topk'"),
     "k above n_latents": (put("saes", 0, "selection", "k", value=2000), "saes.0", "n_latents = 1024"),
-    "an architecture that is not there": (
-        put("architectures", value=["Matryoshka"]),
-        "architectures",
-        "Did you mean 'Matryoshka BatchTopK'",
-    ),
     "prefixes that do not sum to 1": (put("saes", 0, "prefixes", value=[0.5, 0.25]), "saes.0", "sum 0.75"),
     "a prefix without a latent": (put("saes", 0, "prefixes", value=[0.0001, 0.9999]), "saes.0", "empty group"),
-    "no seed": (put("saes", 0, "seeds", value=[]), "saes.0.seeds", "at least 1"),
+    "no pair": (put("blocks", 0, "pairs", value=[]), "blocks.0.pairs", "at least 1"),
     "no text": (put("text", "sources", value=[]), "text.sources", "at least 1"),
     "less text than a batch": (put("text", "train_tokens", value=500), "text.train_tokens (500)", "batch_size (1024)"),
     "negative block": (put("model", "block", value=-1), "model.block", "-1"),
@@ -94,7 +121,7 @@ MISTAKES = {
     "an integer key inside": (put("text", 7, value=1), "text", "Keys should be strings"),
     "an infinite number": (put("training", "lr", value=float("inf")), "training.lr", "finite"),
     "no number": (put("training", "lr", value=float("nan")), "training.lr", "finite"),
-    "a huge seed": (put("saes", 0, "seeds", value=[2**40]), "saes.0.seeds.0", "less than 2147483648"),
+    "a huge pair": (put("blocks", 0, "pairs", value=[2**40]), "blocks.0.pairs.0", "less than 2147483648"),
     "a name with a slash": (put("name", value="a/b"), "mine.yaml", "NAME.yaml"),
 }
 

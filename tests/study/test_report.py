@@ -1,55 +1,20 @@
-"""Paired statistics against scipy, verdicts on planted effects, tables and pictures."""
+"""Verdicts on planted effects, what they rest on, tables and pictures."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats as scipy_stats
 
 from masksae import load_profile
 from masksae.errors import DataError
 from masksae.study.figures import absorption, data, probing, reconstruction, style
-from masksae.study.report import claims, effects, noise, tables
-from masksae.study.stats import combine, paired_effect
+from masksae.study.report import claims, effects, noise, preregistration, tables
+from masksae.study.sections import Decisions, Endpoint
+from masksae.study.stats import Effect, paired_effect
 
-
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(2, 12))
-def test_interval_is_the_paired_t_test(seed, n):
-    rng = np.random.default_rng(seed)
-    a, b = rng.normal(size=n), rng.normal(size=n) + 0.5
-    e = paired_effect(a.tolist(), b.tolist())
-    expected = scipy_stats.ttest_rel(b, a).confidence_interval(0.95)
-    assert (e.low, e.high) == pytest.approx((expected.low, expected.high))
-    assert e.difference == pytest.approx((b - a).mean()) and e.pairs == n
-
-
-def test_intervals_cover_the_truth_and_detectable_differences_are_detected():
-    rng = np.random.default_rng(0)
-    runs = [paired_effect([0.0] * 5, (rng.normal(size=5)).tolist()) for _ in range(2000)]
-    covered = np.mean([e.low <= 0 <= e.high for e in runs])
-    assert covered == pytest.approx(0.95, abs=3 * (0.95 * 0.05 / 2000) ** 0.5)
-    typical = np.median([e.detectable for e in runs])
-    found = np.mean([paired_effect([0.0] * 5, (typical + rng.normal(size=5)).tolist()).low > 0 for _ in range(2000)])
-    assert 0.7 < found < 0.9
-
-
-def test_verdicts():
-    down, up, wide = [0.10, 0.11, 0.09], [0.30, 0.31, 0.32], [0.0, 0.5, 0.1]
-    assert paired_effect(up, down).verdict(-1) == "supported" and paired_effect(up, down).verdict(+1) == "contradicted"
-    assert paired_effect(up, wide).verdict(-1) == "inconclusive"
-    assert paired_effect([0.3], [0.1]).verdict(-1) == "inconclusive"  # one pair shows nothing
-    assert combine(["supported", "supported"]) == "supported" and combine([]) == "inconclusive"
-    assert combine(["supported", "inconclusive"]) == "inconclusive"
-    assert combine(["supported", "inconclusive", "contradicted"]) == "contradicted"
-
-
-@pytest.mark.parametrize("a, b", [([1.0], [1.0, 2.0]), ([], []), ([float("nan")], [1.0])])
-def test_bad_pairs(a, b):
-    with pytest.raises(DataError):
-        paired_effect(a, b)
+ROOT = Path(__file__).resolve().parents[2]
+LATENTS = {"matryoshka20": 1000, "batchtopk20": 1000, "one": 1000}
 
 
 def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2)):
@@ -60,14 +25,14 @@ def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2))
     for grid in grids:
         for seed in seeds:
             base = (0.15 if grid == grids[0] else 0.4) + 0.02 * seed
-            for arm, p in (("unmasked", 0.0), ("masked", 0.3)):
+            for arm, p in (("unmasked", 0.0), ("kept", 0.3)):
                 moved = (effect if grid == grids[0] else 0.0) * (p > 0) + 0.002 * rng.normal()
                 for mode in ("as_trained", "matched"):
                     key = {"sae": f"{arm}-{grid}-s{seed}", "arm": arm, "p": p, "grid": grid, "k": 20, "seed": seed}
                     key |= {"mode": mode, "architecture": "BatchTopK"}
                     l0 = 20 if mode == "matched" or not p else 27
                     ev = 0.88 - 0.05 * (p > 0) + 0.001 * rng.normal()
-                    more = {"l0": l0, "ev_centred": ev, "ce_score": 0.97, "dead_latents": 3}
+                    more = {"l0": l0, "ev_centred": ev, "ce_score": 0.97, "dead_latents": 3, "dead_in_training": 2}
                     reconstruction.append(key | more)
                     mean = base + moved + 0.3 * (mode == "matched")
                     letters = [{"letter": c, "full": mean + by} for c, by in (("a", 0.0), ("b", -0.1), ("c", 0.1))]
@@ -75,26 +40,142 @@ def planted(effect=-0.1, grids=("matryoshka20", "batchtopk20"), seeds=(0, 1, 2))
                         "mean_full": mean,
                         "mean_fraction": 0.1,
                         "mean_split_latents": 1.0,
+                        "main_f1": 0.55,
+                        "context_main_f1": 0.7,
+                        "dense_absorbers": None if seed == 0 else 0.05 + 0.01 * seed * (p > 0),
                     }
-                    more |= {"dense_absorbers": None if seed == 0 else 0.5 + 0.1 * seed * (p > 0)}
                     absorption.append(key | more | {"letters": letters, "excluded": ["x"]})
     return reconstruction, absorption
 
 
+def judged(*results, arm="kept", mode="matched", latents=LATENTS, **decisions):
+    """Claims of planted rows by the decisions that a profile has which states none."""
+    scores, decisions = effects.merge(*results, mode=mode), Decisions(**decisions)
+    return claims.claims(scores, decisions, arm, claims.gate(scores, decisions, latents))
+
+
 def test_planted_effects_give_the_right_verdicts():
-    verdicts = claims.claims(effects.merge(*planted(-0.1)), "masked")
+    verdicts = judged(*planted(-0.1))
+    assert list(verdicts) == ["C1", "C2", "C3", "C4", "C5", "R"]
     assert verdicts["C1"]["verdict"] == "supported" and verdicts["C1"]["difference"] == pytest.approx(-0.1, abs=0.01)
-    assert verdicts["C1"]["dense_absorbers"] == pytest.approx(
-        {"unmasked": 0.5, "masked": 0.65}
-    )  # of those that have any
-    assert verdicts["C5"]["verdict"] == "supported" and verdicts["C5"]["difference"] == pytest.approx(-0.05, abs=0.01)
-    assert (
-        verdicts["C4"]["grids"]["batchtopk20"] == {"C1": "inconclusive"} and verdicts["C4"]["verdict"] == "inconclusive"
+    assert verdicts["C1"]["dense_absorbers"] == pytest.approx({"unmasked": 0.05, "kept": 0.065})  # of those with any
+    assert verdicts["C2"]["verdict"] == verdicts["C3"]["verdict"] == verdicts["R"]["verdict"] == "not measured"
+    assert judged(*planted(+0.1))["C1"]["verdict"] == "contradicted"
+    assert judged(*planted(0.0))["C1"]["verdict"] == "equivalent"
+    assert judged(*planted(grids=("one",)))["C4"]["verdict"] == "not measured"
+    one = judged(*planted(seeds=(0,)))["C1"]
+    assert one["verdict"] == "inconclusive" and one["p_holm"] is None and one["detectable"] is None
+
+
+def test_other_cells_are_asked_without_the_first():
+    found = judged(*planted(-0.1))["C4"]
+    assert found["grids"] == {"batchtopk20": {"C1 letters": "equivalent"}} and found["verdict"] == "equivalent"
+    assert found["cells"]["batchtopk20"]["letters"]["p_holm"] == found["cells"]["batchtopk20"]["letters"]["p_value"]
+    more = planted(-0.1, grids=("matryoshka20", "batchtopk20", "one"))
+    found = judged(*more)["C4"]["cells"]  # corrected over its two cells
+    p_values = {grid: cell["letters"]["p_value"] for grid, cell in found.items()}
+    assert {grid: cell["letters"]["p_holm"] for grid, cell in found.items()} == pytest.approx(
+        {grid: min(1.0, (2 if p == min(p_values.values()) else 1) * p) for grid, p in p_values.items()}
+        | {
+            grid: max(min(1.0, 2 * min(p_values.values())), p)
+            for grid, p in p_values.items()
+            if p > min(p_values.values())
+        }
     )
-    assert verdicts["C2"]["verdict"] == verdicts["C3"]["verdict"] == "not measured"
-    assert claims.claims(effects.merge(*planted(+0.1)), "masked")["C1"]["verdict"] == "contradicted"
-    assert claims.claims(effects.merge(*planted(0.0)), "masked")["C1"]["verdict"] == "inconclusive"
-    assert claims.claims(effects.merge(*planted(grids=("one",))), "masked")["C4"]["verdict"] == "not measured"
+    assert list(judged(*more, cells=["one"])["C4"]["grids"]) == ["one"]
+
+
+def test_a_fall_is_slight_only_within_its_bound():
+    """EV falls by .05, which is more than .02."""
+    found = judged(*planted())["C5"]
+    assert found["verdict"] == "contradicted" and found["difference"] == pytest.approx(-0.05, abs=0.01)
+    assert (
+        found["size_in_words"].startswith("explained variance falls by 0.0") and "unexplained" in found["size_in_words"]
+    )
+    bound = lambda value: [
+        Endpoint(name="ev", claim="C5", score="ev_centred", direction=-1, margin=0.005, items="fixed", slight=value)
+    ]
+    assert judged(*planted(), endpoints=bound(0.1))["C5"]["verdict"] == "supported"
+    assert judged(*planted(), endpoints=bound(-found["difference"]))["C5"]["verdict"] == "inconclusive"
+    rising = [row | {"ev_centred": row["ev_centred"] + 0.1 * (row["p"] > 0)} for row in planted()[0]]
+    assert judged(rising, planted()[1])["C5"]["verdict"] == "contradicted"
+
+
+def test_where_the_instrument_fails_nothing_is_decided():
+    reconstruction, absorption = planted(-0.1)
+    blunt = [row | {"main_f1": 0.31} for row in absorption]
+    found = judged(reconstruction, blunt)
+    assert found["C1"]["verdict"] == "not measurable" and "first letters 0.310, bound 0.5" in found["C1"]["reason"]
+    assert found["C1"]["difference"] < 0 and "p_holm" not in found["C1"]  # the number is shown, and not decided on
+    assert found["C4"]["verdict"] == "not measurable" and found["C5"]["verdict"] == "contradicted"
+    dense = [row | {"dense_absorbers": 0.5} for row in absorption]
+    assert "dense latents 0.500, bound 0.1" in judged(reconstruction, dense)["C1"]["reason"]
+    unknown = [{key: value for key, value in row.items() if key != "context_main_f1"} for row in absorption]
+    assert "contexts not measured" in judged(reconstruction, unknown)["C1"]["reason"]
+    masked_only = [row | {"main_f1": 0.1 if row["p"] else 0.55} for row in absorption]
+    assert judged(reconstruction, masked_only)["C1"]["verdict"] == "supported"  # the gate asks unmasked SAEs alone
+
+
+def test_dead_latents_of_either_arm_stop_every_comparison():
+    reconstruction, absorption = planted(-0.1)
+    dying = [row | {"dead_in_training": 60 if row["p"] else 2} for row in reconstruction]
+    found = judged(dying, absorption)
+    assert found["C5"]["verdict"] == found["C1"]["verdict"] == "not measurable"
+    assert (
+        "latents of kept, matryoshka20, that are dead at the end of training is 0.060, bound 0.05"
+        in found["C5"]["reason"]
+    )
+    unknown = [row | {"dead_in_training": None} for row in reconstruction]
+    assert "not measured" in judged(unknown, absorption)["C5"]["reason"]
+    scores = effects.merge(dying, absorption)
+    rows = claims.gate_table(claims.gate(scores, Decisions(), LATENTS))
+    assert [(row["SAEs"], row["gate"]) for row in rows] == [("matryoshka20", "passed"), ("batchtopk20", "passed")]
+    assert rows[0]["the same of each arm, bound 0.05"] == "unmasked 0.002, kept 0.060"
+    assert rows[0]["F1 of main latents, first letters, bound 0.5"] == "0.550"
+
+
+def test_holm_is_inside_the_verdict():
+    """A p-value of .03 decides alone and does not among six."""
+    reconstruction, absorption = planted(0.0)
+    by_seed = {0: -0.02, 1: -0.035, 2: -0.03}
+    for row in absorption:
+        moved = by_seed[row["seed"]] * (row["p"] > 0) + 0.15
+        row |= {"mean_full": moved, "letters": [{"letter": "a", "full": moved}]}
+    alone = [Endpoint(name="letters", claim="C1", score="mean_full", direction=-1, margin=0.001, items="fixed")]
+    twins = [alone[0].model_copy(update={"name": f"letters {n}"}) for n in range(3)]
+    assert judged(reconstruction, absorption, endpoints=alone)["C1"]["verdict"] == "supported"
+    found = judged(reconstruction, absorption, endpoints=twins)["C1"]
+    assert (
+        found["verdict"] == "inconclusive"
+        and found["p_holm"] == pytest.approx(3 * found["p_value"])
+        and found["p_value"] < 0.05
+    )
+    assert (
+        found["detectable"]
+        > effects.effect(effects.merge(reconstruction, absorption), "mean_full", "matryoshka20", "kept").detectable
+    )
+    assert found["pairs_needed"] > 3 and [name for name in found["endpoints"]] == ["letters 1", "letters 2"]
+    secondary = [alone[0], *(twin.model_copy(update={"primary": False}) for twin in twins)]
+    found = judged(reconstruction, absorption, endpoints=secondary)["C1"]
+    assert found["verdict"] == "supported" and found["endpoints"]["letters 0"]["verdict"] == "inconclusive"
+
+
+def test_rows_of_verdicts_for_a_reader():
+    rows = claims.verdict_table(judged(*planted(-0.1)))
+    assert [row["claim"] for row in rows[:5]] == ["C1"] * 5 and rows[0]["endpoint"] == "letters"
+    assert [row["SAEs"] for row in claims.cell_table(judged(*planted(-0.1)))] == ["batchtopk20"]
+    assert all(row["why"] for row in rows if row["verdict"] == "not measured")
+
+
+def test_rivals_are_no_cells_of_c4():
+    """Nor points of an interpolation over k."""
+    scores = effects.merge(*planted(-0.1, grids=("matryoshka20", "batchtopk20", "one")))
+    rival = lambda arm, grid: ("unmasked", "matryoshka20") if (arm, grid) == ("unmasked", "one") else None
+    assert effects.standing(scores, rival) == ["matryoshka20", "batchtopk20"]
+    found = claims.claims(scores, Decisions(), "kept", claims.gate(scores, Decisions(), LATENTS), rival)
+    assert list(found["C4"]["cells"]) == ["batchtopk20"]
+    named = claims.claims(scores, Decisions(cells=["lost"]), "kept", claims.gate(scores, Decisions(), LATENTS))["C4"]
+    assert named["verdict"] == "not measured" and "unmasked SAEs of lost" in named["cells"]["lost"]["letters"]["reason"]
 
 
 def probed(kind, change):
@@ -113,30 +194,72 @@ def probed(kind, change):
     return rows
 
 
-@pytest.mark.parametrize("change, verdict", [(0.05, "supported"), (-0.05, "contradicted"), (0.0, "inconclusive")])
+@pytest.mark.parametrize("change, verdict", [(0.05, "supported"), (-0.05, "contradicted"), (0.0, "equivalent")])
 def test_probing_and_its_gap_are_judged_in_their_own_direction(change, verdict):
-    table = effects.merge(*planted(), probed("probing", change), probed("ood", change))
-    verdicts = claims.claims(table, "masked")
+    results = (*planted(), probed("probing", change), probed("ood", change))
+    verdicts = judged(*results)
     assert verdicts["C2"]["verdict"] == verdicts["C3"]["verdict"] == verdict
     assert verdicts["C2"]["difference"] == pytest.approx(change, abs=0.005) == -verdicts["C3"]["difference"]
-    assert verdicts["C2"]["score"] == "mean AUC of probes on 5 latents"
-    assert set(verdicts["C4"]["grids"]["matryoshka20"]) == {"C1", "C2", "C3"}
-    assert {"probing, AUC", "gap under a shift, AUC"} < set(effects.comparison(table).columns)
+    assert verdicts["C2"]["score"] == "probing_auc_5" and verdicts["C2"]["items"] == 2
+    assert set(verdicts["C4"]["grids"]["batchtopk20"]) == {"C1 letters", "C2 probing", "C3 gap"}
+    assert {"probing, AUC", "gap under a shift, AUC"} < set(effects.comparison(*results).columns)
 
 
-def test_arms_with_other_seeds_are_refused():
+def test_pairs_without_a_partner_are_refused():
     reconstruction, absorption = planted()
-    keep = lambda rows: [r for r in rows if not (r["arm"] == "masked" and r["seed"] == 2)]
-    with pytest.raises(DataError, match=r"\[0, 1, 2\] against \[0, 1\]"):
-        claims.claims(effects.merge(keep(reconstruction), keep(absorption)), "masked")
+    without = lambda rows, arm: [row for row in rows if not (row["arm"] == arm and row["seed"] == 2)]
+    few = effects.merge(without(reconstruction, "kept"), without(absorption, "kept"))
+    assert effects.effect(few, "mean_full", "matryoshka20", "kept").pairs == 2  # the baseline may have more
+    few = effects.merge(without(reconstruction, "unmasked"), without(absorption, "unmasked"))
+    with pytest.raises(DataError, match=r"\[0, 1, 2\].* has \[0, 1\]: \[2\] have no partner"):
+        effects.effect(few, "mean_full", "matryoshka20", "kept")
+    twice = effects.merge(*planted()).replace({"seed": {2: 1}})
+    with pytest.raises(DataError, match=r"pairs \[1\] stand twice. SAEs that share a draw are one pair"):
+        effects.effect(twice, "mean_full", "matryoshka20", "kept")
+    with pytest.raises(DataError, match="No SAEs of arm kept and grid topk20"):
+        effects.effect(few, "mean_full", "topk20", "kept", ("unmasked", "matryoshka20"))
+
+
+def test_any_cell_is_compared_with_any_other():
+    """A rival against the unmasked SAEs of another grid, with fewer pairs."""
+    scores = effects.merge(*planted())
+    rival = scores[~((scores["grid"] == "batchtopk20") & (scores["seed"] == 0))]
+    found = effects.effect(rival, "mean_full", "batchtopk20", "unmasked", ("unmasked", "matryoshka20"))
+    assert found.pairs == 2 and found.difference == pytest.approx(0.25, abs=0.01)
 
 
 def test_comparison_table():
-    table = effects.comparison(effects.merge(*planted()))
-    assert table["SAEs"].tolist() == ["matryoshka20", "batchtopk20"] and (table["pairs"] == 3).all()
+    table = effects.comparison(*planted())
+    assert (
+        table["SAEs"].tolist() == ["kept, matryoshka20"] * 2 + ["kept, batchtopk20"] * 2 and (table["pairs"] == 3).all()
+    )
+    assert table["compared"].tolist() == ["as trained", "threshold moved to L0 = k"] * 2
     assert "→" in table["absorption"][0] and "95 %" in table["absorption"][0] and "−0.1" in table["absorption"][0]
+    assert table["L0"][0].startswith("20.0 → 27.0") and table["L0"][1].startswith("20.0 → 20.0")
     lines = tables.to_markdown(tables.cells(table)).splitlines()
-    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1
+
+
+def test_the_published_matching_stands_first():
+    """As trained; then SAEs of another k against the first grid's; then the moved threshold. TopK has one row."""
+    reconstruction, absorption = planted(grids=("matryoshka20", "one", "topk"))
+    named = lambda rows: [
+        row
+        | ({"k": 14} if row["grid"] == "one" else {})
+        | ({"l0": 20} if row["grid"] == "topk" and "l0" in row else {})
+        for row in rows
+        if row["grid"] != "one" or row["arm"] == "kept"
+    ]
+    against = lambda arm, grid: ("unmasked", {"one": "matryoshka20"}.get(grid, grid)) if arm == "kept" else None
+    table = effects.comparison(named(reconstruction), named(absorption), baseline=against)
+    assert list(zip(table["SAEs"], table["compared"])) == [
+        ("kept, matryoshka20", "as trained"),
+        ("kept, one", "trained to the clean L0"),
+        ("kept, matryoshka20", "threshold moved to L0 = k"),
+        ("kept, topk", "as trained, at L0 = k"),
+    ]
+    assert table["against"][1] == "unmasked, matryoshka20"
+    assert len(effects.comparison(named(reconstruction), named(absorption))) == 3  # without a word on it: no partner
 
 
 def ablated():
@@ -155,7 +278,7 @@ def noisy(seeds=3):
     """Rows of a noise study: seeds move absorption by .1, draws by .02, splits not at all; masking adds .05."""
     return [
         {"arm": arm, "seed": seed, "draw": draw, "split": split, "mean_full": 0.2 + 0.1 * seed + 0.02 * draw + 0.05 * p}
-        for p, arm in enumerate(("unmasked", "masked"))
+        for p, arm in enumerate(("unmasked", "kept"))
         for seed in range(seeds)
         for draw in range(2)
         for split in range(2)
@@ -169,53 +292,99 @@ def test_noise_table(seeds):
     assert ("unmasked", "seed") in rows or seeds == 1
     if seeds > 1:
         assert rows["unmasked", "seed"]["sd"] == pytest.approx(0.1) and rows["unmasked", "seed"]["share"] > 0.9
-    difference = rows["masked less unmasked", "draw"]
+    difference = rows["kept less unmasked", "draw"]
     assert difference["mean"] == pytest.approx(0.05) and difference["sd"] == pytest.approx(0, abs=1e-9)
 
 
-def test_absorption_is_averaged_over_the_noise_study():
-    scores = effects.merge(*planted(-0.1))
+def test_a_letter_that_fails_once_is_in_no_mean():
     rows = [
-        {
-            "sae": sae,
-            "arm": sae.split("-")[0],
-            "draw": d,
-            "letters": {"a": 0.1 * d, "b": 0.3} | ({"c": 0.9} if d else {}),
-        }
-        for sae in ("unmasked-matryoshka20-s0", "masked-matryoshka20-s0")
+        {"sae": sae, "arm": "kept", "draw": d, "letters": {"a": 0.1 * d, "b": 0.3} | ({"c": 0.9} if d else {})}
+        for sae in ("s0", "s1")
         for d in (0, 1)
     ]
     means = noise.noise_means(rows)
-    assert means[0]["letters"] == pytest.approx({"a": 0.05, "b": 0.3, "c": 0.9}) and means[0]["cells"] == 2
-    table = noise.averaged(scores, means).set_index("sae")
-    assert table.loc["masked-matryoshka20-s0", "mean_full"] == pytest.approx(1.25 / 3)
-    assert table.loc["masked-matryoshka20-s0", "mean_full_items"] == means[1]["letters"]
-    others = [sae for sae in table.index if not sae.endswith("matryoshka20-s0")]
-    assert (table.loc[others, "mean_full"] == scores.set_index("sae").loc[others, "mean_full"]).all()
-    assert noise.averaged(scores, []).equals(scores)
+    assert means[0]["letters"] == pytest.approx({"a": 0.05, "b": 0.3}) and means[0]["cells"] == 2
 
 
-def test_items_of_other_letters_widen_a_verdict():
+def test_letters_are_fixed_and_contexts_a_sample():
     reconstruction, absorption = planted(-0.1)
-    found = effects.effect(effects.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
-    assert found.items == 3 and found.items_low < -0.09 and found.verdict(-1) == "supported"
     for row in absorption:
-        if row["arm"] == "masked" and row["grid"] == "matryoshka20":
-            row["letters"] = [item | {"full": item["full"] + 0.3 * (item["letter"] == "a")} for item in row["letters"]]
-    found = effects.effect(effects.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
-    assert found.items_high > 0 and found.verdict(-1) == "inconclusive"
+        row["context_full"], row["parents"] = row["mean_full"], row["letters"]
+    scores = effects.merge(reconstruction, absorption)
+    letters, contexts = (effects.effect(scores, s, "matryoshka20", "kept") for s in ("mean_full", "context_full"))
+    assert letters.items is None and contexts.items == 3 and contexts.difference == pytest.approx(letters.difference)
     for row in absorption:
-        if row["seed"] == 1 and row["arm"] == "masked":
-            row["letters"] = row["letters"][:2]
+        if row["arm"] == "kept" and row["grid"] == "matryoshka20":
+            row["parents"] = [item | {"full": item["full"] + 0.3 * (item["letter"] == "a")} for item in row["parents"]]
+    found = effects.effect(effects.merge(reconstruction, absorption), "context_full", "matryoshka20", "kept")
+    assert found.low < 0 < found.high and found.verdict(-1) == "inconclusive"  # another parent could turn it around
+    for row in absorption:
+        if row["seed"] == 1 and row["arm"] == "kept":
+            row["parents"] = row["parents"][:2]
     with pytest.raises(DataError, match="NaN"):
-        effects.effect(effects.merge(reconstruction, absorption), "mean_full", "matryoshka20", "masked")
+        effects.effect(effects.merge(reconstruction, absorption), "context_full", "matryoshka20", "kept")
 
 
-def test_verdicts_carry_size_and_corrected_p_values():
-    verdicts = claims.claims(effects.merge(*planted(-0.1)), "masked")
-    assert verdicts["C1"]["p_holm"] >= verdicts["C1"]["p_value"] > 0 and verdicts["C1"]["size"] < -1
+def test_robustness_is_over_texts():
+    rows = [
+        {key: row[key] for key in ("sae", "arm", "p", "grid", "k", "seed", "mode", "architecture")}
+        | {"robustness_random_near_jaccard": 0.6 + 0.1 * (row["p"] > 0)}
+        | {
+            "texts": [
+                {"text": str(i), "robustness_random_near_jaccard": 0.6 + 0.1 * (row["p"] > 0) + i / 100}
+                for i in (-1, 0, 1)
+            ]
+        }
+        for row in planted()[0]
+    ]
+    found = judged(*planted(), rows)["R"]
+    assert found["verdict"] == "supported" and found["items"] == 3 and found["difference"] == pytest.approx(0.1)
+
+
+def test_verdicts_carry_size_and_what_was_detectable():
+    assert judged(*planted(-0.1))["C1"]["size"] < -1
     assert "detectable" in effects.describe(paired_effect([1.0, 2.0], [1.1, 1.9]))
     assert "detectable" not in effects.describe(paired_effect([1.0, 2.0], [2.0, 3.001]))
+    old = paired_effect([1.0, 2.0], [1.1, 1.9]).to_dict() | {"items_low": 0.0, "verdict": "inconclusive"}
+    assert Effect.from_dict(old).detectable == old["detectable"]  # rows of earlier versions hold other keys
+
+
+def test_the_preregistration_is_the_profiles():
+    """`python tools/pages.py` writes it."""
+    profiles = [load_profile(name) for name in preregistration.PROFILES]
+    page = (ROOT / preregistration.PAGE).read_text()
+    assert page == preregistration.page(profiles)
+    for profile in profiles:
+        assert preregistration.status(profile).startswith("Decided as written down beforehand")
+        assert all(f"| {e.name}" in page for e in profile.decisions.endpoints)
+
+
+def test_what_differs_from_the_preregistration_is_exploratory():
+    profile = load_profile("laptop")
+    page = preregistration.page([profile])
+    looser = profile.decisions.model_copy(update={"alpha": 0.1})
+    changed = profile.model_copy(update={"decisions": looser})
+    told = preregistration.status(changed, page)
+    assert told.startswith("Exploratory") and "-Alpha 0.05" in told and "+Alpha 0.1" in told
+    assert (
+        preregistration.digest(changed) != preregistration.digest(profile) and preregistration.digest(profile) in page
+    )
+    assert "holds nothing" in preregistration.status(profile, "")
+    assert preregistration.status(profile, page.replace("Inconclusive", "Perhaps")).startswith("Exploratory")
+    renamed = profile.model_copy(update={"description": "other words"})
+    assert preregistration.digest(renamed) == preregistration.digest(profile)  # which decide nothing
+
+
+def test_decisions_that_cannot_be():
+    from pydantic import ValidationError
+
+    letters = Endpoint(name="letters", claim="C1", score="mean_full", direction=-1, margin=0.03, items="fixed")
+    for endpoints, what in (
+        ([letters, letters], "names must differ"),
+        ([letters.model_copy(update={"slight": 0.01})], "larger than the margin"),
+    ):
+        with pytest.raises(ValidationError, match=what):
+            Decisions(endpoints=endpoints)
 
 
 def test_matched_sparsity_by_interpolation_over_k():
@@ -224,7 +393,7 @@ def test_matched_sparsity_by_interpolation_over_k():
     rows = []
     for seed in range(3):
         for k in (20, 80):
-            for arm, p, l0 in (("unmasked", 0.0, k), ("masked", 0.3, 1.5 * k)):
+            for arm, p, l0 in (("unmasked", 0.0, k), ("kept", 0.3, 1.5 * k)):
                 key = {"sae": f"{arm}{k}{seed}", "arm": arm, "p": p, "grid": f"g{k}", "k": k, "seed": seed}
                 ev = 0.5 + 0.1 * np.log(l0 / 20) / np.log(4) - 0.02 * (p > 0) + 0.001 * seed * (p > 0)
                 rows.append(key | {"mode": "as_trained", "architecture": "TopK", "l0": l0, "ev_centred": ev})
@@ -250,14 +419,14 @@ DRAWINGS = {
     "architectures": lambda: reconstruction.draw_family(planted()[0]),
     "summary": lambda: absorption.draw_summary(effects.merge(*planted())),
     "training": lambda: reconstruction.draw_training(
-        {f"{arm}-{g}": (arm, g, history(scale)) for arm in ("unmasked", "masked") for g, scale in (("a", 1), ("b", 9))}
+        [
+            {"sae": f"{arm}-{grid}-s0", "arm": arm, "grid": grid, "history": history(scale)}
+            for arm in ("unmasked", "kept")
+            for grid, scale in (("a", 1), ("b", 9))
+        ]
     ),
     "norms": lambda: data.draw_norms(
-        [
-            {"arm": a, "masked": m, "norm": 90.0 + i}
-            for a, m in (("unmasked", False), ("masked", True))
-            for i in range(5)
-        ]
+        [{"arm": a, "masked": m, "norm": 90.0 + i} for a, m in (("unmasked", False), ("kept", True)) for i in range(5)]
     ),
 }
 
@@ -286,7 +455,7 @@ def test_figures_are_byte_stable_and_show_both_arms(name, tmp_path):
     legend = {text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()}
     ticks = {label.get_text() for axis in figure.axes for label in axis.get_xticklabels()}
     named = legend | ticks | {axis.get_title() for axis in figure.axes}
-    assert any(text.startswith("unmasked") for text in named) and any(text.startswith("masked") for text in named)
+    assert any(text.startswith("unmasked") for text in named) and any(text.startswith("kept") for text in named)
     assert figure.axes[0].get_ylabel() or any("task" in label.get_text() for label in figure.axes[0].get_yticklabels())
 
 

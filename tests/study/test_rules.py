@@ -175,10 +175,9 @@ def test_a_profile_with_a_mistake_in_a_rule_is_told_which(project, selection, wo
 
 
 def test_a_profile_is_run_with_it_and_scored(project):
-    grids = [{"name": "mine", "selection": {"rule": "cutoff", "k": 3}, "n_latents": 32, "seeds": [0]}]
-    study = Run(profile(project, saes=grids))
-    study.saes
-    rows = reconstruction.reconstruction_scores(study)
+    grids = [{"name": "mine", "selection": {"rule": "cutoff", "k": 3}, "n_latents": 32}]
+    study = Run(profile(project, saes=grids, blocks=[{"pairs": [0]}]))
+    rows = study.scored(reconstruction.reconstruction_scores)
     assert {(row["architecture"], row["k"]) for row in rows} == {("Cutoff", 3.0)} and len(rows) == 4
     for row in rows:
         assert row["ev_centred"] > 0
@@ -213,15 +212,18 @@ def test_its_code_is_in_the_id_of_what_it_trains(project, monkeypatch):
     """A rule that was edited trains again, though no line of the package has changed."""
     monkeypatch.syspath_prepend(project)
     path = profile(
-        project, saes=[{"name": "a", "selection": {"rule": "edited", "k": 3}, "n_latents": 32, "seeds": [0]}]
+        project,
+        saes=[{"name": "a", "selection": {"rule": "edited", "k": 3}, "n_latents": 32}],
+        blocks=[{"pairs": [0]}],
     )
     (project / "edited.py").write_text(EDITED.format(goal=2))
     importlib.import_module("edited")
     try:
-        before = Run(path).ids_of(Run(path).arms)
-        assert Run(path).ids_of(Run(path).arms) == before
+        ids = lambda run: [run.id_of(group) for group in run.profile.groups]
+        before = ids(Run(path))
+        assert ids(Run(path)) == before
         (project / "edited.py").write_text(EDITED.format(goal=3))
         os.utime(project / "edited.py", ns=(10**18, 10**18))
-        assert not set(Run(path).ids_of(Run(path).arms)) & set(before)
+        assert not {*ids(Run(path))} & {*before}
     finally:
         del SELECTIONS["Edited"]

@@ -16,7 +16,8 @@ def test_from_text_to_scores(new_project):
     saes = run.saes
     assert [row["sae"] for row in run.table] == list(saes) and len(saes) == 6
     assert list(saes)[0] == "unmasked-plain-s0" and (run.build / "saes/masked/masked-matryoshka-s0").is_dir()
-    rows = reconstruction.reconstruction_scores(run)
+    assert [part.name for part in run.parts] == ["main-s0", "main-s1", "matryoshka-s0"]
+    rows = run.scored(reconstruction.reconstruction_scores)
     assert len(rows) == 12
     for row in rows:
         assert row["ev_centred"] > 0 and row["ce_zero"] > 0
@@ -46,8 +47,8 @@ def test_what_is_finished_is_read_back_and_what_is_missing_is_made(new_project, 
         patch.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
         again = Run(path)
         assert all(torch.equal(again.saes[name].W_dec, w) for name, w in before.items())
-        assert all(torch.equal(again.load_saes()[name].W_dec, w) for name, w in before.items())
-    for group in again.groups(again.arms):
+        assert all(torch.equal(again.part_of(name).load_saes()[name].W_dec, w) for name, w in before.items())
+    for group in again.profile.groups:
         left = {p.name for p in again.folder_of(group).iterdir()}
         assert left == {"saes", ".lock", "log.jsonl"}  # the checkpoint is gone once the SAEs are there
     monkeypatch.setenv("MASKSAE_CACHE", str(new_project / "other"))
@@ -56,19 +57,18 @@ def test_what_is_finished_is_read_back_and_what_is_missing_is_made(new_project, 
 
 def test_scores_are_made_once(project, monkeypatch):
     run = Run(profile(project))
-    run.saes
-    rows = reconstruction.reconstruction_scores(run)
+    rows = run.scored(reconstruction.reconstruction_scores)
     monkeypatch.setattr(reconstruction, "_reconstruction_scores", lambda _: pytest.fail("scored again"))
-    assert reconstruction.reconstruction_scores(Run(project / "tiny.yaml")) == rows
+    assert Run(project / "tiny.yaml").scored(reconstruction.reconstruction_scores) == rows
 
 
 def test_an_arm_may_be_renamed(project):
     first = Run(profile(project))
-    rows = first.saes and reconstruction.reconstruction_scores(first)
+    rows = first.scored(reconstruction.reconstruction_scores)
     arms = [{"name": "clean", "p": 0.0}, {"name": "corrupted", "p": 0.3}]
     second = Run(profile(project, "renamed", arms=arms))
-    assert [name.split("-")[0] for name in second.saes] == 3 * ["clean"] + 3 * ["corrupted"]
-    renamed = reconstruction.reconstruction_scores(second)
+    assert [name.split("-")[0] for name in second.saes] == 3 * ["clean", "corrupted"]
+    renamed = second.scored(reconstruction.reconstruction_scores)
     assert [r["arm"] for r in renamed] == [{"unmasked": "clean", "masked": "corrupted"}[r["arm"]] for r in rows]
     assert [r["ev_centred"] for r in renamed] == [r["ev_centred"] for r in rows]
 
@@ -87,8 +87,6 @@ def test_results_travel_through_files(project):
     assert Run(project / "tiny.yaml").result("facts") == {"x": 1} == read_json(project / "results/tiny/facts.json")
     with pytest.raises(DataError, match=r"claims.json is missing. Run notebook 09_paper .* run 09_paper"):
         run.result("claims")
-    with pytest.raises(DataError, match="Run notebook 02_train"):
-        run.load_saes()
 
 
 @pytest.mark.parametrize(
@@ -127,39 +125,103 @@ def test_read_only_output_folder(new_project, as_nobody):
 
 
 def test_a_changed_arm_changes_only_what_depends_on_it(project):
-    ablations = [{"name": "dropped", "p": 0.3, "drop_masked": True}]
-    before = Run(profile(project, ablations=ablations))
-    arms = [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.2}]
-    after = Run(profile(project, "changed", ablations=ablations, arms=arms))
-    same = [a.name for a, b in zip(before.arms, after.arms) if before.ids_of([a]) == after.ids_of([b])]
-    assert same == ["unmasked", "dropped"]
-    assert before.stream_id(before.arms[1]) != after.stream_id(after.arms[1])
+    arms = [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.3}]
+    dropped = {"name": "dropped", "p": 0.3, "drop_masked": True}
+    blocks = [{"name": "main", "saes": ["plain"], "pairs": [0], "arms": ["unmasked", "masked"]}]
+    blocks += [{"name": "further", "saes": ["plain"], "pairs": [0], "arms": ["dropped"]}]
+    before = Run(profile(project, arms=[*arms, dropped], blocks=blocks))
+    after = Run(profile(project, "changed", arms=[arms[0], arms[1] | {"p": 0.2}, dropped], blocks=blocks))
+    ids = [{group.arm.name: run.id_of(group) for group in run.profile.groups} for run in (before, after)]
+    assert [arm for arm in ids[0] if ids[0][arm] == ids[1][arm]] == ["unmasked", "dropped"]
+    streams = [[run.stream_folder(group.arm, group.pair) for group in run.profile.groups] for run in (before, after)]
+    assert [a == b for a, b in zip(*streams)] == [True, False, True] and streams[0][1] == streams[0][2]
 
 
-def test_saes_of_another_configuration_are_not_taken_for_this_ones(project):
-    run = Run(profile(project))
-    run.saes
-    run.load_saes()
-    with pytest.raises(
-        DataError,
-        match="unmasked was made of another configuration, other files or by other code. Run notebook 02_train",
-    ):
-        Run(profile(project, training={"lr": 1e-3})).load_saes()
-    text = project / "text.jsonl"
+def test_saes_of_another_configuration_are_not_taken_for_this_ones(project, monkeypatch):
+    rows = Run(profile(project)).scored(reconstruction.reconstruction_scores)
+    trained = []
+    train = run.train
+    monkeypatch.setattr(
+        run, "train", lambda configs, *rest, **more: trained.append(len(configs)) or train(configs, *rest, **more)
+    )
+    assert Run(profile(project)).scored(reconstruction.reconstruction_scores) == rows and not trained
+    other = Run(profile(project, training={"lr": 1e-3})).scored(reconstruction.reconstruction_scores)
+    assert sum(trained) == 6 and all(a["ev_centred"] != b["ev_centred"] for a, b in zip(rows, other))
+    run_before, text = Run(profile(project)), project / "text.jsonl"
+    before = [run_before.id_of(group) for group in run_before.profile.groups]
     text.write_text(text.read_text().replace("the", "thy"))
-    with pytest.raises(DataError, match="was made of another configuration"):
-        Run(profile(project)).load_saes()
+    after = Run(profile(project))
+    assert not {*before} & {after.id_of(group) for group in after.profile.groups}
+
+
+def test_arms_that_see_the_same_are_trained_together(project):
+    arms = [
+        {"name": "unmasked", "p": 0.0},
+        {"name": "kept", "p": 0.3},
+        {"name": "dropped", "p": 0.3, "drop_masked": True},
+    ]
+    blocks = [{"name": "main", "saes": ["plain"], "pairs": [4, 5]}]
+    together = Run(profile(project, arms=arms, blocks=blocks))
+    names = ["unmasked-plain-s4", "kept+dropped-plain-s4", "unmasked-plain-s5", "kept+dropped-plain-s5"]
+    assert [group.name for group in together.profile.groups] == names
+    alone = Run(profile(project, "alone", arms=arms[:2], blocks=blocks))
+    a, b = (run.parts[0].load_saes()["kept-plain-s4"] for run in (together, alone))
+    assert torch.equal(a.W_dec, b.W_dec) and torch.equal(a.threshold, b.threshold)
+
+
+def test_where_nothing_is_kept_in_scratch_the_unmasked_pairs_share_a_stream(project):
+    once = Run(profile(project, training={"epochs": 1, "warmup": 2, "threshold_start": 5}))
+    names = [
+        "unmasked-plain-s0+s1",
+        "masked-plain-s0",
+        "masked-plain-s1",
+        "unmasked-matryoshka-s0",
+        "masked-matryoshka-s0",
+    ]
+    assert sorted(group.name for group in once.profile.groups) == sorted(names)
+    assert list(once.parts[1].load_saes()) == ["unmasked-plain-s1", "masked-plain-s1"]
+
+
+def test_pairs_are_kept_and_taken_from_where_they_are_kept(project, monkeypatch):
+    path = profile(project, keep_pairs=True)
+    first = Run(path)
+    rows = first.scored(reconstruction.reconstruction_scores)
+    files = sorted(file.name for file in (first.results / "pairs").iterdir())
+    assert files == ["main-s0.json", "main-s1.json", "matryoshka-s0.json"]
+    monkeypatch.setenv("MASKSAE_CACHE", str(project / "elsewhere"))  # another machine, with the results only
+    monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert Run(path).scored(reconstruction.reconstruction_scores) == rows
+    with pytest.raises(pytest.fail.Exception):  # of another profile they are not taken
+        Run(profile(project, keep_pairs=True, training={"lr": 1e-3})).scored(reconstruction.reconstruction_scores)
+
+
+def test_activations_are_freed_that_no_later_part_is_trained_on(project):
+    run = Run(profile(project, keep_pairs=True))
+    for part in run.parts:
+        part.load_saes()
+    masked = {pair: run.stream_folder(run.profile.arms[1], pair) for pair in (0, 1)}
+    unmasked = run.stream_folder(run.profile.arms[0], 0)
+    run.free(run.parts[0])
+    assert masked[0].exists() and unmasked.exists()  # the last part is trained on them
+    run.free(run.parts[1])
+    assert not masked[1].exists() and masked[0].exists() and unmasked.exists()
+    run.free(run.parts[2])
+    assert not masked[0].exists() and not unmasked.exists()
 
 
 def test_every_kind_of_replacement(project):
-    ablations = [
+    arms = [
+        {"name": "unmasked", "p": 0.0},
+        {"name": "masked", "p": 0.3},
         {"name": "rare", "p": 0.3, "token": "rare"},
         {"name": "random", "p": 0.3, "token": "random"},
         {"name": "letter", "p": 0.3, "token": "e"},
-        {"name": "denoising", "p": 0.3, "denoise": True, "seeds": [0]},
+        {"name": "denoising", "p": 0.3, "denoise": True},
+        {"name": "noise", "p": 0.0, "noise": 0.5},
+        {"name": "fresh", "p": 0.3, "fresh_masks": True},
     ]
-    run = Run(profile(project, ablations=ablations))
-    _, masked, rare, random, letter, denoising = run.arms
+    run = Run(profile(project, arms=arms, blocks=[{"saes": ["plain"], "pairs": [0]}]))
+    _, masked, rare, random, letter, denoising, noise, _ = run.profile.arms
     text = run.ids("train")
     counts = text[:, 1:].flatten().bincount()
     token = run.replacement(rare)["token_id"]
@@ -169,6 +231,8 @@ def test_every_kind_of_replacement(project):
     assert run.replacement(letter)["token_id"] != run.replacement(masked)["token_id"]
     x, is_masked, clean = next(run.stream(denoising).batches([(0, True)]))[0]
     assert not is_masked.any() and not torch.equal(x, clean)
-    [group] = run.groups([denoising])
-    run.train_group(group)
-    assert SAE.load(run.folder_of(group) / "saes/denoising-plain-s0").config.drop_masked
+    saes = run.parts[0].load_saes()
+    assert len({sae.W_dec.sum().item() for sae in saes.values()}) == len(arms)  # each arm sees something of its own
+    assert saes["denoising-plain-s0"].config.drop_masked
+    plain, noisy = (next(run.stream(arm).batches([(0, False)]))[0][0] for arm in (run.profile.arms[0], noise))
+    assert plain.shape == noisy.shape and not torch.equal(plain, noisy)

@@ -66,7 +66,6 @@ def profile(folder, name="tiny", **changes):
             "held_out_share": 0.15,
         },
         "arms": [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.3}],
-        "ablations": [],
         "training": {
             "epochs": 2,
             "batch_size": 256,
@@ -76,16 +75,18 @@ def profile(folder, name="tiny", **changes):
             "threshold_ema": 0.8,
             "pool_tokens": 2000,
         },
-        "architectures": ["all"],
         "saes": [
-            {"name": "plain", "selection": {"rule": "batch_topk", "k": 3}, "n_latents": 32, "seeds": [0, 1]},
+            {"name": "plain", "selection": {"rule": "batch_topk", "k": 3}, "n_latents": 32},
             {
                 "name": "matryoshka",
                 "selection": {"rule": "batch_topk", "k": 4},
                 "n_latents": 32,
                 "prefixes": [0.25, 0.75],
-                "seeds": [0],
             },
+        ],
+        "blocks": [
+            {"name": "main", "saes": ["plain"], "pairs": [0, 1]},
+            {"name": "matryoshka", "saes": ["matryoshka"], "pairs": [0]},
         ],
         "evaluation": {"ce_tokens": 320},
         "absorption": {"words": 50},
@@ -107,6 +108,7 @@ def profile(folder, name="tiny", **changes):
             "ns": [2, 8],
             "ks": [2, 5],
         },
+        "robustness": {"texts": 18, "tokens": 28, "candidates": 20},
         "simulation": {"seeds": 2, "ks": [1.2], "ps": [0.3], "steps": 60},
     }
     for key, value in changes.items():

@@ -7,7 +7,6 @@ import pandas as pd
 
 from masksae.study.explore import Story
 from masksae.study.figures.style import FAMILY, GREY, dots, palette
-from masksae.study.report.curves import finished
 from masksae.study.scores.curves import KINDS
 
 MARKERS = "osD^vPX*<>hp"
@@ -122,33 +121,40 @@ def _half_interval(part: pd.DataFrame, column: str):
 
 
 PANELS = {
-    "l0_ratio": "clean L0 / k, as trained",
-    "ev_centred": "explained variance (centred)",
-    "letters": "absorption, same token",
-    "contexts": "absorption, cross-token",
+    "l0_ratio": "clean L0 / k",
+    "ev_centred": "explained\nvariance",
+    "mean_full": "absorption,\nfirst letters",
+    "main_f1": "F1 of their\nmain latents",
+    "context_full": "absorption,\ncontexts",
+    "context_main_f1": "F1 of their\nmain latents",
 }
+"""Scores of `draw_cells` and what they are called there."""
 
 
-def draw_ablations(rows: list[dict]):
-    """Every arm's finished SAEs: L0 as trained, then explained variance and both kinds of absorption at clean L0 = k. A
-    dot per SAE, the same seeds joined, a bar for the mean."""
+def draw_cells(scores: pd.DataFrame):
+    """Every cell's SAEs in a line: a dot per SAE, dots of one pair joined, a bar for the mean. Merged scores of one
+    mode (`report.effects.merge`)."""
     import matplotlib.pyplot as plt
 
-    table = pd.DataFrame(finished(rows))
-    table["l0_ratio"] = table["l0_as_trained"] / table["k"]
-    arms = list(dict.fromkeys(table["arm"]))
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(12.5, 1.2 + 0.45 * len(arms)), sharey=True)
-    for axis, (column, label) in zip(axes, PANELS.items()):
+    main = scores["grid"].iloc[0]
+    table = scores.assign(l0_ratio=scores["l0"] / scores["k"])
+    table["cell"] = [arm if grid == main else f"{arm}, {grid}" for arm, grid in zip(table["arm"], table["grid"])]
+    cells, panels = list(dict.fromkeys(table["cell"])), [column for column in PANELS if column in table]
+    arms = palette(dict.fromkeys(table["arm"]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(12.5, 1.4 + 0.32 * len(cells)), sharey=True)
+    for axis, column in zip(axes, panels):
         for _, part in table.groupby("seed"):
-            axis.plot(part[column], [arms.index(a) for a in part["arm"]], color=GREY, linewidth=0.5, alpha=0.5)
-        for arm, colour in palette(arms).items():
-            values = table.loc[table["arm"] == arm, column]
-            axis.scatter(values, [arms.index(arm)] * len(values), color=colour, s=20, alpha=0.8, zorder=2)
-            axis.scatter(values.mean(), arms.index(arm), color=colour, marker="|", s=420, linewidth=2.5, zorder=3)
-        axis.axvline(table.loc[table["arm"] == arms[0], column].mean(), color=GREY, linestyle=":", linewidth=1)
+            axis.plot(part[column], [cells.index(c) for c in part["cell"]], color=GREY, linewidth=0.5, alpha=0.4)
+        for (arm, cell), part in table.groupby(["arm", "cell"], sort=False):
+            y, colour = cells.index(cell), arms[arm]
+            axis.scatter(part[column], [y] * len(part), color=colour, s=18, alpha=0.8, zorder=2)
+            axis.scatter(part[column].mean(), y, color=colour, marker="|", s=240, linewidth=2.5, zorder=3)
+        axis.axvline(table.loc[table["cell"] == cells[0], column].mean(), color=GREY, linestyle=":", linewidth=1)
         axis.locator_params(axis="x", nbins=4)
-        axis.set(xlabel=label, yticks=range(len(arms)), yticklabels=[arm.replace("_", " ") for arm in arms])
-    axes[0].set_ylim(len(arms) - 0.5, -0.5)
+        axis.set(
+            xlabel=PANELS[column], yticks=range(len(cells)), yticklabels=[cell.replace("_", " ") for cell in cells]
+        )
+    axes[0].set_ylim(len(cells) - 0.5, -0.5)
     figure.tight_layout()
     return figure
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from masksae.study.figures.style import COLOURS, palette
 
-MARK = f"background:{COLOURS['masked']};color:white;border-radius:3px;padding:0 2px;font-size:70%"
+MARK = f"background:{COLOURS['kept']};color:white;border-radius:3px;padding:0 2px;font-size:70%"
 
 
 def masked_text_html(tokenizer, ids, is_masked, tokens: int = 90) -> str:

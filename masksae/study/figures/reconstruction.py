@@ -5,17 +5,15 @@ import pandas as pd
 from masksae.study.figures.style import FAMILY, dots, palette
 
 
-def draw_training(histories: dict[str, tuple[str, str, list[dict]]]):
-    """Explained variance and silent latents along training; one thin line per SAE. Values: (arm, grid, history)."""
+def draw_training(rows: list[dict]):
+    """Explained variance and silent latents along training; one thin line per SAE. Rows of `training_scores`."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    records = [
-        {"arm": arm, "grid": grid, "sae": sae, **record}
-        for sae, (arm, grid, history) in histories.items()
-        for record in history
-    ]
-    table = pd.DataFrame(records)
+    table = pd.concat(
+        [pd.DataFrame(row["history"]).assign(**{k: row[k] for k in ("arm", "grid", "sae")}) for row in rows]
+    )
+    table = table.reset_index(drop=True)
     grids = list(dict.fromkeys(table["grid"]))
     figure, axes = plt.subplots(
         2, len(grids), figsize=(1.2 + 3.1 * len(grids), 5), sharex=True, sharey="row", squeeze=False

@@ -5,11 +5,10 @@ bytes.
 
 from masksae.files import write_text
 
-COLOURS = {"unmasked": "#0072b2", "masked": "#d55e00"}
+COLOURS = {"unmasked": "#0072b2", "kept": "#d55e00", "dropped": "#009e73"}
+"""Of the arms of the shipped profiles that stand in most pictures."""
 
-"""Of the two arms of every profile."""
-
-OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7fff", "#5e5e5e", "#b2182b")
+OTHER_COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7fff", "#5e5e5e", "#b2182b")
 """Of further arms, in their order."""
 
 FAMILY = (*COLOURS.values(), *OTHER_COLOURS)

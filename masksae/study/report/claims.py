@@ -1,10 +1,18 @@
-"""The paper's claims C1 to C5 and the verdicts on them, from the merged scores of a run
-(`masksae.study.report.effects.merge`)."""
+"""The paper's claims C1 to C5, and R, which its title makes: verdicts on the merged scores of a run
+(`masksae.study.report.effects.merge`), by the decisions that its profile states beforehand.
+
+Each endpoint has one interval and one p-value from the same statistic. Holm's correction over the primary endpoints is
+inside the verdicts. Equivalence is two one-sided tests inside the endpoint's margin, each at alpha and not corrected:
+what is controlled over all endpoints is that any is called supported or contradicted without a cause.
+"""
+
+from collections.abc import Callable
 
 import pandas as pd
 
 from masksae.study import stats
-from masksae.study.report.effects import change, effect, first_column
+from masksae.study.report.effects import Cell, baseline_arm, change, describe, effect, first_column, standing
+from masksae.study.sections import Decisions, Endpoint
 
 CLAIMS = {
     "C1": "Masking reduces feature absorption",
@@ -12,6 +20,7 @@ CLAIMS = {
     "C3": "Masking narrows the out-of-distribution gap",
     "C4": "C1 to C3 hold across architectures and sparsity levels",
     "C5": "Explained variance falls slightly",
+    "R": "Masking makes latents robust to a changed token",
 }
 
 
@@ -22,58 +31,254 @@ def caption(scores: pd.DataFrame, grid: str, arm: str) -> str:
     return f"{grid}, {arm}: {', '.join(changes)}."
 
 
-def decided_by(scores: pd.DataFrame) -> dict[str, tuple[str, str, int]]:
-    """Claim -> (column that decides it, its name, direction that supports it), for the claims that this run
-    measured."""
-    probing, gap = first_column(scores, "probing_auc_"), first_column(scores, "ood_gap_")
-    deciding = {"C1": ("mean_full", "mean full absorption", -1)}
-    if probing:
-        deciding["C2"] = (probing, f"mean AUC of probes on {probing.split('_')[-1]} latents", +1)
-    if gap:
-        k = gap.split("_")[-1]
-        name = f"mean AUC of raw probes less that of probes on {k} latents, under a shift"
-        deciding["C3"] = (gap, name, -1)
-    return deciding | {"C5": ("ev_centred", "explained variance (centred)", -1)}
+def gate(scores: pd.DataFrame, decisions: Decisions, latents: dict[str, int]) -> dict[str, dict]:
+    """Whether unmasked SAEs of each grid have latents for what is to be absorbed, and whether each arm's latents live.
 
+    scores   of one mode; only unmasked rows count, but for `dead`
+    latents  size of the dictionary of each grid
 
-def claims(scores: pd.DataFrame, arm: str) -> dict:
-    """The verdicts, keyed C1 to C5. Decided at matched clean L0, each on the first grid, C4 by C1 to C3 on all grids.
-
-    Each verdict has its own 5 %. `p_holm` is the p-value of its t test that holds for all of them at once.
-    `pairs_needed`: pairs that would settle an inconclusive one four times out of five, were the true effect the one
-    found. C1 is about first letters, which the paper measures; `cross_token` is the same for parents that another token
-    sets.
+    Returns, by grid: passed; checks {name: value, bound, passed}; dead {arm: value, bound, passed}. A number that was
+    not measured (value None) does not pass.
     """
-    grids, deciding = list(dict.fromkeys(scores["grid"])), decided_by(scores)
-    verdicts = {}
-    for key, (column, name, direction) in deciding.items():
-        paired = effect(scores, column, grids[0], arm)
-        verdicts[key] = {"verdict": paired.verdict(direction), "score": name, "grid": grids[0], **paired.to_dict()}
-        if verdicts[key]["verdict"] == "inconclusive" and paired.size:
-            verdicts[key]["pairs_needed"] = stats.pairs_needed(paired.size)
-    adjusted = stats.holm({key: value["p_value"] for key, value in verdicts.items() if value["p_value"] is not None})
-    for key, value in verdicts.items():
-        value["p_holm"] = adjusted.get(key)
-    verdicts["C1"]["dense_absorbers"] = dense_absorbers(scores, grids[0])
-    if "context_full" in scores:
-        cross = effect(scores, "context_full", grids[0], arm)
-        verdicts["C1"]["cross_token"] = {"verdict": cross.verdict(-1), **cross.to_dict()}
-    for key in ("C2", "C3"):
-        verdicts.setdefault(key, {"verdict": "not measured", "reason": "No result of this profile speaks to it."})
-    verdicts["C4"] = _everywhere(scores, grids, arm, deciding)
-    return {key: {"claim": claim, **verdicts[key]} for key, claim in CLAIMS.items()}
+    bounds, first, found = decisions.gate, baseline_arm(scores), {}
+    for grid, part in scores.groupby("grid", sort=False):
+        share = part["dead_in_training"] / latents[grid] if "dead_in_training" in part else part["seed"] * float("nan")
+        table = part.assign(dead=share)
+        if (unmasked := table[table["arm"] == first]).empty:
+            continue
+        checks = {
+            "F1 of main latents, first letters": _check(unmasked, "main_f1", bounds.letters_f1, least=True),
+            "F1 of main latents, contexts": _check(unmasked, "context_main_f1", bounds.contexts_f1, least=True),
+            "absorption credited to dense latents": _dense(unmasked, bounds.dense_absorbers),
+            "dead latents in training": _check(unmasked, "dead", bounds.dead, least=False),
+        }
+        dead = {
+            arm: _check(rows, "dead", bounds.dead_compared, least=False)
+            for arm, rows in table.groupby("arm", sort=False)
+        }
+        found[grid] = {"passed": all(c["passed"] for c in checks.values()), "checks": checks, "dead": dead}
+    return found
 
 
-def _everywhere(scores: pd.DataFrame, grids: list[str], arm: str, deciding: dict[str, tuple[str, str, int]]) -> dict:
-    """C4: C1 to C3 in every grid."""
-    cells = {grid: {} for grid in grids}
-    for grid, cell in cells.items():
-        for key in ("C1", "C2", "C3"):
-            if key in deciding:
-                column, _, direction = deciding[key]
-                cell[key] = effect(scores, column, grid, arm).verdict(direction)
-    verdicts = [verdict for cell in cells.values() for verdict in cell.values()]
-    return {"verdict": stats.combine(verdicts) if len(grids) > 1 else "not measured", "grids": cells}
+def _check(rows: pd.DataFrame, column: str, bound: float, *, least: bool) -> dict:
+    """Mean of a column against a bound, from above or below; a row without a value is no pass."""
+    values = pd.to_numeric(rows[column]) if column in rows else pd.Series(dtype=float)
+    if values.empty or values.isna().any():
+        return {"value": None, "bound": bound, "passed": False}
+    value = float(values.mean())
+    return {"value": value, "bound": bound, "passed": value >= bound if least else value <= bound}
+
+
+def _dense(rows: pd.DataFrame, bound: float) -> dict:
+    """The same of the share of absorption credited to dense latents, which no SAE has that absorbs nothing."""
+    if "dense_absorbers" not in rows:
+        return _check(rows, "dense_absorbers", bound, least=False)
+    return _check(rows.assign(dense=pd.to_numeric(rows["dense_absorbers"]).fillna(0.0)), "dense", bound, least=False)
+
+
+def obstacle(gates: dict[str, dict], endpoint: Endpoint, arm: str, cell: Cell, grid: str) -> str | None:
+    """Why an endpoint cannot be measured in a grid, as a sentence; None if it can."""
+    found = gates.get(cell[1])
+    if found is None:
+        return f"{cell[1]} has no unmasked SAEs that could pass the gate."
+    failed = [(name, check) for name, check in found["checks"].items() if not check["passed"]]
+    if endpoint.claim == "C1" and failed:
+        told = [f"{name} {_number(check['value'])}, bound {check['bound']:g}" for name, check in failed]
+        return f"Unmasked SAEs of {cell[1]} do not pass the gate: {'; '.join(told)}."
+    for name, where in ((cell[0], cell[1]), (arm, grid)):
+        check = gates.get(where, found)["dead"].get(name, {"passed": False, "value": None, "bound": None})
+        if not check["passed"]:
+            return (
+                f"Cannot be compared: the share of latents of {name}, {where}, that are dead at the end of training is "
+                f"{_number(check['value'])}, bound {check['bound']}."
+            )
+    return None
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def claims(
+    scores: pd.DataFrame,
+    decisions: Decisions,
+    arm: str,
+    gates: dict[str, dict],
+    baseline: Callable[[str, str], Cell | None] | None = None,
+) -> dict[str, dict]:
+    """The verdicts, keyed C1 to C5 and R: what `arm` changes against the unmasked SAEs of the first grid; C4 in the
+    others.
+
+    baseline  (arm, grid) -> cell to compare with, as in `effects.comparison`: C4 leaves grids of rivals out
+
+    Each claim holds the row of its first primary endpoint, and in `endpoints` the rows of the others by name. A row is
+    an Effect with verdict, score, grid, margin, p_holm (superiority, corrected), p_equivalent, `detectable` by the rule
+    that decides (the first of Holm's steps), and for an inconclusive one `pairs_needed`.
+    """
+    first = scores["grid"].iloc[0]
+    rows = {}
+    for primary in (True, False):
+        family = {(first, e.name): (first, e) for e in decisions.endpoints if e.primary == primary}
+        rows |= {name: row for (_, name), row in decide(scores, decisions, arm, gates, family).items()}
+    found = {}
+    for key in CLAIMS:
+        mine = sorted((e for e in decisions.endpoints if e.claim == key), key=lambda e: not e.primary)
+        head, *others = [(e.name, rows[e.name]) for e in mine] or [("", _unmeasured("No endpoint of the profile."))]
+        found[key] = head[1] | ({"endpoints": dict(others)} if others else {})
+    found["C4"] = everywhere(scores, decisions, arm, gates, baseline)
+    found["C1"]["dense_absorbers"] = dense_absorbers(scores, first)
+    return {key: {"claim": claim, **found[key]} for key, claim in CLAIMS.items()}
+
+
+def decide(
+    scores: pd.DataFrame, decisions: Decisions, arm: str, gates: dict[str, dict], family: dict[tuple, tuple]
+) -> dict[tuple, dict]:
+    """Rows of endpoints that share one correction: key -> (grid, endpoint)."""
+    rows, effects = {}, {}
+    for key, (grid, endpoint) in family.items():
+        column, cell = _column(scores, endpoint), (baseline_arm(scores), grid)
+        sides = [scores[(scores["arm"] == name) & (scores["grid"] == grid)] for name in (arm, baseline_arm(scores))]
+        if column is None or any(side.empty or side[column].isna().any() for side in sides):
+            rows[key] = _unmeasured(f"No {endpoint.score} of {arm} and unmasked SAEs of {grid}.") | {"grid": grid}
+            continue
+        found = effect(scores, column, grid, arm, cell, endpoint.items)
+        reason = obstacle(gates, endpoint, arm, cell, grid)
+        if reason is None:
+            effects[key] = found
+        shared = {"endpoint": endpoint.name, "primary": endpoint.primary, "score": column, "grid": grid}
+        rows[key] = {"verdict": "not measurable", **shared, "margin": endpoint.margin, **found.to_dict()}
+        rows[key] |= {"reason": reason} if reason else {}
+    tested = {key: e for key, e in effects.items() if e.p_value is not None}
+    adjusted = stats.holm({key: e.p_value for key, e in tested.items()})
+    for key, found in effects.items():
+        rows[key] |= _decided(found, family[key][1], adjusted.get(key), decisions.alpha, len(tested))
+    return rows
+
+
+def _decided(found: stats.Effect, endpoint: Endpoint, p_holm: float | None, alpha: float, tests: int) -> dict:
+    """What is decided of one endpoint."""
+    options = dict(p_value=p_holm, margin=endpoint.margin, level=alpha)
+    verdict = found.verdict(endpoint.direction, **options)
+    row = {"p_holm": p_holm, "p_equivalent": found.p_equivalent(endpoint.margin)}
+    if endpoint.slight is not None:
+        verdict = slight(found, endpoint, verdict)
+        row |= {"slight": endpoint.slight, "size_in_words": size(found)}
+    level = alpha / max(1, tests)
+    row |= {"verdict": verdict, "detectable": found.finds(level)}
+    if verdict == "inconclusive":
+        row["pairs_needed"] = stats.pairs_needed(found, level)
+    return row
+
+
+def slight(found: stats.Effect, endpoint: Endpoint, verdict: str) -> str:
+    """Verdict of a claim with a size in it, from that on its sign: supported if the whole interval lies between nothing
+    and `endpoint.slight`, contradicted if it lies beyond, or on the other side of nothing.
+
+    >>> fall = stats.paired_effect([0.9, 0.9, 0.9], [0.889, 0.890, 0.891])
+    >>> ev = Endpoint(name="ev", claim="C5", score="ev", direction=-1, margin=0.005, items="fixed", slight=0.02)
+    >>> slight(fall, ev, "supported"), slight(fall, ev.model_copy(update={"slight": 0.006}), "supported")
+    ('supported', 'contradicted')
+    """
+    if verdict != "supported":
+        return verdict
+    near, far = sorted(endpoint.direction * bound for bound in (found.low, found.high))
+    if near > endpoint.slight:
+        return "contradicted"
+    return "supported" if far < endpoint.slight else "inconclusive"
+
+
+def size(found: stats.Effect) -> str:
+    """A change of explained variance in words.
+
+    >>> size(stats.paired_effect([0.9, 0.9], [0.851, 0.849]))
+    'explained variance falls by 0.050 (95 % 0.037 to 0.063); unexplained variance rises by 50 %'
+    """
+    sign = -1 if found.difference < 0 else 1
+    ends = [] if found.low is None else sorted((sign * found.low, sign * found.high))
+    interval = f" (95 % {ends[0]:.3f} to {ends[1]:.3f})" if ends else ""
+    rest = 100 * ((1 - found.treated) / (1 - found.baseline) - 1)
+    moves = ("falls", "rises") if sign < 0 else ("rises", "falls")
+    return (
+        f"explained variance {moves[0]} by {abs(found.difference):.3f}{interval}; "
+        f"unexplained variance {moves[1]} by {abs(rest):.0f} %"
+    )
+
+
+def everywhere(
+    scores: pd.DataFrame,
+    decisions: Decisions,
+    arm: str,
+    gates: dict[str, dict],
+    baseline: Callable[[str, str], Cell | None] | None = None,
+) -> dict:
+    """C4: the primary endpoints of C1 to C3 in every grid but the first, which C1 to C3 have decided; one correction
+    over all of its cells."""
+    treated = set(scores.loc[scores["arm"] == arm, "grid"])
+    others = [grid for grid in standing(scores, baseline) if grid in treated and grid != scores["grid"].iloc[0]]
+    grids = decisions.cells or others
+    asked = [e for e in decisions.endpoints if e.primary and e.claim in ("C1", "C2", "C3") and _column(scores, e)]
+    family = {(grid, e.name): (grid, e) for grid in grids for e in asked}
+    rows = decide(scores, decisions, arm, gates, family)
+    found = {"verdict": stats.combine([row["verdict"] for row in rows.values()])}
+    if not grids:
+        found["reason"] = f"No other grid has SAEs of {arm} and unmasked ones."
+    found["grids"] = {grid: {f"{e.claim} {e.name}": rows[grid, e.name]["verdict"] for e in asked} for grid in grids}
+    found["cells"] = {grid: {e.name: rows[grid, e.name] for e in asked} for grid in grids}
+    return found
+
+
+def _column(scores: pd.DataFrame, endpoint: Endpoint) -> str | None:
+    if endpoint.score.endswith("_"):
+        return first_column(scores, endpoint.score)
+    return endpoint.score if endpoint.score in scores else None
+
+
+def _unmeasured(reason: str) -> dict:
+    return {"verdict": "not measured", "reason": reason}
+
+
+def verdict_table(found: dict[str, dict]) -> list[dict]:
+    """Rows for a reader, one per endpoint: claim, endpoint, verdict, effect, corrected p-value; C4 in one row."""
+    return [
+        _told(key, name, row)
+        for key, claim in found.items()
+        for name, row in [(claim.get("endpoint", ""), claim), *claim.get("endpoints", {}).items()]
+    ]
+
+
+def cell_table(found: dict[str, dict]) -> list[dict]:
+    """The same of the cells of C4."""
+    cells = found["C4"]["cells"].values()
+    return [_told("C4", name, row) for cell in cells for name, row in cell.items()]
+
+
+def _told(claim: str, endpoint: str, row: dict) -> dict:
+    change = describe(stats.Effect.from_dict(row), detectable=False) if "difference" in row else ""
+    return {
+        "claim": claim,
+        "endpoint": f"{endpoint} (secondary)" if row.get("primary") is False else endpoint,
+        "SAEs": row.get("grid", ""),
+        "verdict": row["verdict"],
+        "unmasked → treated": row.get("size_in_words") or change,
+        "p, Holm": row.get("p_holm"),
+        "p, equivalence": row.get("p_equivalent"),
+        "margin": row.get("margin"),
+        "finds": row.get("detectable"),
+        "pairs needed": row.get("pairs_needed"),
+        "why": row.get("reason", ""),
+    }
+
+
+def gate_table(gates: dict[str, dict]) -> list[dict]:
+    """Rows for a reader: each grid, what it reaches and what it ought to, and the dead latents of each arm."""
+    rows = []
+    for grid, found in gates.items():
+        row = {"SAEs": grid, "gate": "passed" if found["passed"] else "failed"}
+        row |= {f"{name}, bound {c['bound']:g}": _number(c["value"]) for name, c in found["checks"].items()}
+        dead = {arm: f"{arm} {_number(c['value'])}" for arm, c in found["dead"].items()}
+        bound = next(iter(found["dead"].values()))["bound"]
+        rows.append(row | {f"the same of each arm, bound {bound:g}": ", ".join(dead.values())})
+    return rows
 
 
 def dense_absorbers(scores: pd.DataFrame, grid: str) -> dict[str, float | None]:

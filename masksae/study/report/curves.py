@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pandas as pd
 
+from masksae.errors import DataError
 from masksae.study.report.effects import baseline_arm, change, describe, treated_arms
 from masksae.study.scores.curves import KINDS
-from masksae.study.stats import Effect, holm, interpolate, paired_effect, paired_effect_by_item
+from masksae.study.stats import Effect, holm, interpolate, paired_effect
 
 SHORT = {"letters": "same token", "contexts": "cross-token"}
 BESIDE = {"dead_latents": "dead latents", "l0": "clean L0", "ev_centred": "EV"}
@@ -24,7 +25,7 @@ def finished(rows: list[dict]) -> list[dict]:
 def effects(rows: list[dict]) -> list[dict]:
     """What each arm changes against the unmasked one, by kind of absorption and by what is held equal.
 
-    equal "steps"  finished SAEs, paired by seed; intervals over seeds, and over seeds and parents
+    equal "steps"  finished SAEs, paired by seed; the interval is over pairs, for parents over pairs and parents
     equal "EV"     against the unmasked SAE of the same seed stopped where its clean explained variance was that of the
                    arm's finished SAE (linear between snapshots); only seeds whose curve reaches it
     kind "cross-token less same token"  how much more an arm changes the one kind than the other, by steps
@@ -33,6 +34,8 @@ def effects(rows: list[dict]) -> list[dict]:
     table = pd.DataFrame(done)
     base = {row["seed"]: row for row in done if row["arm"] == baseline_arm(table)}
     for arm in treated_arms(table):
+        if alone := {row["seed"] for row in done if row["arm"] == arm} - set(base):
+            raise DataError(f"Along training {arm} has the pairs {sorted(alone)}, which have no unmasked partner.")
         pairs = [(base[row["seed"]], row) for row in done if row["arm"] == arm]
         for kind, name in KINDS.items():
             entry = {"arm": arm, "kind": name}
@@ -48,10 +51,10 @@ def effects(rows: list[dict]) -> list[dict]:
 
 
 def _by_item(pairs, kind: str) -> Effect:
-    """Paired effect on one kind, with an interval for other parents too where several seeds allow it."""
+    """Paired effect on one kind: letters are all letters there are, parents a sample that varies beside the pairs."""
     names = sorted(pairs[0][0][f"{kind}_items"])
     sides = [[[row[f"{kind}_items"].get(name, math.nan) for name in names] for row in side] for side in zip(*pairs)]
-    return paired_effect_by_item(*sides)
+    return paired_effect(*sides, items="fixed" if kind == "letters" else "random")
 
 
 def _at_ev(rows: list[dict], row: dict, kind: str, ev: float) -> float | None:

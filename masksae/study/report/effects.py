@@ -1,45 +1,71 @@
-"""What an arm changes, paired by seed: rows of several result files side by side, and tables of their differences with
-intervals."""
+"""What one cell of SAEs has that another has not: rows of several result files side by side, differences paired by
+seed, and tables of them with intervals.
+
+A cell is an arm of a grid: (arm, grid). An arm is compared with the unmasked SAEs of its grid, a rival with those of
+another grid.
+"""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
 from masksae.errors import DataError
 from masksae.study.report.labels import heading, score
-from masksae.study.stats import Effect, interpolate, paired_effect, paired_effect_by_item
+from masksae.study.stats import Effect, Items, interpolate, paired_effect
 
 KEYS = ["sae", "arm", "p", "grid", "architecture", "k", "seed", "mode"]
 """What the rows of one SAE in one mode have in common in every result."""
 
-NESTED = ["letters", "parents", "tasks", "excluded", "threshold", "groups", "pairs"]
+NESTED = ["letters", "parents", "tasks", "excluded", "threshold", "groups", "pairs", "texts"]
 """Tables inside rows, and what is not compared."""
 
-COMPARED = ("mean_full", "context_full", "ev_centred", "ce_score", "probing_auc_", "ood_gap_", "dead_latents")
+COMPARED = (
+    *("mean_full", "main_f1", "context_full", "context_main_f1", "ev_centred", "ce_score", "probing_auc_", "ood_gap_"),
+    *("l0", "dead_in_training", "dead_latents"),
+)
 """Scores of the comparison; of those for several numbers of latents the first counts."""
+
+LETTERS = ("mean_", "main_", "dense_absorbers")
+"""What the names of scores of first letters begin with: there are no other letters, so that only pairs vary."""
+
+ITEMS = {
+    "letters": {"full": "mean_full", "specific": "mean_specific", "f1": "main_f1"},
+    "parents": {"full": "context_full", "specific": "context_specific", "f1": "context_main_f1"},
+}
+"""Tables inside rows, their columns, and the scores that are means over those."""
+
+MODES = {"as_trained": "as trained", "matched": "threshold moved to L0 = k"}
+"""Ways to compare, the published one first."""
+
+Cell = tuple[str, str]
+"""(arm, grid)"""
 
 
 def merge(*results: list[dict], mode: str = "matched") -> pd.DataFrame:
     """One row per SAE with the scores of several result files in one mode. Tables inside rows become, for a score that
-    is a mean over letters or tasks, a column SCORE_items of {letter or task: value}."""
-    table = pd.DataFrame(results[0])
-    for rows in results[1:]:
-        more = pd.DataFrame([row | _items(row) for row in rows])
-        table = table.merge(more.drop(columns=NESTED, errors="ignore"), on=KEYS, validate="one_to_one")
-    return table[table["mode"] == mode].reset_index(drop=True)
+    is a mean over letters, parents, tasks or texts, a column SCORE_items of {letter or task: value}."""
+    tables = [pd.DataFrame([row | _items(row) for row in rows if row["mode"] == mode]) for rows in results]
+    first, *others = [table.drop(columns=NESTED, errors="ignore") for table in tables]
+    for table in others:
+        first = first.merge(table, on=KEYS, validate="one_to_one")
+    return first
 
 
 def _items(row: dict) -> dict[str, dict[str, float]]:
     items = {}
-    if "letters" in row:
-        items["mean_full_items"] = {item["letter"]: item["full"] for item in row["letters"]}
-    if "parents" in row:
-        items["context_full_items"] = {item["letter"]: item["full"] for item in row["parents"]}
+    for nested, columns in ITEMS.items():
+        for item in row.get(nested, ()):
+            for key, mean in columns.items():
+                if mean in row and item.get(key) is not None:
+                    items.setdefault(f"{mean}_items", {})[item["letter"]] = item[key]
     for task in row.get("tasks", ()):
         for k, auc in task["auc"].items():
             items.setdefault(f"{task['family']}_auc_{k}_items", {})[task["task"]] = auc
             items.setdefault(f"{task['family']}_gap_{k}_items", {})[task["task"]] = task["raw_auc"] - auc
+    for name, values in row.get("texts", {}).items():
+        items[f"{name}_items"] = {str(batch): value for batch, value in enumerate(values)}
     return items
 
 
@@ -53,24 +79,58 @@ def treated_arms(scores: pd.DataFrame) -> list[str]:
     return [arm for arm in dict.fromkeys(scores["arm"]) if arm != baseline_arm(scores)]
 
 
-def effect(scores: pd.DataFrame, column: str, grid: str, arm: str) -> Effect:
-    """Paired effect of an arm against the unmasked one (p = 0) on one score of one grid; if the score is a mean over
-    letters or tasks, with an interval for other letters or tasks too."""
-    part, items = scores[scores["grid"] == grid], f"{column}_items"
-    used = items if items in scores else column
-    baseline, treated = (part[part["arm"] == name].set_index("seed")[used] for name in (baseline_arm(scores), arm))
-    if set(baseline.index) != set(treated.index):
+def own_baseline(scores: pd.DataFrame) -> Callable[[str, str], Cell | None]:
+    """(arm, grid) -> the cell that it is compared with: the unmasked SAEs of the same grid; None if there are none, and
+    for those themselves."""
+    cells, first = set(zip(scores["arm"], scores["grid"])), baseline_arm(scores)
+    return lambda arm, grid: (first, grid) if arm != first and (first, grid) in cells else None
+
+
+def standing(scores: pd.DataFrame, baseline: Callable[[str, str], Cell | None] | None = None) -> list[str]:
+    """Grids whose unmasked SAEs are compared with no other grid's: those of rivals and of controls are."""
+    baseline, first = baseline or own_baseline(scores), baseline_arm(scores)
+    unmasked = dict.fromkeys(scores.loc[scores["arm"] == first, "grid"])
+    return [grid for grid in unmasked if baseline(first, grid) is None]
+
+
+def effect(
+    scores: pd.DataFrame, column: str, grid: str, arm: str, baseline: Cell | None = None, items: Items | None = None
+) -> Effect:
+    """What the SAEs of an arm and grid have of one score that those of another cell have not, paired by seed.
+
+    baseline  (arm, grid); None: the unmasked SAEs of the same grid. May have more pairs than the treated cell
+    items     of a score that is a mean over letters, parents, tasks or sets: "random" if they vary like the pairs,
+              "fixed" if they are all there are; None: letters are fixed, all others random
+
+    Raises DataError for a cell without rows, for pairs that stand twice, and for pairs without a partner.
+    """
+    treated, baseline = (arm, grid), baseline or (baseline_arm(scores), grid)
+    items = items or ("fixed" if column.startswith(LETTERS) else "random")
+    named = f"{column}_items"
+    used = named if items == "random" and named in scores else column
+    first, second = (_by_pair(scores, cell, used) for cell in (baseline, treated))
+    if alone := sorted(set(second.index) - set(first.index)):
         raise DataError(
-            f"{grid}: the arms have other seeds ({sorted(baseline.index)} against {sorted(treated.index)}), "
-            "so they cannot be paired."
+            f"{' of '.join(treated)} has the pairs {sorted(second.index)}, {' of '.join(baseline)} has "
+            f"{sorted(first.index)}: {alone} have no partner. Train and score them too, or leave them out."
         )
-    baseline, treated = baseline.sort_index().tolist(), treated.sort_index().tolist()
+    sides = first[second.index].tolist(), second.tolist()
     if used == column:
-        return paired_effect(baseline, treated)
-    names = sorted(baseline[0])
-    return paired_effect_by_item(
-        *([[row.get(name, math.nan) for name in names] for row in side] for side in (baseline, treated))
-    )
+        return paired_effect(*sides, items=items)
+    names = sorted(sides[0][0])
+    return paired_effect(*([[row.get(name, math.nan) for name in names] for row in side] for side in sides))
+
+
+def _by_pair(scores: pd.DataFrame, cell: Cell, column: str) -> pd.Series:
+    """A column of a cell by seed, in its order. Raises DataError."""
+    arm, grid = cell
+    part = scores[(scores["arm"] == arm) & (scores["grid"] == grid)].set_index("seed")[column].sort_index()
+    if part.empty:
+        raise DataError(f"No SAEs of arm {arm} and grid {grid} are among the scores. Train and score them first.")
+    if not part.index.is_unique:
+        twice = sorted(set(part.index[part.index.duplicated()]))
+        raise DataError(f"{arm} of {grid}: the pairs {twice} stand twice. SAEs that share a draw are one pair.")
+    return part
 
 
 def first_column(scores: pd.DataFrame, start: str) -> str | None:
@@ -84,29 +144,72 @@ def compared(scores: pd.DataFrame) -> dict[str, str]:
     return {title: column for title, column in columns.items() if column}
 
 
-def comparison(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row per grid and treated arm, one column per score: baseline -> treated and the difference with its
-    interval."""
-    rows = []
-    for grid in dict.fromkeys(scores["grid"]):
-        for arm in treated_arms(scores):
-            row = {"SAEs": grid, "arm": arm}
-            for title, column in compared(scores).items():
-                row[title] = describe(effect(scores, column, grid, arm), score(column).digits)
-            rows.append(row | {"pairs": effect(scores, "mean_full", grid, arm).pairs})
-    return pd.DataFrame(rows)
+def comparison(*results: list[dict], baseline: Callable[[str, str], Cell | None] | None = None) -> pd.DataFrame:
+    """One row per cell and way to compare, one column per score: baseline -> treated and the difference with its
+    interval. As trained stands first, as published; then SAEs of another k, trained to the clean L0 of the baseline;
+    then thresholds moved to clean L0 = k, for SAEs that have one.
+
+    baseline  (arm, grid) -> cell to compare with, or None; None: `own_baseline`
+    """
+    by_mode = {mode: merge(*results, mode=mode) for mode in MODES}
+    scores = by_mode["as_trained"]
+    baseline, k = baseline or own_baseline(scores), scores.groupby("grid")["k"].first()
+    found = []
+    for arm, grid in dict.fromkeys(zip(scores["arm"], scores["grid"])):
+        if (cell := baseline(arm, grid)) is None:
+            continue
+        chosen = k[grid] != k[cell[1]]
+        row = {"SAEs": f"{arm}, {grid}", "against": ", ".join(cell)}
+        told = {}
+        for mode, words in MODES.items():
+            named = "trained to the clean L0" if chosen else words
+            entry = row | {"compared": named} | _described(by_mode[mode], arm, grid, cell)
+            if not chosen or mode == "as_trained":
+                told[mode] = entry
+        if _same(scores, by_mode["matched"], {(arm, grid), cell}):
+            told = {"as_trained": told["as_trained"] | {"compared": "as trained, at L0 = k"}}
+        found += [
+            (list(scores["grid"]).index(cell[1]), chosen + 2 * (mode == "matched"), e) for mode, e in told.items()
+        ]
+    return pd.DataFrame([entry for _, _, entry in sorted(found, key=lambda place: place[:2])])
 
 
-def interpolated(*results: list[dict]) -> pd.DataFrame:
+def _described(scores: pd.DataFrame, arm: str, grid: str, cell: Cell) -> dict:
+    """Score -> its effect in words, "–" where an SAE has none; and the number of pairs."""
+    part = scores[[at in {(arm, grid), cell} for at in zip(scores["arm"], scores["grid"])]]
+    row, pairs = {}, 0
+    for title, column in compared(scores).items():
+        if part[column].isna().any():
+            row[title] = "–"
+            continue
+        found = effect(part, column, grid, arm, cell)
+        row[title], pairs = describe(found, score(column).digits), found.pairs
+    return row | {"pairs": pairs}
+
+
+def _same(trained: pd.DataFrame, matched: pd.DataFrame, cells: set[Cell]) -> bool:
+    """Whether the SAEs of some cells have no threshold that could be moved, so that both ways are one."""
+    sides = [
+        scores[[cell in cells for cell in zip(scores["arm"], scores["grid"])]]
+        .set_index("sae")["l0"]
+        .sort_index()
+        .astype(float)
+        for scores in (trained, matched)
+    ]
+    return sides[0].equals(sides[1])
+
+
+def interpolated(*results: list[dict], baseline: Callable[[str, str], Cell | None] | None = None) -> pd.DataFrame:
     """The comparison at a common clean L0 by interpolating over k, SAEs as trained: another way to matched sparsity
     than recalibrated thresholds, which takes no SAE off its own threshold. One row per architecture that has several k,
-    at their geometric mean; no row where the SAEs' own L0 do not enclose it."""
+    at their geometric mean; no row where the SAEs' own L0 do not enclose it. Rivals (`standing`) are left out."""
     scores, rows = merge(*results, mode="as_trained"), []
+    scores = scores[scores["grid"].isin(standing(scores, baseline))]
     for architecture, part in scores.groupby("architecture", sort=False):
         l0 = float(np.exp(np.log(part["k"].unique()).mean()))
         for arm in treated_arms(scores):
             row = {"architecture": architecture, "arm": arm, "L0": round(l0, 1)}
-            for title, column in compared(scores).items():
+            for title, column in compared(scores.drop(columns="l0")).items():
                 sides = [at_l0(part[part["arm"] == name], column, l0) for name in (baseline_arm(scores), arm)]
                 seeds = sorted(set(sides[0]) & set(sides[1]))
                 if seeds:
@@ -123,13 +226,11 @@ def at_l0(scores: pd.DataFrame, column: str, l0: float) -> dict[int, float]:
     return {seed: value for seed, value in at.items() if value is not None}
 
 
-def describe(e: Effect, digits: int = 3) -> str:
+def describe(e: Effect, digits: int = 3, *, detectable: bool = True) -> str:
     """ "0.148 → 0.095 (−0.053, 95 % −0.094 to −0.012)"; if nothing was found, with the difference that could have
-    been."""
+    been, unless it stands elsewhere."""
     interval = "one pair, no interval" if e.low is None else f"95 % {_fixed(e.low, digits)} to {_fixed(e.high, digits)}"
-    if e.items_low is not None:
-        interval += f", for other items too {_fixed(e.items_low, digits)} to {_fixed(e.items_high, digits)}"
-    if e.low is not None and e.verdict(1) == e.verdict(-1):
+    if detectable and e.low is not None and e.verdict(1) == "inconclusive":
         interval += f"; detectable {_fixed(e.detectable, digits)}"
     difference = ("+" if e.difference > 0 else "") + _fixed(e.difference, digits)
     return f"{_fixed(e.baseline, digits)} → {_fixed(e.treated, digits)} ({difference}, {interval})"

@@ -20,15 +20,27 @@ class Score:
 
 
 SCORES = {
-    "l0": Score("reconstruction", "L0", ", latents active on a clean token"),
+    "l0": Score("reconstruction", "L0", ", latents active on a clean token", digits=1),
     "ev_centred": Score("reconstruction", "explained variance"),
     "ce_score": Score("reconstruction", "CE score", ": 1 is the model as it is, 0 zeros in place"),
     "dead_latents": Score("reconstruction", "dead latents", " on the held-out text", digits=0),
+    "dead_in_training": Score("reconstruction", "latents dead in training", ", not active in its last part", digits=0),
+    "silent_but_masked": Score("reconstruction", "silent latents that fire at masked positions", digits=0),
+    "silent_but_corrupted": Score("reconstruction", "silent latents that fire beside masked positions", digits=0),
+    "silent_everywhere": Score("reconstruction", "silent latents that fire nowhere", digits=0),
     "dense_latents": Score("reconstruction", "dense latents", ", active on more than a tenth of it", digits=0),
     "mean_full": Score("absorption", "absorption, first letters", heading="absorption"),
+    "mean_specific": Score(
+        "absorption", "specific absorption, first letters", ": by a latent that fires on less than a tenth of the words"
+    ),
+    "main_f1": Score("absorption", "F1 of main latents, first letters"),
+    "main_recall": Score("absorption", "recall of main latents, first letters"),
     "mean_fraction": Score("absorption", "absorption fraction, first letters"),
     "dense_absorbers": Score("absorption", "share of absorption credited to dense latents"),
     "context_full": Score("contexts", "absorption, contexts", ": what came before", heading="absorption by context"),
+    "context_specific": Score("contexts", "specific absorption, contexts"),
+    "context_main_f1": Score("contexts", "F1 of main latents, contexts"),
+    "context_main_recall": Score("contexts", "recall of main latents, contexts"),
     "probing_raw_auc": Score("probing", "probing, raw activations", ", AUC"),
     "probing_auc_": Score("probing", "probing, {} latents", ", AUC", heading="probing, AUC"),
     "ood_raw_auc": Score("ood", "shifted texts, raw activations", ", AUC"),
@@ -39,6 +51,23 @@ SCORES = {
 }
 """By its key in the rows of a result; a key that ends in an underscore stands for one score for each number of
 latents."""
+
+
+REPLACED = {"random": "a random token", "gradient": "one chosen by gradient", "mask": "the mask token"}
+"""What stands in the place of a token, by kind (`masksae.study.scores.robustness.KINDS`)."""
+
+SCORES |= {
+    f"robustness_{kind}_{reach}_{key}": Score("robustness", f"{what}, {where} {token}")
+    for kind, token in REPLACED.items()
+    for reach, where in {"near": "near", "far": "far from"}.items()
+    for key, what in {
+        "jaccard": "overlap of active latents",
+        "top_jaccard": "overlap of the largest latents",
+        "recon": "change of the reconstruction",
+        "code": "change of the latents",
+        "x": "change of the activation",
+    }.items()
+}
 
 
 def score(key: str) -> Score:

@@ -1,4 +1,4 @@
-"""The noise study: where the variance of absorption comes from, and scores averaged over evaluations."""
+"""The noise study: where the variance of absorption comes from, and what each SAE scores over all evaluations."""
 
 import pandas as pd
 
@@ -29,21 +29,11 @@ def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
 
 
 def noise_means(rows: list[dict]) -> list[dict]:
-    """Per SAE of the noise study, absorption of each letter averaged over draws and splits."""
+    """Per SAE of the noise study, absorption of each letter averaged over draws and splits; letters that fail the probe
+    gate in one of them are left out of all, so that every mean is over the same letters."""
+    passed = set.intersection(*(set(row["letters"]) for row in rows))
     means = []
     for sae, part in pd.DataFrame(rows).groupby("sae", sort=False):
-        letters = pd.DataFrame(part["letters"].tolist()).mean().sort_index()
+        letters = pd.DataFrame(part["letters"].tolist())[sorted(passed)].mean()
         means.append({"sae": sae, "cells": len(part), "letters": letters.to_dict()})
     return means
-
-
-def averaged(scores: pd.DataFrame, means: list[dict]) -> pd.DataFrame:
-    """`scores` with the absorption of the SAEs of the noise study averaged over its draws and splits, so that less
-    noise is left in C1."""
-    scores = scores.copy()
-    for row in means:
-        here = scores.index[scores["sae"] == row["sae"]]
-        scores.loc[here, "mean_full"] = sum(row["letters"].values()) / len(row["letters"])
-        for index in here:
-            scores.at[index, "mean_full_items"] = row["letters"]
-    return scores

@@ -4,18 +4,17 @@ reliability`.
 Reads the results of a profile and prints the table of docs/metrics.md. For each score, on the unmasked SAEs of the
 first grid at matched clean L0: the standard deviation between seeds; the smallest true difference of the arms that so
 many pairs find with probability .8; and, as a signal of known size, how far the score moves when every token gets more
-latents (the same SAEs at the largest L0), in standard deviations.
+latents (the same SAEs at the largest L0), in standard deviations. What is seen is seen by the rule that decides, other
+tasks and parents included.
 """
-
-from statistics import mean, stdev
 
 import pandas as pd
 
 from masksae.files import read_json, repository
 from masksae.study.profile import load_profile
 from masksae.study.report import labels
+from masksae.study.report.effects import baseline_arm, effect, merge, treated_arms
 from masksae.study.report.tables import cells, number, to_markdown
-from masksae.study.stats import paired_effect
 
 SHOWN = (
     "ev_centred",
@@ -31,33 +30,30 @@ SHOWN = (
 
 
 def reliability(profile="laptop") -> pd.DataFrame:
-    """A row per score; `signal` is None where no SAEs of another L0 and the same architecture were scored."""
-    folder, grids = repository() / "results" / load_profile(profile).name, load_profile(profile).grids
-    [first, *others] = [grid.name for grid in grids if grid.architecture == grids[0].architecture]
-    rows = []
+    """A row per score, of the SAEs of the first grid; `signal` is None where none of another L0 and the same
+    architecture were scored."""
+    folder, rows = repository() / "results" / load_profile(profile).name, []
     for key in SHOWN:
-        scores = [r for r in read_json(folder / f"{labels.score(key).result}.json") if r["mode"] == "matched"]
-        if key not in scores[0]:
+        scores = merge(read_json(folder / f"{labels.score(key).result}.json"))
+        if key not in scores:
             continue
-        unmasked, masked = _by_seed(scores, key, "unmasked", first), _by_seed(scores, key, "masked", first)
-        spread, other = stdev(unmasked), _by_seed(scores, key, "unmasked", others[-1]) if others else []
+        baseline, grid, arm = baseline_arm(scores), scores["grid"].iloc[0], treated_arms(scores)[0]
+        of = scores[scores["arm"] == baseline].groupby("grid")[key].mean()
+        spread = scores[(scores["arm"] == baseline) & (scores["grid"] == grid)][key].std()
+        same = scores[scores["architecture"] == scores["architecture"].iloc[0]]
+        other = same.loc[same["k"].idxmax(), "grid"]
+        found = effect(scores, key, grid, arm)
         rows.append(
             {
                 "score": labels.words(key),
-                "unmasked": mean(unmasked),
+                "unmasked": of[grid],
                 "between seeds": spread,
-                "arms differ by": mean(masked) - mean(unmasked),
-                "seen from": paired_effect(unmasked, masked).detectable,
-                "signal": (mean(other) - mean(unmasked)) / spread if other else None,
+                "arms differ by": found.difference,
+                "seen from": found.detectable,
+                "signal": (of[other] - of[grid]) / spread if other != grid else None,
             }
         )
     return pd.DataFrame(rows)
-
-
-def _by_seed(scores: list[dict], key: str, arm: str, grid: str) -> list[float]:
-    """A score of the SAEs of one arm and grid, in the order of their seeds."""
-    mine = [row for row in scores if (row["arm"], row["grid"]) == (arm, grid)]
-    return [row[key] for row in sorted(mine, key=lambda row: row["seed"])]
 
 
 def _signal(value: float) -> str:

@@ -1,13 +1,16 @@
 """Scores of notebook 04: absorption of first letters, and of parents that another token sets; the noise study."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from masksae.errors import DataError
 from masksae.metrics import contexts
-from masksae.metrics.absorption import AbsorptionResult, first_letter, icl_prefixes, single_token_words
+from masksae.metrics.absorption import PROBE_GATE, AbsorptionResult, first_letter, icl_prefixes, single_token_words
 from masksae.metrics.probes import letter_probe
 from masksae.parallel import in_threads
+from masksae.saes.sae import SAE
 from masksae.study.inputs import Scored
 from masksae.study.scores.matched import score_saes, thresholds
 from masksae.tracing import activations_after
@@ -37,22 +40,48 @@ def context_sample(run: Scored) -> tuple[Tensor, Tensor, Tensor]:
     return x[kept], labels[kept], where[kept]
 
 
-def context_probes(run: Scored) -> tuple[Tensor, list]:
-    """Activations [m, d] at the words of the context text, and a probe for each parent; shared by all SAEs."""
+def often_seen(run: Scored, ids: Tensor, times: int) -> Tensor:
+    """bool, as ids: which of these tokens the training text holds so many times at least."""
+    seen = torch.bincount(run.ids("train").flatten(), minlength=int(ids.max()) + 1)
+    return seen[ids] >= times
+
+
+def context_probes(run: Scored) -> tuple[Tensor, list, Tensor]:
+    """Activations [m, d] at the words of the context text, a probe for each parent, and which words count bool [m]
+    (`contexts.min_count`); shared by all SAEs."""
     x, labels, where = context_sample(run)
     task = run.profile.contexts
-    return x, contexts.context_probes(x, labels, where[:, 0], positives=task.positives, seed=task.seed)
+    probes = contexts.context_probes(x, labels, where[:, 0], positives=task.positives, seed=task.seed)
+    return x, probes, often_seen(run, run.ids("contexts")[where[:, 0], where[:, 1]], task.min_count)
+
+
+def context_score(run: Scored) -> Callable[..., AbsorptionResult]:
+    """`contexts.context_absorption` of an SAE at a threshold, with all else that it takes; keywords may be changed."""
+    x, probes, counted = run.shared("contexts", lambda: context_probes(run))
+    task = run.profile.contexts
+
+    def score(sae: SAE, threshold: float | None, **changes) -> AbsorptionResult:
+        options = dict(min_parents=task.min_parents) | changes
+        return contexts.context_absorption(sae, x, probes, threshold=threshold, counted=counted, **options)
+
+    return score
 
 
 def context_scores(run: Scored) -> list[dict]:
-    """As `absorption_scores`, for parents that another token sets."""
+    """As `absorption_scores`, for parents that another token sets. Keys that begin with "exploratory" are those of the
+    exploratory parents, None and [] where none of them has a probe."""
 
     def make() -> list[dict]:
-        x, probes = context_probes(run)
-        options = dict(min_parents=run.profile.contexts.min_parents)
+        measure = context_score(run)
+        _, probes, _ = run.shared("contexts", lambda: context_probes(run))
+        explored = any(probe.name in contexts.EXPLORATORY and probe.f1 > PROBE_GATE for probe in probes)
 
         def score(sae, threshold) -> dict:
-            return _context_row(contexts.context_absorption(sae, x, probes, threshold=threshold, **options))
+            row = _context_row(measure(sae, threshold))
+            if not explored:
+                return row | {"exploratory_full": None, "exploratory_parents": []}
+            shown = measure(sae, threshold, among=contexts.EXPLORATORY, min_parents=1).to_dict()
+            return row | {"exploratory_full": shown["mean_full"], "exploratory_parents": shown["letters"]}
 
         return score_saes(run, "absorption by context", score)
 
@@ -77,9 +106,7 @@ def chosen_words(run: Scored) -> tuple[list[str], Tensor]:
 
 def counted_words(run: Scored) -> Tensor:
     """bool [n]: which of the words the training text holds often enough to count (`absorption.min_count`)."""
-    _, ids = chosen_words(run)
-    seen = torch.bincount(run.ids("train").flatten(), minlength=int(ids.max()) + 1)
-    return seen[ids] >= run.profile.absorption.min_count
+    return often_seen(run, chosen_words(run)[1], run.profile.absorption.min_count)
 
 
 def word_activations(run: Scored, draw: int = 0) -> tuple[list[str], Tensor]:
@@ -107,19 +134,29 @@ def _word_activations(run: Scored, words: list[str], ids: Tensor, draw: int) -> 
     return x
 
 
+def letter_score(run: Scored) -> Callable[..., AbsorptionResult]:
+    """`first_letter` of an SAE at a threshold, with all else that it takes."""
+    task = run.profile.absorption
+
+    def make() -> tuple:
+        words, x = word_activations(run)
+        return x, words, letter_probe(x, words, seed=task.seed), counted_words(run)
+
+    x, words, probe, counted = run.shared("letters", make)
+
+    def score(sae: SAE, threshold: float | None) -> AbsorptionResult:
+        options = dict(probe=probe, counted=counted, min_letters=task.min_letters)
+        return first_letter(sae, x, words, threshold=threshold, **options)
+
+    return score
+
+
 def absorption_scores(run: Scored) -> list[dict]:
     """One row per SAE and mode: mean full absorption, absorption fraction, and the table of letters."""
 
     def make() -> list[dict]:
-        task = run.profile.absorption
-        words, x = word_activations(run)
-        probe = letter_probe(x, words, seed=task.seed)
-        options = dict(probe=probe, min_letters=task.min_letters, counted=counted_words(run))
-
-        def score(sae, threshold) -> dict:
-            return first_letter(sae, x, words, threshold=threshold, **options).to_dict()
-
-        return score_saes(run, "absorption", score)
+        measure = letter_score(run)
+        return score_saes(run, "absorption", lambda sae, threshold: measure(sae, threshold).to_dict())
 
     return run.rows("absorption", run.profile.absorption, make)
 
@@ -128,7 +165,7 @@ def absorption_noise(run: Scored) -> list[dict]:
     """The noise study: absorption at matched clean L0 of the SAEs of the first grid for each draw of in-context
     examples and each split of the words, [] where the profile asks for one of each."""
     task = run.profile.absorption
-    if task.draws * task.splits == 1:
+    if task.draws * task.splits == 1 or all(row["grid"] != run.profile.main_grid.name for row in run.table):
         return []
     return run.rows("noise", task, lambda: _absorption_noise(run))
 
@@ -136,7 +173,7 @@ def absorption_noise(run: Scored) -> list[dict]:
 def _absorption_noise(run: Scored) -> list[dict]:
     task, saes, at, rows = run.profile.absorption, run.load_saes(), thresholds(run), []
     counted = counted_words(run)
-    table = [row for row in run.table if row["grid"] == run.profile.grids[0].name]
+    table = [row for row in run.table if row["grid"] == run.profile.main_grid.name]
     for draw in range(task.draws):
         words, x = word_activations(run, draw)
         for split in range(task.splits):

@@ -1,74 +1,48 @@
-"""Scores of notebook 04 along training: absorption of the same-token kind and of the cross-token kind, for every arm
-and ablation.
+"""Scores of notebook 04 along training: absorption of the same-token kind and of the cross-token kind.
 
 Absorption changes while an SAE trains, and a masked SAE is further behind on clean text at the same step. So the arms
 are compared against steps and against clean explained variance, at snapshots that are finished SAEs of shorter runs, at
-matched clean L0. Only a `Run` has snapshots.
+matched clean L0. Only a part of a run has snapshots.
 """
 
-import functools
-
-from torch import Tensor
-
-from masksae import cache
-from masksae.metrics.absorption import first_letter
-from masksae.metrics.contexts import context_absorption
-from masksae.metrics.probes import letter_probe
 from masksae.metrics.reconstruction import reconstruction
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
-from masksae.study.run import Run
-from masksae.study.scores.absorption import context_probes, counted_words, word_activations
+from masksae.study.run import RunPart
+from masksae.study.scores.absorption import context_score, letter_score
 from masksae.study.scores.matched import matched_threshold
 
 KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what came before)"}
 
 
-def along_scores(run: Run) -> list[dict]:
-    """One row per SAE of the first grid and snapshot, the finished SAE included: step, clean L0 as trained, explained
-    variance at clean L0 = k, and full absorption of first letters and of contexts, parent by parent. All of them from
-    one arm at a time, kept per arm."""
+def along_scores(run: RunPart) -> list[dict]:
+    """One row per SAE and snapshot of a part of a run, the finished SAE included: step, clean L0 as trained, explained
+    variance at clean L0 = k, and absorption of first letters and of contexts, parent by parent. [] where the part keeps
+    no snapshots."""
 
-    @functools.cache
-    def shared() -> tuple:
-        """Words, contexts and their probes: the same for every arm, and not needed if all rows are there."""
-        words, x_words = word_activations(run)
-        probe = letter_probe(x_words, words, seed=run.profile.absorption.seed)
-        return words, x_words, probe, counted_words(run), *context_probes(run)
-
-    return [row for arm in run.arms for row in _arm_rows(run, arm, shared)]
-
-
-def _arm_rows(run: Run, arm, shared) -> list[dict]:
     def make() -> list[dict]:
-        common = shared()
-        table = {row["sae"]: row for row in run.rows_of([arm])}
+        table = {row["sae"]: row for row in run.table}
         cells = [
             (table[name] | {"step": step}, sae)
-            for step, saes in sorted(run.snapshots(arm).items())
+            for step, saes in sorted(run.snapshots().items())
             for name, sae in saes.items()
         ]
 
         def score(cell) -> dict:
             row, sae = cell
-            return row | _scores(run, sae, row["k"], *common)
+            return row | _scores(run, sae, row["k"])
 
-        return in_threads(score, cells, label=f"absorption along training, arm {arm.name}", unit="SAE")
+        return in_threads(score, cells, label=f"absorption along training, {run.name}", unit="SAE")
 
-    options = [run.profile.absorption.model_dump(exclude={"draws", "splits"}), run.profile.contexts.model_dump()]
-    return cache.kept_rows("along", [run.rows_of([arm]), run.ids_of([arm]), options, cache.code_of(make)], make)
+    if not run.has_snapshots:
+        return []
+    return run.rows("along", run.profile.absorption, make, run.profile.contexts)
 
 
-def _scores(
-    run: Run, sae: SAE, k: float, words: list[str], x_words: Tensor, probe, counted: Tensor, x_contexts: Tensor, probes
-) -> dict:  # fmt: skip
+def _scores(run: RunPart, sae: SAE, k: float) -> dict:
     threshold = matched_threshold(run, sae, k)
-    clean, task = reconstruction(sae, run.held_out, threshold=threshold), run.profile.contexts
-    letters = first_letter(
-        sae, x_words, words, probe=probe, threshold=threshold, counted=counted,
-        min_letters=run.profile.absorption.min_letters,
-    )  # fmt: skip
-    contexts = context_absorption(sae, x_contexts, probes, min_parents=task.min_parents, threshold=threshold)
+    clean = reconstruction(sae, run.held_out, threshold=threshold)
+    letters, contexts = letter_score(run)(sae, threshold), context_score(run)(sae, threshold)
     return {
         "l0_as_trained": reconstruction(sae, run.held_out).l0 if sae.threshold >= 0 else None,  # not estimated yet
         "l0": clean.l0,

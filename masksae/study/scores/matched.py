@@ -1,7 +1,8 @@
 """At which threshold an SAE is scored: as trained (its own), and at matched sparsity (clean L0 exactly k).
 
-Every SAE of every arm is scored on the same clean held-out text, with the same prompts and probes, twice. Masking moves
-the threshold, so only the second compares arms at equal sparsity.
+Every SAE of every arm is scored on the same clean held-out text, with the same prompts and probes, in both modes.
+Masking moves the threshold, so only the second compares arms at equal sparsity; TopK has none to move, and the two are
+one.
 """
 
 from collections.abc import Callable
@@ -32,12 +33,13 @@ def matched_threshold(run: Scored, sae: SAE, k: float) -> float | None:
 
 
 def score_saes(run: Scored, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
-    """One row per SAE and mode with the scores that `score(sae, threshold)` gives."""
+    """One row per SAE and mode with the scores that `score(sae, threshold)` gives; where both modes are one threshold,
+    the score is taken once."""
     saes, at = run.load_saes(), thresholds(run)
-    cells = [(row, mode, at[row["sae"]][mode]) for row in run.table for mode in ("as_trained", "matched")]
-
-    def one(cell) -> dict:
-        row, mode, threshold = cell
-        return row | {"mode": mode, "threshold": threshold} | score(saes[row["sae"]], threshold)
-
-    return in_threads(one, cells, label=label, unit="score")
+    cells = [(row["sae"], threshold) for row in run.table for threshold in dict.fromkeys(at[row["sae"]].values())]
+    scores = dict(zip(cells, in_threads(lambda cell: score(saes[cell[0]], cell[1]), cells, label=label, unit="score")))
+    return [
+        row | {"mode": mode, "threshold": threshold} | scores[row["sae"], threshold]
+        for row in run.table
+        for mode, threshold in at[row["sae"]].items()
+    ]

@@ -240,8 +240,8 @@ def concept_scores(run: Scored) -> list[dict]:
 
     def make() -> list[dict]:
         options = run.profile.perturbation
-        groups = [class_group(run, name) for name in options.groups]
-        pairs = [pair(run, *names) for names in options.pairs]
+        groups = run.shared("groups", lambda: [class_group(run, name) for name in options.groups])
+        pairs = run.shared("pairs", lambda: [pair(run, *names) for names in options.pairs])
 
         def score(sae, threshold) -> dict:
             by_group = [group_scores(run, group, sae, threshold) for group in groups]

@@ -137,17 +137,14 @@ def _scores(run: Scored, kind: str, tasks: Tasks) -> list[dict]:
 def _score_all(run: Scored, kind: str, tasks: Tasks) -> list[dict]:
     options = run.profile.probing
     ks, rankings = (options.shifted_ks, tuple(RANKINGS)) if kind == "ood" else (options.ks, ("",))
-    data, excluded = _load(run, tasks, skip=options.tasks == ["all"])
-
-    def raw_auc(task: dict[str, Tensor]) -> float:
-        return probe(*_sides(task, task["x_train"], task["x_test"]), seed=options.seed).auc
-
-    raw = dict(zip(data, in_threads(raw_auc, data.values(), label=f"{kind}, raw activations", unit="task")))
+    data, excluded, raw = run.shared(kind, lambda: _load(run, kind, tasks, skip=options.tasks == ["all"]))
     used = [name for name in data if kind != "ood" or raw[name] >= USABLE]
     families = {name: shift.family if shift else kind for name, (_, shift) in tasks.items()}
     if kind not in {families[name] for name in used}:
         raise DataError(f"No task of {kind} is told from raw activations (AUC {raw}). Take others, or a larger model.")
-    excluded |= {name: f"raw probe's AUC {raw[name]:.3f}, below {USABLE}" for name in data if name not in used}
+    excluded = excluded | {
+        name: f"raw probe's AUC {raw[name]:.3f}, below {USABLE}" for name in data if name not in used
+    }
 
     def score(sae, threshold) -> dict:
         aucs = {name: _auc_by_k(sae, threshold, data[name], ks, rankings, options.seed) for name in used}
@@ -160,9 +157,11 @@ def _score_all(run: Scored, kind: str, tasks: Tasks) -> list[dict]:
     return score_saes(run, kind, score)
 
 
-def _load(run: Scored, tasks: Tasks, skip: bool) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """Activations of the tasks, and why some are left out: with `skip`, a task that has too few rows does not end the
-    run."""
+def _load(
+    run: Scored, kind: str, tasks: Tasks, skip: bool
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], dict[str, float]]:
+    """Activations of the tasks, why some are left out, and the AUC of probes on raw activations: with `skip`, a task
+    that has too few rows does not end the run."""
     data, excluded = {}, {}
     for name, where in tasks.items():
         try:
@@ -171,7 +170,12 @@ def _load(run: Scored, tasks: Tasks, skip: bool) -> tuple[dict[str, dict[str, Te
             if not skip:
                 raise DataError(f"{name}: {error}") from None
             excluded[name] = str(error)
-    return data, excluded
+
+    def raw_auc(task: dict[str, Tensor]) -> float:
+        return probe(*_sides(task, task["x_train"], task["x_test"]), seed=run.profile.probing.seed).auc
+
+    aucs = in_threads(raw_auc, data.values(), label=f"{kind}, raw activations", unit="task")
+    return data, excluded, dict(zip(data, aucs))
 
 
 def _means(family: str, table: list[dict]) -> dict[str, float]:

@@ -1,26 +1,52 @@
-"""Scores of notebook 03: explained variance, L0, CE score and dead latents on clean text."""
+"""Scores of notebook 03: explained variance, L0, CE score on clean text; latents that died in training, those that are
+silent on clean text, and what the silent ones fire on.
 
-from masksae.metrics.reconstruction import ce_score, kl_score, reconstruction
+A latent that died in training is a fault of the run. One that is silent on clean text need not be: masking may teach an
+SAE latents for corrupted text. So the two are counted apart, and the same text is shown to all SAEs of a pair once more
+with tokens replaced, by the masks of the profile's first masked arm.
+"""
+
+from torch import Tensor
+
+from masksae.metrics.reconstruction import active_counts, ce_score, kl_score, reconstruction, silent_latents
+from masksae.parallel import in_threads
+from masksae.saes.sae import SAE
 from masksae.study.inputs import Scored
 from masksae.study.scores.matched import score_saes
+from masksae.study.sections import Arm
 from masksae.tracing import spliced_losses
 
 
 def reconstruction_scores(run: Scored) -> list[dict]:
-    """One row per SAE and mode: explained variance in three definitions, L0, CE score, dead latents, ..."""
-    return run.rows("reconstruction", run.profile.evaluation, lambda: _reconstruction_scores(run))
+    """One row per SAE and mode: explained variance in three definitions, L0, CE score, dead latents, ..., and where
+    the profile has a masked arm, what the silent latents fire on."""
+    rows = run.rows("reconstruction", run.profile.evaluation, lambda: _reconstruction_scores(run))
+    arm = next((arm for arm in run.profile.arms if arm.p > 0), None)
+    if arm is None:
+        return rows
+    silent = run.rows("silent", arm, lambda: _silent_scores(run, arm, rows))
+    return [row | found for row, found in zip(rows, silent, strict=True)]
+
+
+def clean_scores(run: Scored) -> list[dict]:
+    """As `reconstruction_scores`, without what takes the language model."""
+
+    def score(sae: SAE, threshold: float | None) -> dict:
+        dead = {"dead_in_training": sae.history[-1].get("dead") if sae.history else None}
+        return reconstruction(sae, run.held_out, threshold=threshold).to_dict() | dead
+
+    return run.rows("clean", run.profile.evaluation, lambda: score_saes(run, "reconstruction", score))
 
 
 def _reconstruction_scores(run: Scored) -> list[dict]:
-    saes = run.load_saes()
-    rows = score_saes(run, "reconstruction", lambda sae, t: reconstruction(sae, run.held_out, threshold=t).to_dict())
-    spliced = {(row["sae"], row["mode"]): _splice(saes[row["sae"]], row["threshold"]) for row in rows}
+    saes, rows = run.load_saes(), clean_scores(run)
+    spliced = {(row["sae"], row["threshold"]): _splice(saes[row["sae"]], row["threshold"]) for row in rows}
     ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
     options = dict(block=run.profile.model.block, keep_first=run.bos_id is not None, label="CE and KL with all SAEs")
     losses = spliced_losses(run.language_model.model, ids, spliced, **options)
     original, zero = losses["original"], losses["zero"]
     for row in rows:
-        sae = losses[row["sae"], row["mode"]]
+        sae = losses[row["sae"], row["threshold"]]
         row |= {"ce_original": original.ce, "ce_zero": zero.ce, "ce_sae": sae.ce, "kl_zero": zero.kl, "kl_sae": sae.kl}
         row |= {"ce_score": ce_score(original.ce, zero.ce, sae.ce), "kl_score": kl_score(zero.kl, sae.kl)}
     return rows
@@ -29,3 +55,31 @@ def _reconstruction_scores(run: Scored) -> list[dict]:
 def _splice(sae, threshold):
     """What stands in an activation's place."""
     return lambda x: sae.decode(sae.encode(x, threshold))
+
+
+def corrupted_text(run: Scored, arm: Arm, pair: int) -> dict[str, Tensor]:
+    """The held-out text with the masks of an arm's pair: x [tokens, d] as `run.held_out`, is_masked bool [tokens]."""
+
+    def make() -> dict[str, Tensor]:
+        ids, is_masked = run.corrupt(arm, run.ids("held_out"), pair)
+        x = run.activations(ids, label="corrupted held-out activations")
+        return {"x": x, "is_masked": is_masked[:, len(run.start) :].flatten()}
+
+    key = [run.identity(run.profile.text), run.profile.contexts.tokens, arm.p, arm.mask_seed(pair), arm.token]
+    return run.scratch("corrupted", key, make)
+
+
+def _silent_scores(run: Scored, arm: Arm, rows: list[dict]) -> list[dict]:
+    """What the silent latents of each row's SAE fire on, at the row's threshold."""
+    saes, found = run.load_saes(), dict[int, dict]()
+    for pair in dict.fromkeys(row["seed"] for row in rows):
+        text = corrupted_text(run, arm, pair)
+        sets = run.held_out, text["x"][text["is_masked"]], text["x"][~text["is_masked"]]
+        mine = [i for i, row in enumerate(rows) if row["seed"] == pair]
+
+        def score(i: int, sets=sets) -> dict:
+            sae, threshold = saes[rows[i]["sae"]], rows[i]["threshold"]
+            return silent_latents(*(active_counts(sae, x, threshold=threshold) > 0 for x in sets)).to_dict()
+
+        found |= zip(mine, in_threads(score, mine, label=f"silent latents, pair {pair}", unit="score"))
+    return [found[i] for i in range(len(rows))]

@@ -1,0 +1,89 @@
+"""Numbers of an arm that are searched for, on a pilot pair that is used for nothing else: the k at which a masked arm
+has the wanted L0 on clean text, and the noise that costs as much explained variance as masking does.
+
+The search is a secant between trials, in logarithms, until the measured value is within a tolerance of the wanted one;
+every trial is recorded. What is found is written into a profile by hand, and a test holds the two equal.
+"""
+
+import math
+from collections.abc import Callable
+
+from masksae.errors import ConfigError, DataError
+from masksae.metrics.reconstruction import reconstruction
+from masksae.saes.sae import SAE
+from masksae.study.run import Run
+from masksae.study.sections import Variant
+
+TRIALS = 6
+
+
+def secant(measure: Callable[[float], float], wanted: float, start: float, second: float, within: float) -> list[dict]:
+    """Trials [{"at": x, "measured": y}] whose last has |y / wanted - 1| <= within. Raises DataError if six do not get
+    there, or two in a row measure the same.
+
+    >>> trials = secant(lambda x: 3 * x**2, wanted=12, start=1.0, second=1.5, within=1e-6)
+    >>> round(trials[-1]["at"], 6), len(trials)
+    (2.0, 3)
+    """
+    trials = []
+    for x in (start, second):
+        trials.append({"at": x, "measured": measure(x)})
+        if _near(trials[-1]["measured"], wanted, within):
+            return trials
+    while len(trials) < TRIALS:
+        (x0, y0), (x1, y1) = (tuple(trial.values()) for trial in trials[-2:])
+        if y0 == y1:
+            break
+        slope = (math.log(y1) - math.log(y0)) / (math.log(x1) - math.log(x0))
+        x = x1 * (wanted / y1) ** (1 / slope)
+        trials.append({"at": x, "measured": measure(x)})
+        if _near(trials[-1]["measured"], wanted, within):
+            return trials
+    raise DataError(f"No value measures {wanted} within {within:.1%}: tried {trials}. Start nearer.")
+
+
+def _near(value: float, wanted: float, within: float) -> bool:
+    return abs(value / wanted - 1) <= within
+
+
+def k_for_clean_l0(run: Run, arm: str, grid: str, pilot: int, *, within: float = 0.01) -> dict:
+    """The k at which the SAE of an arm has the grid's k as its mean L0 on clean held-out text, as trained."""
+    chosen = next(each for each in run.profile.saes if each.name == grid)
+    wanted, [key] = chosen.l0, [key for key in ("k", "target_l0") if key in chosen.selection.model_extra]
+    if chosen.selection.config.keeps_k_per_token:
+        raise ConfigError(f"{grid} keeps k latents of every token: its clean L0 is k, whatever the arm.")
+
+    def clean_l0(k: float) -> float:
+        selection = {"rule": chosen.selection.rule, key: k}
+        return _score(run, {"saes": [chosen.model_dump(mode="json") | {"selection": selection}]}, arm, grid, pilot).l0
+
+    trials = secant(clean_l0, wanted, wanted, 0.7 * wanted, within)
+    return {"what": "k", "arm": arm, "grid": grid, "pilot": pilot, "wanted": wanted, "trials": trials}
+
+
+def noise_for_ev(run: Run, arm: str, like: str, grid: str, pilot: int, *, within: float = 0.02) -> dict:
+    """The noise at which the SAE of an arm explains as much less of the clean text's variance than the unmasked one as
+    that of the arm `like` does."""
+    chosen = next(each for each in run.profile.arms if each.name == arm)
+    kept = [each.model_dump(mode="json") for each in run.profile.arms if each.name != arm]
+    unmasked = _score(run, {}, run.profile.baseline_arm.name, grid, pilot).ev_centred
+    wanted = unmasked - _score(run, {}, like, grid, pilot).ev_centred
+
+    def loss(noise: float) -> float:
+        changed = {"arms": [*kept, chosen.model_dump(mode="json") | {"noise": noise}]}
+        return unmasked - _score(run, changed, arm, grid, pilot).ev_centred
+
+    trials = secant(loss, wanted, chosen.noise or 0.5, 0.7 * (chosen.noise or 0.5), within)
+    return {"what": "noise", "arm": arm, "like": like, "grid": grid, "pilot": pilot, "wanted": wanted, "trials": trials}
+
+
+def _score(run: Run, changes: dict, arm: str, grid: str, pilot: int):
+    """Reconstruction of clean held-out text by one SAE of a changed profile, as trained."""
+    arms = [run.profile.baseline_arm.name] + ([arm] if arm != run.profile.baseline_arm.name else [])
+    blocks = [{"name": "pilot", "arms": arms, "saes": [grid], "pairs": [pilot], "snapshots": False}]
+    changed = Run(run.profile.changed(Variant(name="pilot", changes=changes | {"blocks": blocks})))
+    changed.build = run.build / "pilot"
+    group = next(g for g in changed.profile.groups if any(m.arm.name == arm for m in g.members))
+    member = next(m for m in group.members if m.arm.name == arm)
+    sae = SAE.load(changed.train_group(group) / member.name, device=changed.device)
+    return reconstruction(sae, run.held_out)
