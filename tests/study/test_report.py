@@ -296,16 +296,6 @@ def test_noise_table(seeds):
     assert difference["mean"] == pytest.approx(0.05) and difference["sd"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_letter_that_fails_once_is_in_no_mean():
-    rows = [
-        {"sae": sae, "arm": "kept", "draw": d, "letters": {"a": 0.1 * d, "b": 0.3} | ({"c": 0.9} if d else {})}
-        for sae in ("s0", "s1")
-        for d in (0, 1)
-    ]
-    means = noise.noise_means(rows)
-    assert means[0]["letters"] == pytest.approx({"a": 0.05, "b": 0.3}) and means[0]["cells"] == 2
-
-
 def test_letters_are_fixed_and_contexts_a_sample():
     reconstruction, absorption = planted(-0.1)
     for row in absorption:
