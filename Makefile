@@ -9,7 +9,7 @@ export MASKSAE_EXECUTOR := $(or $(EXECUTOR),$(MASKSAE_EXECUTOR))
 # An environment keeps the Python it was made with, unless PYTHON names another one.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup repro paper plan verify share guide release test-slurm site status test test-all lint lab clean peers test-peers benchmark
+.PHONY: help setup repro paper plan verify share guide release test-slurm site status test test-all lint lab clean peers test-peers benchmark synthetic
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -67,6 +67,10 @@ test-peers: peers  ## agreement and exchange with those libraries
 
 benchmark: peers  ## time and memory of a training step beside theirs
 	@.venv-peers/bin/python benchmarks/train.py
+
+synthetic: setup peers  ## arms and rivals in a world of known features, half an hour: docs/synthetic.md
+	@.venv-peers/bin/python benchmarks/synthetic.py
+	@python benchmarks/synthetic.py --report
 
 release: setup  ## sdist and wheel into dist/, tried in a clean environment
 	@bash tests/release.sh

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy import sparse, special
 from torch import Tensor
 
 from masksae.errors import DataError
+from masksae.parallel import in_threads
 
 LETTERS = 26
 TEST_SHARE = 0.2
@@ -78,13 +81,13 @@ def f1(predicted: Tensor, true: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def fit_linear(
-    x: Tensor, y: Tensor, *, batch: int, weight_decay: float, seed: int, l1: float = 0.0, epochs: int = 50,
+    x: Tensor, y: Tensor, *, batch: int, weight_decay: float, seed: int, epochs: int = 50,
     lr: tuple[float, float] = (1e-2, 1e-5),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Logistic regressions for all columns of y [n, c] at once: weight [c, d] and bias [c], starting from zero.
 
     Binary cross-entropy in which a positive weighs (negatives / positives), Adam with a learning rate that falls
-    exponentially from lr[0] to lr[1], and `l1` times the mean over columns of sum |w|.
+    exponentially from lr[0] to lr[1].
     """
     x, y = x.detach().float(), y.float()
     positives = y.sum(0).clamp(min=1)
@@ -97,39 +100,143 @@ def fit_linear(
             group["lr"] = lr[0] * (lr[1] / lr[0]) ** (epoch / epochs)
         for rows in torch.randperm(len(x), generator=generator).split(batch):
             adam.zero_grad(set_to_none=True)
-            total = loss(torch.addmm(bias, x[rows], weight.t()), y[rows])
-            if l1:
-                total = total + l1 * weight.abs().sum(1).mean()
-            total.backward()
+            loss(torch.addmm(bias, x[rows], weight.t()), y[rows]).backward()
             adam.step()
     return weight.detach(), bias.detach()
 
 
-def fit_each(xs: list[Tensor], ys: list[Tensor], *, batch: int, l1: float, seed: int, epochs: int = 50) -> Tensor:
-    """As `fit_linear`, one regression per sample x [n_i, d] and y bool [n_i], all in step: weight [samples, d].
+MAX_STEPS = 200
 
-    Every sample takes as many steps as the largest, going round its rows again. The gradient of the logistic loss is
-    written out: with so small steps most of the time would be autograd's.
+
+def l1_logistic(f: sparse.sparray, y: Tensor, *, l1: float, tolerance: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """L1-regularised logistic regressions on sparse rows, one for each column of y bool [n, c], at their optimum.
+
+    f  scipy.sparse [n, F]
+
+    Each minimises  mean_i s_i log(1 + exp(-t_i (f_i w + b))) + l1 |w|_1  over w [F] and b, where t is 1 for a positive
+    and -1 otherwise, and a positive weighs s = negatives / positives, any other row 1. At what is returned no component
+    of the objective's smallest subgradient exceeds `tolerance` x l1. Weights that are zero are exactly 0.
+
+    Returns (weight float64 [c, F], bias float64 [c]). Raises DataError for a column of one class, and if the optimum is
+    not reached.
+
+    A Newton step inside the orthant of the signs, on the latents that are not zero or ought not to be (after Andrew &
+    Gao 2007, OWL-QN, with the true Hessian); its system is solved by conjugate gradients, so no matrix of latents x
+    latents is made. A latent that would change its sign stops at zero. At 12,800 words x 2,048 latents 5 to 8 steps, 30
+    ms a letter.
     """
-    generator, steps = torch.Generator().manual_seed(seed), epochs * -(-max(map(len, xs)) // batch)
-    order = torch.stack([_rounds(len(x), steps * batch, generator) for x in xs])
-    x, y = (torch.nn.utils.rnn.pad_sequence([t.float() for t in each], batch_first=True) for each in (xs, ys))
-    positive = torch.stack([(len(t) - t.sum()) / t.sum().clamp(min=1) for t in ys])[:, None]
-    weight, bias = torch.zeros(len(xs), x.shape[2]), torch.zeros(len(xs), 1)
-    adam, which = torch.optim.Adam([weight, bias], fused=True), torch.arange(len(xs))[:, None]
-    for step in range(steps):
-        for group in adam.param_groups:
-            group["lr"] = 1e-2 * 1e-3 ** (step * epochs // steps / epochs)
-        rows = order[:, step * batch : (step + 1) * batch]
-        part, true = x[which, rows], y[which, rows]
-        error = torch.sigmoid(torch.bmm(part, weight[:, :, None])[:, :, 0] + bias) - true
-        error *= torch.where(true > 0, positive, 1.0) / batch
-        weight.grad = torch.bmm(error[:, None], part)[:, 0] + l1 * weight.sign()
-        bias.grad = error.sum(1, keepdim=True)
-        adam.step()
-    return weight
+    if not (y.bool().any(0) & ~y.bool().all(0)).all():
+        raise DataError("A ranking probe needs rows with and without its parent. Give more words or text.")
+    f = sparse.hstack([f, np.ones((f.shape[0], 1))], format="csc", dtype=np.float64)
+    fits = in_threads(lambda column: _l1_logistic(f, column, l1, tolerance), y.bool().numpy().T)
+    weight = torch.from_numpy(np.stack(fits))
+    return weight[:, :-1], weight[:, -1]
 
 
-def _rounds(n: int, length: int, generator: torch.Generator) -> Tensor:
-    """Numbers below n in random order, round after round, `length` of them."""
-    return torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-length // n))])[:length]
+def _l1_logistic(f: sparse.csc_array, y: np.ndarray, l1: float, tolerance: float) -> np.ndarray:
+    """One regression; the last column of f is the bias's."""
+    penalty = np.full(f.shape[1], l1)
+    penalty[-1] = 0
+    share = np.where(y, (~y).sum() / max(1, y.sum()), 1.0) / len(y)
+    against = np.where(y, -1.0, 1.0)
+
+    def objective(w, z) -> float:
+        return (share * np.logaddexp(0, against * z)).sum() + penalty @ np.abs(w)
+
+    w, z = np.zeros(f.shape[1]), np.zeros(len(y))
+    value = objective(w, z)
+    for _ in range(MAX_STEPS):
+        p = special.expit(z)
+        gradient = f.T @ (share * (p - y))
+        sign = np.where(w != 0, np.sign(w), -np.sign(gradient))
+        slope = gradient + penalty * sign
+        violation = np.where(w != 0, np.abs(slope), np.maximum(np.abs(gradient) - penalty, 0))
+        worst = violation.max()
+        if worst <= tolerance * l1:
+            return w
+        moving = np.flatnonzero((w != 0) | (violation > 0))
+        part, at, sign, slope = f[:, moving], w[moving], sign[moving] * (penalty[moving] > 0), slope[moving]
+        curvature = share * p * (1 - p)
+        diagonal = np.maximum(part.multiply(part).T @ curvature, 1e-12)
+        newton = _newton_step(part, curvature, diagonal, at, sign, slope, min(0.1, 0.1 * (worst / l1) ** 0.5))
+        # the second step always descends if it is short enough
+        for t, step in [(t, step) for step in (newton, -slope / diagonal) for t in 0.5 ** np.arange(20)]:
+            new = at + t * step
+            new[sign * new < 0] = 0
+            trial, moved = w.copy(), part @ new
+            trial[moving] = new
+            reached = objective(trial, moved)
+            if reached <= value + 1e-4 * (slope @ (new - at)) + 1e-14:  # what rounding leaves of a decrease
+                break
+        w, z, value = trial, moved, reached
+    raise DataError(f"The ranking probe did not reach its optimum in {MAX_STEPS} steps. Are all latents finite?")
+
+
+def _newton_step(part, curvature, diagonal, at, sign, slope, tolerance) -> np.ndarray:
+    """Newton's step from `at` with those coordinates that it would carry across zero stopped there."""
+    free, step = np.ones(len(at), bool), np.zeros(len(at))
+    enough = tolerance**2 * (slope @ (slope / diagonal))
+    while True:
+        stop = np.where(free, 0.0, -at)
+        known = slope + part.T @ (curvature * (part @ stop)) if stop.any() else slope
+        step = _conjugate_gradients(part, curvature, free, diagonal, -known * free, step * free, enough) + stop
+        crossed = free & (sign * (at + step) < 0)
+        if not crossed.any():
+            return step
+        free &= ~crossed
+
+
+def _conjugate_gradients(part, curvature, free, diagonal, b, x, enough) -> np.ndarray:
+    """x with H x = b for the Hessian H of the free coordinates, from a first guess, until r D^-1 r of the residual r is
+    at most `enough`; D is H's diagonal."""
+
+    def product(v):
+        return free * (part.T @ (curvature * (part @ v)))
+
+    residual = b - product(x)
+    direction = scaled = residual / diagonal
+    size = residual @ scaled
+    for _ in range(10 * len(b)):
+        if size <= enough:
+            break
+        image = product(direction)
+        length = size / (direction @ image)
+        x, residual = x + length * direction, residual - length * image
+        scaled = residual / diagonal
+        last, size = size, residual @ scaled
+        direction = scaled + size / last * direction
+    return x
+
+
+def balanced_logistic(f: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """Logistic regression on a few latents f [n, k] with y bool [n], both classes of equal weight: (weight [k], bias).
+
+    Minimises  |w|^2 / 2 + sum_i s_i log(1 + exp(-t_i (f_i w + b))),  s = n / (2 x rows of its class): scikit-learn's
+    `LogisticRegression(class_weight="balanced")`. Newton's method, to a gradient of 1e-6; rows without any of the
+    latents are alike and counted once. Raises DataError for a single class.
+    """
+    if not 0 < y.sum() < len(y):
+        raise DataError("A logistic regression needs rows of both classes. Give more words or text.")
+    fires = f.any(1)
+    weigh = np.where(y, len(y) / (2 * y.sum()), len(y) / (2 * (~y).sum()))
+    rows = np.concatenate([f[fires], np.zeros((2, f.shape[1]))]).astype(np.float64)
+    x = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+    true = np.append(y[fires], [True, False])
+    weigh = np.append(weigh[fires], [weigh[~fires & y].sum(), weigh[~fires & ~y].sum()])
+    against, ridge = np.where(true, -1.0, 1.0), np.append(np.ones(f.shape[1]), 1e-12)
+
+    def objective(w) -> float:
+        return (weigh * np.logaddexp(0, against * (x @ w))).sum() + (ridge * w * w).sum() / 2
+
+    w = np.zeros(x.shape[1])
+    for _ in range(MAX_STEPS):
+        p = special.expit(x @ w)
+        gradient = x.T @ (weigh * (p - true)) + ridge * w
+        if np.abs(gradient).max() <= 1e-6:
+            break
+        step = np.linalg.solve(x.T @ ((weigh * p * (1 - p))[:, None] * x) + np.diag(ridge), gradient)
+        value, t = objective(w), 1.0
+        while objective(w - t * step) > value - 1e-4 * t * (gradient @ step) and t > 1e-9:
+            t /= 2
+        w = w - t * step
+    return w[:-1], float(w[-1])

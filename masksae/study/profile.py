@@ -176,6 +176,13 @@ class Profile(Section):
                 by_key.setdefault(key, (part.block, []))[1].append(member)
         return [Group(tuple(members), block.snapshots) for block, members in by_key.values()]
 
+    def model_copy(self, **options) -> "Profile":
+        """As pydantic's, without what was worked out of the values before."""
+        copy = super().model_copy(**options)
+        for name in ("parts", "groups"):
+            copy.__dict__.pop(name, None)
+        return copy
+
     def baseline(self, arm: str, grid: str) -> tuple[str, str] | None:
         """(arm, grid) whose SAEs those of an arm and a grid are compared with: the unmasked ones of the grid, or of the
         grid that it is `against`; None for the main baseline itself."""

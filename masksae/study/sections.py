@@ -378,6 +378,9 @@ class Absorption(Section):
     min_word_letters: Positive = 3
     min_letters: Annotated[int, Field(gt=0, le=26)] = 20
     """Letters that must pass the probe gate."""
+    min_count: Annotated[int, Field(ge=0)] = 20
+    """Times that the training text must hold a word for it to count: an SAE that hardly met a word cannot know what it
+    begins with. Others train the probes, are left out of the means, and counted (words_left_out)."""
     prefixes: Positive = 8
     """In-context prefixes of ten examples; each word follows one of them."""
     seed: Seed = 0

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, recall_score
 
 from masksae import SAE, BatchTopK, SAEConfig
 from masksae.errors import DataError
@@ -229,23 +229,66 @@ def test_main_latents_stop_where_a_further_one_adds_too_little():
     f[:, 1] += (positive & ~half).float()
     f[:, 2] = f[:, 0]
     is_test = torch.arange(n) % 5 == 0
-    assert absorption.main_latents(f, positive, is_test, [0, 1, 2, 3])[0] == (0, 1)
-    assert absorption.main_latents(f, positive, is_test, [0, 2, 1])[0] == (0,)  # stops at the first failure
+    found = absorption.main_latents(f, positive, ~is_test, is_test, [0, 1, 2, 3])
+    assert found.latents == (0, 1)
+    assert found == absorption.main_latents(absorption.as_sparse(f).tocsc(), positive, ~is_test, is_test, [0, 1, 2, 3])
+    assert absorption.main_latents(f, positive, ~is_test, is_test, [0, 2, 1]).latents == (0,)  # the first failure
     model = LogisticRegression(class_weight="balanced", max_iter=500).fit(f[~is_test][:, [0]], positive[~is_test])
-    expected = f1_score(positive[is_test], model.decision_function(f[is_test][:, [0]]) > 0)
-    assert absorption.main_latents(f, positive, is_test, [0])[1] == pytest.approx(expected)
+    predicted, one = model.decision_function(f[is_test][:, [0]]) > 0, [0]
+    found = absorption.main_latents(f, positive, ~is_test, is_test, one)
+    assert found.f1 == pytest.approx(f1_score(positive[is_test], predicted))
+    assert found.recall == pytest.approx(recall_score(positive[is_test], predicted))
 
 
-def test_dense_absorbers_are_told_apart():
+@pytest.mark.parametrize("also_on, kind", [(0, "specific"), (1, "middle"), (3, "dense")])
+def test_absorption_is_split_by_how_often_the_absorber_fires(also_on, kind):
+    """The absorber of one of 60 words fires on those of 0, 1 or 3 of six letters as well: on 2, 18 or 52 % of all."""
     word = "bbex"
     sae, x, words = world(absorbed_word=word)
     seed = next(s for s in range(100) if probes.split_words(words, s)[words.index(word)])
-    assert first_letter(sae, x, words, min_letters=6, seed=seed).dense_absorbers == 0
-    assert first_letter(*world(), min_letters=6, seed=seed).dense_absorbers is None
-    sae, x, words = world()
-    sae.W_enc[:, 1], sae.b_enc[1] = 0, 1  # the latent for b fires on every word now, so it is no main latent any more
+    child = len(LETTERS) + [w for w in dict.fromkeys(words)].index(word)
+    for other in range(also_on):
+        sae.W_enc[2 + other, child] = 2.0  # of c, d, e
     result = first_letter(sae, x, words, min_letters=6, seed=seed)
-    assert {r.letter: r.full for r in result.letters}["b"] == 1 and result.dense_absorbers == 1
+    by_letter = {r.letter: r for r in result.letters}
+    b = by_letter["b"]
+    assert b.full > 0 and {name: getattr(b, name) for name in ("specific", "middle", "dense")} == {
+        name: b.full if name == kind else 0 for name in ("specific", "middle", "dense")
+    }
+    assert result.mean_specific + result.mean_middle + result.mean_dense == pytest.approx(result.mean_full, abs=1e-12)
+    assert result.dense_absorbers == (kind == "dense")
+    assert first_letter(*world(), min_letters=6, seed=seed).dense_absorbers is None
+
+
+def test_an_sae_without_a_letter_is_told_by_its_f1():
+    """The latent for b fires on every word, so it is no main latent, and every word of b is absorbed by it."""
+    sae, x, words = world()
+    sae.W_enc[:, 1], sae.b_enc[1] = 0, 1
+    result = first_letter(sae, x, words, min_letters=6)
+    b = next(r for r in result.letters if r.letter == "b")
+    assert b.full == b.dense == 1 == result.dense_absorbers and b.specific == 0
+    assert b.f1 < 0.5 and b.recall < 0.6
+    assert all(r.recall == 1 for r in result.letters if r.letter != "b")
+    assert result.main_f1 == pytest.approx(sum(r.f1 for r in result.letters) / 6)
+    assert result.main_recall == pytest.approx(sum(r.recall for r in result.letters) / 6)
+
+
+def test_words_that_do_not_count_leave_the_means_and_nothing_else():
+    word = "bbex"
+    sae, x, words = world(absorbed_word=word)
+    seed = next(s for s in range(100) if probes.split_words(words, s)[words.index(word)])
+    probe, options = probes.letter_probe(x, words, seed=seed), dict(min_letters=6, seed=seed)
+    plain = first_letter(sae, x, words, probe=probe, **options)
+    everything = first_letter(sae, x, words, probe=probe, counted=torch.ones(len(words), dtype=torch.bool), **options)
+    assert plain == everything and plain.words_left_out == 0
+    counted = torch.tensor([w != word for w in words])
+    result = first_letter(sae, x, words, probe=probe, counted=counted, **options)
+    assert result.mean_full == 0 < plain.mean_full and result.words_left_out == words.count(word)
+    assert [r.main for r in result.letters] == [r.main for r in plain.letters]
+    counted &= torch.tensor([w[0] != "c" for w in words])
+    assert "c" in first_letter(sae, x, words, probe=probe, counted=counted, **options).excluded
+    with pytest.raises(DataError, match=r"none of the 0 test words that count.*min_count"):
+        first_letter(sae, x, words, probe=probe, counted=torch.zeros(len(words), dtype=torch.bool), **options)
 
 
 @settings(max_examples=20, deadline=None)

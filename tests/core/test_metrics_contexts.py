@@ -5,7 +5,7 @@ import torch
 
 from masksae import SAE, BatchTopK, SAEConfig
 from masksae.errors import DataError
-from masksae.metrics import contexts
+from masksae.metrics import absorption, contexts
 from masksae.metrics.contexts import ALL, EXPLORATORY, PARENTS, context_absorption, context_probes, occurrences
 
 BEFORE = {
@@ -244,20 +244,17 @@ def test_sinks_are_rows_of_outlying_norm():
     assert contexts.sinks(x).nonzero().tolist() == [[7]]
 
 
-def test_fits_in_step_agree_with_one_at_a_time():
-    """Against scikit-learn without a penalty, on samples of unequal size."""
-    from sklearn.linear_model import LogisticRegression
+def test_occurrences_that_do_not_count_leave_the_means():
+    x, labels, block, directions, word = sample()
+    probes, sae = context_probes(x, labels, block, positives=2000), planted(directions, True)
+    everything, rest = (context_absorption(sae, x, probes, min_parents=1, counted=c) for c in (None, word != 0))
+    assert rest.mean_full == 0 < everything.mean_full and rest.letters[0].main == everything.letters[0].main
+    tested = probes[0].rows[probes[0].is_test]
+    assert rest.words_left_out == int((word[tested] == 0).sum()) and everything.words_left_out == 0
+    assert everything.mean_specific == everything.mean_full and everything.main_f1 == everything.letters[0].f1
 
-    from masksae.metrics.probes import fit_each
 
-    generator = torch.Generator().manual_seed(0)
-    xs = [torch.randn(n, 5, generator=generator) for n in (640, 400)]
-    ys = [x @ torch.tensor([2.0, -1.0, 0.0, 0.5, 0.0]) + torch.randn(len(x), generator=generator) > 0 for x in xs]
-    weight = fit_each(xs, ys, batch=64, l1=0.0, seed=0, epochs=2500)
-    for x, y, w in zip(xs, ys, weight):
-        model = LogisticRegression(C=1e6, class_weight="balanced").fit(x.numpy(), y.numpy())
-        theirs = torch.from_numpy(model.coef_[0]).float()
-        assert torch.nn.functional.cosine_similarity(w, theirs, dim=0) > 0.999
-        assert w.norm() == pytest.approx(theirs.norm().item(), rel=0.05)
-    sparse = fit_each(xs, ys, batch=64, l1=0.03, seed=0, epochs=200)
-    assert (sparse[:, [2, 4]].abs() < 0.05).all() and (sparse[:, 0] > 0.5).all()
+def test_units_of_the_standard_deviation_are_torchs():
+    f = torch.relu(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)))
+    found = contexts.in_deviations(absorption.as_sparse(f)).toarray()
+    torch.testing.assert_close(torch.from_numpy(found).float(), f / f.std(0))

@@ -48,7 +48,7 @@ def test_controls_stand_beside_the_saes_that_they_are_made_of(run):
         make = {"random": lambda s, seed: random_like(s, run.held_out, seed=seed), "permuted": permuted_decoder}
         direct = reconstruction(make[row["control"]](sae, seed=row["seed"]), run.held_out, threshold=row["threshold"])
         assert row["ev_centred"] == direct.ev_centred and row["dead_latents"] == direct.dead_latents
-    beside = controls.Controls(run, run.table[:1])
+    beside = controls.Controls(run, "unmasked", "matryoshka")
     assert beside.language_model is run.language_model and beside.held_out is run.held_out
     assert [row["sae"] for row in beside.table] == [*beside.load_saes()]
     figure = draw_controls(rows)
@@ -108,9 +108,10 @@ def test_silent_latents_of_each_sae_on_the_masks_of_its_pair(run):
         assert row["silent_everywhere"] == int((silent & (counts[1] == 0)).sum())
         assert row["silent_but_corrupted"] == int((silent & (counts[2] > 0)).sum())
         assert sum(row[f"silent_{what}"] for what in ("but_masked", "but_corrupted", "everywhere")) == silent.sum()
-        tokens = 2 * 6400 // 16  # a sixteenth of the run's, BOS and incomplete batches apart
-        died = int((saes[row["sae"]].tokens_since_fired >= tokens).sum())
-        assert row["dead_in_training"] == saes[row["sae"]].history[-1]["dead"] >= died
+        sae = saes[row["sae"]]
+        trained_on = 256 * (sae.history[-1]["step"] + 1)
+        died = sae.tokens_since_fired >= sae.config.aux.dead_after(trained_on)
+        assert row["dead_in_training"] == sae.history[-1]["dead"] == int(died.sum())
 
 
 def test_without_a_masked_arm_nothing_is_asked_of_corrupted_text(project):

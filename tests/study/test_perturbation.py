@@ -113,6 +113,7 @@ def test_every_score_of_every_sae_becomes_a_saebench_file(run, project, monkeypa
         torch.randn(520, 16, generator=torch.Generator().manual_seed(0)),
     )
     monkeypatch.setattr(absorption, "word_activations", lambda run, draw=0: (words, x))
+    monkeypatch.setattr(absorption, "counted_words", lambda run: torch.ones(520, dtype=torch.bool))
     results |= {
         "absorption": absorption.absorption_scores,
         "ood": probing.ood_scores,

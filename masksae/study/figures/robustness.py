@@ -38,7 +38,7 @@ def draw_robustness(rows: list[dict], grid: str):
                     )
             axis.set(xticks=range(len(REACHES)), xlim=(-0.6, len(REACHES) - 0.4))
             axis.set_xticklabels([f"{first} to {last} after" for first, last in REACHES.values()])
-        column[0].set(title=f"by {REPLACED[kind]}")
+        column[0].set(title=f"replaced by {REPLACED[kind]}")
     for axis, label in zip(axes[:, 0], PANELS.values()):
         axis.set(ylabel=label)
     axes[1, 0].set_ylim(bottom=0)

@@ -18,7 +18,7 @@ from masksae.study.stats import Effect, Items, interpolate, paired_effect
 KEYS = ["sae", "arm", "p", "grid", "architecture", "k", "seed", "mode"]
 """What the rows of one SAE in one mode have in common in every result."""
 
-NESTED = ["letters", "parents", "tasks", "texts", "excluded", "threshold", "groups", "pairs"]
+NESTED = ["letters", "parents", "tasks", "excluded", "threshold", "groups", "pairs", "texts"]
 """Tables inside rows, and what is not compared."""
 
 COMPARED = (
@@ -64,9 +64,8 @@ def _items(row: dict) -> dict[str, dict[str, float]]:
         for k, auc in task["auc"].items():
             items.setdefault(f"{task['family']}_auc_{k}_items", {})[task["task"]] = auc
             items.setdefault(f"{task['family']}_gap_{k}_items", {})[task["task"]] = task["raw_auc"] - auc
-    for text in row.get("texts", ()):
-        for key in text.keys() & row.keys():
-            items.setdefault(f"{key}_items", {})[text["text"]] = text[key]
+    for name, values in row.get("texts", {}).items():
+        items[f"{name}_items"] = {str(batch): value for batch, value in enumerate(values)}
     return items
 
 

@@ -9,13 +9,13 @@ SITUATIONS = [(kind, reach) for kind in KINDS for reach in REACHES]
 
 
 def situation(kind: str, reach: str) -> str:
-    """A kind of replacement and a distance in words.
+    """Positions and a kind of replacement in words.
 
     >>> situation("mask", "far")
-    'the mask token, 4 to 15 after'
+    '4 to 15 after the mask token'
     """
     first, last = REACHES[reach]
-    return f"{REPLACED[kind]}, {first} to {last} after"
+    return f"{first} to {last} after {REPLACED[kind]}"
 
 
 def robustness_table(rows: list[dict]) -> list[dict]:
@@ -25,7 +25,7 @@ def robustness_table(rows: list[dict]) -> list[dict]:
     for kind, reach in SITUATIONS:
         for (grid, arm), part in _cells(rows).items():
             means = {name: fmean(row[f"robustness_{kind}_{reach}_{name}"] for row in part) for name in SCORES}
-            table.append({"replaced by": situation(kind, reach), "SAEs": grid, "arm": arm, "pairs": len(part)} | means)
+            table.append({"positions": situation(kind, reach), "SAEs": grid, "arm": arm, "pairs": len(part)} | means)
     return table
 
 
@@ -42,7 +42,7 @@ def robustness_words(rows: list[dict], grid: str) -> list[str]:
             overlap, moved = (_where(pairs, score, sign) for score, sign in (("jaccard", 1), ("recon", -1)))
             told.append(
                 f"{arm} against {plain}, {len(pairs)} pair{'s' * (len(pairs) > 1)}: more of its active latents stay "
-                f"the same {overlap}; its reconstruction moves less {moved}."
+                f"the same: {overlap}; its reconstruction moves less: {moved}."
             )
     return told
 
@@ -57,7 +57,7 @@ def _where(pairs: list[tuple[dict, dict]], score: str, sign: int) -> str:
         if fmean(changes) > 0:
             wins = sum(change > 0 for change in changes)
             found.append(situation(kind, reach) + (f" ({wins} of {len(pairs)} pairs)" if wins < len(pairs) else ""))
-    return f"after {'; '.join(found)}" if found else "nowhere"
+    return ", ".join(found) or "nowhere"
 
 
 def _cells(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:

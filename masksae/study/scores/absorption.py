@@ -53,7 +53,7 @@ def context_score(run: Scored) -> Callable[..., AbsorptionResult]:
     task = run.profile.contexts
 
     def score(sae: SAE, threshold: float | None, **changes) -> AbsorptionResult:
-        options = dict(min_parents=task.min_parents, seed=task.seed) | changes
+        options = dict(min_parents=task.min_parents) | changes
         return contexts.context_absorption(sae, x, probes, threshold=threshold, **options)
 
     return score
@@ -82,9 +82,25 @@ def context_scores(run: Scored) -> list[dict]:
 
 def _context_row(result: AbsorptionResult) -> dict:
     """A result under names that can stand beside those of first letters in a row."""
-    renamed = {"mean_full": "context_full", "mean_fraction": "context_fraction", "letters": "parents"}
-    renamed |= {"dense_absorbers": "context_dense_absorbers", "excluded": "excluded"}
-    return {new: value for old, value in result.to_dict().items() if (new := renamed.get(old))}
+    renamed = {f"mean_{key}": f"context_{key}" for key in ("full", "specific", "middle", "dense", "fraction")}
+    renamed |= {key: f"context_{key}" for key in ("main_recall", "main_f1", "dense_absorbers", "words_left_out")}
+    renamed |= {"letters": "parents", "excluded": "excluded"}
+    return {renamed[key]: value for key, value in result.to_dict().items() if key in renamed}
+
+
+def chosen_words(run: Scored) -> tuple[list[str], Tensor]:
+    """Single-token words of the first-letter task, and their token ids int64 [n]."""
+    task = run.profile.absorption
+    words, ids = single_token_words(run.language_model.tokenizer, task.min_word_letters)
+    chosen = torch.randperm(len(words), generator=torch.Generator().manual_seed(task.seed))[: task.words].sort().values
+    return [words[i] for i in chosen], torch.as_tensor(ids)[chosen]
+
+
+def counted_words(run: Scored) -> Tensor:
+    """bool [n]: which of the words the training text holds often enough to count (`absorption.min_count`)."""
+    _, ids = chosen_words(run)
+    seen = torch.bincount(run.ids("train").flatten(), minlength=int(ids.max()) + 1)
+    return seen[ids] >= run.profile.absorption.min_count
 
 
 def word_activations(run: Scored, draw: int = 0) -> tuple[list[str], Tensor]:
@@ -93,10 +109,8 @@ def word_activations(run: Scored, draw: int = 0) -> tuple[list[str], Tensor]:
     The model is causal, so only the word's own token runs, on top of the cached keys and values of one of a few
     prefixes. Another `draw` has other prefixes for the same words.
     """
-    task, tokenizer = run.profile.absorption, run.language_model.tokenizer
-    words, ids = single_token_words(tokenizer, task.min_word_letters)
-    chosen = torch.randperm(len(words), generator=torch.Generator().manual_seed(task.seed))[: task.words].sort().values
-    words, ids = [words[i] for i in chosen], torch.as_tensor(ids)[chosen]
+    task = run.profile.absorption
+    words, ids = chosen_words(run)
     key = task.model_dump(include={"words", "min_word_letters", "prefixes", "seed"}) | {"draw": draw}
     return words, run.scratch("words", key, lambda: {"x": _word_activations(run, words, ids, draw)})["x"]
 
@@ -120,12 +134,12 @@ def letter_score(run: Scored) -> Callable[..., AbsorptionResult]:
 
     def make() -> tuple:
         words, x = word_activations(run)
-        return x, words, letter_probe(x, words, seed=task.seed)
+        return x, words, letter_probe(x, words, seed=task.seed), counted_words(run)
 
-    x, words, probe = run.shared("letters", make)
+    x, words, probe, counted = run.shared("letters", make)
 
     def score(sae: SAE, threshold: float | None) -> AbsorptionResult:
-        options = dict(probe=probe, seed=task.seed, min_letters=task.min_letters)
+        options = dict(probe=probe, counted=counted, min_letters=task.min_letters)
         return first_letter(sae, x, words, threshold=threshold, **options)
 
     return score
@@ -152,11 +166,13 @@ def absorption_noise(run: Scored) -> list[dict]:
 
 def _absorption_noise(run: Scored) -> list[dict]:
     task, saes, at, rows = run.profile.absorption, run.load_saes(), thresholds(run), []
+    counted = counted_words(run)
     table = [row for row in run.table if row["grid"] == run.profile.main_grid.name]
     for draw in range(task.draws):
         words, x = word_activations(run, draw)
         for split in range(task.splits):
-            options = dict(probe=letter_probe(x, words, seed=task.seed + split), seed=task.seed + split, min_letters=1)
+            probe = letter_probe(x, words, seed=task.seed + split)
+            options = dict(probe=probe, min_letters=1, counted=counted)
 
             def score(row, draw=draw, split=split, x=x, words=words, options=options) -> dict:
                 result = first_letter(saes[row["sae"]], x, words, threshold=at[row["sae"]]["matched"], **options)

@@ -26,14 +26,12 @@ CONTROLS = {
 
 
 class Controls(Beside):
-    """A run's inputs with the controls of some of its SAEs, in the place of its own SAEs.
+    """A run's inputs with controls in the place of its SAEs: two of each SAE of an arm and a grid."""
 
-    rows  those of `run.table` that controls are made of
-    """
-
-    def __init__(self, run: Scored, rows: list[dict]):
+    def __init__(self, run: Scored, arm: str, grid: str):
         super().__init__(run)
-        self.run, self.trained = run, rows
+        self.run, self.name = run, f"controls-{arm}-{grid}"
+        self.trained = [row for row in run.table if (row["arm"], row["grid"]) == (arm, grid)]
 
     @property
     def table(self) -> list[dict]:
@@ -46,14 +44,14 @@ class Controls(Beside):
         for row in self.trained:
             sae = saes[row["sae"]]
             made[f"{row['sae']}-permuted"] = permuted_decoder(sae, seed=row["seed"])
-            made[f"{row['sae']}-random"] = random_like(sae, self.held_out, seed=row["seed"])
+            made[f"{row['sae']}-random"] = random_like(sae, self.held_out, seed=sae.config.seed)  # where it began
         return made
 
     def load_saes(self) -> dict[str, SAE]:
         return self.saes
 
     def rows(self, kind: str, section, make) -> list[dict]:
-        return self.run.rows(f"controls-{kind}", section, lambda: make())  # of this module: its code is in the id
+        return self.run.rows(f"{self.name}-{kind}", section, lambda: make())  # of this module: its code is in the id
 
 
 SCORES: tuple[Callable[[Scored], list[dict]], ...] = (
@@ -65,14 +63,12 @@ def control_scores(run: Scored) -> list[dict]:
     """One row per SAE, control and mode: `control` (a key of `CONTROLS`), explained variance, L0, dead latents,
     absorption of first letters and of contexts, probing, TPP. The SAEs are the unmasked ones of the main grid, and
     those with a frozen decoder. [] for a part of a run that has none of them."""
-    ours = [row for row in run.table if row["arm"] == run.profile.baseline_arm.name]
-    trained = [row for row in ours if row["grid"] == run.profile.main_grid.name]
-    stuck = {grid.name for grid in run.profile.saes if grid.frozen_decoder}
-    frozen = [row for row in ours if row["grid"] in stuck]
-    kinds = {row["sae"]: kind for kind, rows in (("trained", trained), ("frozen", frozen)) for row in rows}
+    unmasked, main = run.profile.baseline_arm.name, run.profile.main_grid.name
+    of_grid = {grid.name: "frozen" for grid in run.profile.saes if grid.frozen_decoder} | {main: "trained"}
+    kinds = {row["sae"]: of_grid[row["grid"]] for row in run.table if row["arm"] == unmasked and row["grid"] in of_grid}
     found = [{"control": kinds[row["sae"]]} | row for row in _scored(run) if row["sae"] in kinds] if kinds else []
-    if trained:
-        found += _scored(Controls(run, trained))
+    if "trained" in kinds.values():
+        found += _scored(Controls(run, unmasked, main))
     order = [*CONTROLS]
     return sorted(found, key=lambda row: (row["seed"], order.index(row["control"])))
 

@@ -1,9 +1,8 @@
-"""Scores of notebook 04 along training: absorption of the same-token kind and of the cross-token kind, for every arm
-and ablation.
+"""Scores of notebook 04 along training: absorption of the same-token kind and of the cross-token kind.
 
 Absorption changes while an SAE trains, and a masked SAE is further behind on clean text at the same step. So the arms
 are compared against steps and against clean explained variance, at snapshots that are finished SAEs of shorter runs, at
-matched clean L0. Only a `Run` has snapshots.
+matched clean L0. Only a part of a run has snapshots.
 """
 
 from masksae.metrics.reconstruction import reconstruction
@@ -51,8 +50,12 @@ def _scores(run: RunPart, sae: SAE, k: float) -> dict:
         "dead_latents": clean.dead_latents,
         "letters": letters.mean_full,
         "contexts": contexts.mean_full,
+        "letters_specific": letters.mean_specific,
+        "contexts_specific": contexts.mean_specific,
         "letters_dense_absorbers": letters.dense_absorbers,
         "contexts_dense_absorbers": contexts.dense_absorbers,
+        "letters_main_f1": letters.main_f1,
+        "contexts_main_f1": contexts.main_f1,
         "letters_items": {r.letter: r.full for r in letters.letters},
         "contexts_items": {r.letter: r.full for r in contexts.letters},
         "contexts_f1": {r.letter: r.probe_f1 for r in contexts.letters},

@@ -35,8 +35,10 @@ WINDOW = 15
 BEFORE = 8
 """Tokens, at least, before the replaced one: the first few of a text are like no others."""
 ITEMS = 20
-"""Batches of texts, of one size each, whose means are kept beside the mean of all."""
+"""Batches of texts, all of one size, whose means are kept beside the mean of all texts."""
 SCORES = tuple(field.name for field in fields(Robustness))
+BY_TEXT = {f"robustness_{kind}_{reach}_{name}" for kind in KINDS for reach in REACHES for name in ("jaccard", "recon")}
+"""Scores of which these means are kept."""
 COUNTED = 1_000_000
 """Tokens of the training text, at most, whose frequencies count."""
 DIRECTIONS, TRIED = 4, 4
@@ -46,8 +48,8 @@ BATCH = 32
 
 def robustness_scores(run: Scored) -> list[dict]:
     """One row per SAE and mode: robustness_KIND_REACH_SCORE for each kind, reach and score of
-    `masksae.metrics.robustness.Robustness`, means over texts, and `texts`, the means of batches of neighbouring texts,
-    whose mean they are."""
+    `masksae.metrics.robustness.Robustness`, means over texts; and `texts`, {score: [means of batches of texts]}, to six
+    digits, whose mean the score is."""
     return run.rows("robustness", run.profile.robustness, lambda: _robustness_scores(run))
 
 
@@ -68,12 +70,12 @@ def _robustness_scores(run: Scored) -> list[dict]:
 
 
 def _means(by_text: dict[str, Tensor]) -> dict:
-    """Means of scores [texts] over all texts, and over each of ITEMS batches of neighbouring ones, texts of which often
-    come from one document."""
-    names, values = list(by_text), torch.stack(list(by_text.values()))
-    items = values.unflatten(1, (min(ITEMS, values.shape[1]), -1)).mean(2).t().tolist()
-    texts = [{"text": str(i), **dict(zip(names, item))} for i, item in enumerate(items)]
-    return {**dict(zip(names, values.mean(1).tolist())), "texts": texts}
+    """Means of scores [texts] over all texts; and of overlap and reconstruction, over each of ITEMS batches of
+    neighbouring texts, which often come from one document."""
+    batches = min(ITEMS, len(next(iter(by_text.values()))))
+    items = {name: values.unflatten(0, (batches, -1)).mean(1) for name, values in by_text.items()}
+    texts = {name: [round(v, 6) for v in items[name].tolist()] for name in items if name in BY_TEXT}
+    return {**{name: values.mean().item() for name, values in by_text.items()}, "texts": texts}
 
 
 def replaced_activations(run: Inputs) -> dict[str, Tensor]:
