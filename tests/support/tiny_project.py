@@ -107,7 +107,7 @@ def profile(folder, name="tiny", **changes):
             "ns": [2, 8],
             "ks": [2, 5],
         },
-        "simulation": {"seeds": 2, "ks": [1.2], "ps": [0.3], "steps": 60},
+        "simulation": {"seeds": 2, "qs": [1.0], "ks": [2], "ps": [0.3], "steps": 60},
     }
     for key, value in changes.items():
         values[key] = values[key] | value if isinstance(value, dict) else value

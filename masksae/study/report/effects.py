@@ -13,7 +13,7 @@ from masksae.study.stats import Effect, interpolate, paired_effect, paired_effec
 KEYS = ["sae", "arm", "p", "grid", "architecture", "k", "seed", "mode"]
 """What the rows of one SAE in one mode have in common in every result."""
 
-NESTED = ["letters", "parents", "tasks", "excluded", "threshold", "groups", "pairs"]
+NESTED = ["letters", "parents", "exploratory_parents", "tasks", "excluded", "threshold", "groups", "pairs"]
 """Tables inside rows, and what is not compared."""
 
 COMPARED = ("mean_full", "context_full", "ev_centred", "ce_score", "probing_auc_", "ood_gap_", "dead_latents")
