@@ -296,16 +296,6 @@ def test_noise_table(seeds):
     assert difference["mean"] == pytest.approx(0.05) and difference["sd"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_letter_that_fails_once_is_in_no_mean():
-    rows = [
-        {"sae": sae, "arm": "kept", "draw": d, "letters": {"a": 0.1 * d, "b": 0.3} | ({"c": 0.9} if d else {})}
-        for sae in ("s0", "s1")
-        for d in (0, 1)
-    ]
-    means = noise.noise_means(rows)
-    assert means[0]["letters"] == pytest.approx({"a": 0.05, "b": 0.3}) and means[0]["cells"] == 2
-
-
 def test_letters_are_fixed_and_contexts_a_sample():
     reconstruction, absorption = planted(-0.1)
     for row in absorption:
@@ -326,17 +316,12 @@ def test_letters_are_fixed_and_contexts_a_sample():
 
 
 def test_robustness_is_over_texts():
-    rows = [
-        {key: row[key] for key in ("sae", "arm", "p", "grid", "k", "seed", "mode", "architecture")}
-        | {"robustness_random_near_jaccard": 0.6 + 0.1 * (row["p"] > 0)}
-        | {
-            "texts": [
-                {"text": str(i), "robustness_random_near_jaccard": 0.6 + 0.1 * (row["p"] > 0) + i / 100}
-                for i in (-1, 0, 1)
-            ]
-        }
-        for row in planted()[0]
-    ]
+    score = "robustness_random_near_jaccard"
+    rows = []
+    for row in planted()[0]:
+        mean = 0.6 + 0.1 * (row["p"] > 0)
+        keys = {key: row[key] for key in ("sae", "arm", "p", "grid", "k", "seed", "mode", "architecture")}
+        rows.append(keys | {score: mean, "texts": {score: [mean - 0.01, mean, mean + 0.01]}})
     found = judged(*planted(), rows)["R"]
     assert found["verdict"] == "supported" and found["items"] == 3 and found["difference"] == pytest.approx(0.1)
 
