@@ -400,6 +400,8 @@ class Contexts(Section):
     """Occurrences of a parent, at most, and as many others beside them."""
     min_parents: Positive = 5
     """Parents that must pass the probe gate, of the set that decides."""
+    min_count: Annotated[int, Field(ge=0)] = 20
+    """Times that the training text must hold the word itself for it to count, as in `absorption`."""
     seed: Seed = 0
 
 
@@ -474,14 +476,14 @@ class Simulation(Section):
 
     seeds: Positive = 2
     """Worlds; each with an SAE in every cell."""
-    ks: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [1.2, 2.0]
-    """Mean numbers of active latents; two features are active on average."""
+    qs: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [0.5, 1.0]
+    """Probabilities that a word comes with a parent that another token sets."""
+    ks: Annotated[list[Positive], Field(min_length=1)] = [2]
+    """Numbers of active latents; three features are active on average. All of qs are run at the first."""
     ps: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [0.3]
-    """Shares of masked tokens."""
+    """Shares of masked tokens, run at the largest of qs."""
     main_p: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """The one that is drawn against width; one of ps."""
-    widths: Annotated[list[Positive], Field(min_length=1)] = [24]
-    """Latents; 18 features can be learned. All of ps are run at the first."""
+    """The one of ps that all of qs and ks are run at."""
     steps: Positive = 400
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from random_saes import ALL_RULES, random_batch, random_sae
 
 from masksae import MATRYOSHKA, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig
 from masksae.saes.loss import aux_loss, dense_loss, dense_step
-from masksae.saes.rules import largest
+from masksae.saes.rules import largest, top_k
 from masksae.saes.sparse import sparse_step
 from masksae.training.step import Trainer
 
@@ -27,6 +27,18 @@ def test_batch_selection_equals_a_full_sort(k, quantised):
     count = min(50 * k, int((h > 0).sum()))
     order = sorted(range(len(flat)), key=lambda i: (-flat[i].item(), i))[:count]
     assert largest(h, 50 * k).tolist() == sorted(order)
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 12, 16, 17, 256])
+@pytest.mark.parametrize("width", [256, 257])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_selection_in_two_stages_equals_a_full_sort(k, width, quantised):
+    h = torch.randn(30, width, generator=torch.Generator().manual_seed(k))
+    if quantised:  # many ties
+        h = (h * 4).round() / 4
+    value, column = top_k(h, k)
+    assert torch.equal(value.sort(1, descending=True).values, h.sort(1, descending=True).values[:, :k])
+    assert torch.equal(h.gather(1, column), value) and all(len(row.unique()) == k for row in column)
 
 
 def test_batch_selection_with_a_misleading_sample():

@@ -34,6 +34,10 @@ def test_activations_are_those_after_the_replaced_token(inputs):
             alone = activations(model, ids[i : i + 1], block=1)[0, at + 1 : at + 16]
             torch.testing.assert_close(x[kind][i], alone, rtol=1e-4, atol=1e-5)
     assert (x["mask_token"] == run.language_model.tokenizer.convert_tokens_to_ids("<mask>")).all()
+    first = scores.examples(run, 2)[0]
+    at, decode = int(x["positions"][0]), run.language_model.tokenizer.decode
+    assert first["before"] + decode(x["ids"][0, at]) == decode(x["ids"][0, at - 6 : at + 1])
+    assert first["mask"] == "'<mask>'" and first["random"] == repr(decode(x["random_token"][0]))
     text = run.ids("train")[:, 1:]
     assert set(x["random_token"].tolist()) <= set(text.unique().tolist())
 
