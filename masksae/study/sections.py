@@ -519,7 +519,7 @@ class Endpoint(Section):
     direction: Literal[-1, 1]
     """Sign of the difference that the claim says."""
     margin: Annotated[float, Field(gt=0)]
-    """In the score's own unit: a difference that is shown to be smaller counts as none."""
+    """In the score's own unit: a difference that is shown to be smaller does not matter."""
     items: Literal["fixed", "random"]
     """Whether letters, parents, tasks, sets or texts are all there are, or a sample like the pairs."""
     slight: Annotated[float, Field(gt=0)] | None = None
@@ -574,6 +574,6 @@ class Decisions(Section):
             if endpoint.slight is not None and endpoint.slight <= endpoint.margin:
                 raise ValueError(
                     f"endpoints.{endpoint.name}: slight ({endpoint.slight}) must be larger than the margin "
-                    f"({endpoint.margin}), within which a difference counts as none."
+                    f"({endpoint.margin}), within which a difference does not matter."
                 )
         return self

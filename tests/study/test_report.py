@@ -167,6 +167,14 @@ def test_rows_of_verdicts_for_a_reader():
     assert all(row["why"] for row in rows if row["verdict"] == "not measured")
 
 
+def test_what_is_real_and_too_small_to_matter_says_so():
+    found = judged(*planted(-0.015))
+    told = next(row for row in claims.verdict_table(found) if row["endpoint"] == "letters")
+    assert found["C1"]["verdict"] == "supported" and found["C1"]["within_margin"]
+    assert told["verdict"] == "supported, within the margin"
+    assert not judged(*planted(-0.1))["C1"]["within_margin"]
+
+
 def test_rivals_are_no_cells_of_c4():
     """Nor points of an interpolation over k."""
     scores = effects.merge(*planted(-0.1, grids=("matryoshka20", "batchtopk20", "one")))
