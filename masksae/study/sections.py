@@ -464,7 +464,7 @@ class Robustness(Section):
     tokens: Annotated[int, Field(ge=24)] = 48
     """Tokens of a text, BOS left out; a replaced one has 8 before it at least and 15 after it."""
     candidates: Annotated[int, Field(ge=2)] = 2000
-    """The most frequent tokens of the training text, of which a gradient chooses one."""
+    """The most frequent tokens of the training text, of which a gradient puts eight forward to be tried."""
     top: Positive = 5
     """Largest latents of a token whose overlap is given beside that of all active ones."""
     seed: Seed = 0

@@ -43,11 +43,11 @@ def test_activations_are_those_after_the_replaced_token(inputs):
 
 
 def test_the_gradient_finds_tokens_that_move_more(inputs):
-    """More than a random token does. Of twenty candidates the best of four drawn blindly would be fourth or fifth on
-    average (3.2 are better); the choice is nearer the top, which trying every one tells."""
+    """More than a random token does. Of twenty candidates the best of eight drawn blindly would have 1.33 better ones
+    on average; the choice has fewer, which trying every one tells."""
     run, x = inputs, scores.replaced_activations(inputs)
     unit = (x["clean"] - x["clean"].mean((0, 1))).norm(dim=2)
-    moved = {kind: ((x[kind] - x["clean"]).norm(dim=2) / unit).square().sum(1) for kind in ("random", "gradient")}
+    moved = {kind: ((x[kind] - x["clean"]).norm(dim=2) / unit).sum(1) for kind in ("random", "gradient")}
     assert moved["gradient"].mean() > moved["random"].mean()
     tokens, counts = run.ids("train")[:, 1:].unique(return_counts=True)
     common = tokens[counts.argsort(descending=True, stable=True)[:20]]
@@ -56,9 +56,10 @@ def test_the_gradient_finds_tokens_that_move_more(inputs):
     ids[torch.arange(360), at] = common.repeat(18)
     window = torch.arange(360)[:, None], at[:, None] + torch.arange(1, 16)
     change = activations(run.language_model.model, ids, block=1)[window] - x["clean"].repeat_interleave(20, 0)
-    every = (change.norm(dim=2) / unit.repeat_interleave(20, 0)).square().sum(1).view(18, 20)
+    every = (change.norm(dim=2) / unit.repeat_interleave(20, 0)).sum(1).view(18, 20)
     rank = (every > moved["gradient"][:, None] * (1 + 1e-4)).sum(1).float()
-    assert rank.mean() < 2 and set(x["gradient_token"].tolist()) <= set(common.tolist())
+    print("RANK", rank.mean(), rank)
+    assert rank.mean() < 1 and set(x["gradient_token"].tolist()) <= set(common.tolist())
 
 
 def test_rows_are_means_over_texts(run):
