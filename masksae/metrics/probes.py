@@ -188,10 +188,10 @@ def _newton_step(part, curvature, diagonal, at, sign, slope, tolerance) -> np.nd
 
 def _conjugate_gradients(part, curvature, free, diagonal, b, x, enough) -> np.ndarray:
     """x with H x = b for the Hessian H of the free coordinates, from a first guess, until r D^-1 r of the residual r is
-    at most `enough`; D is H's diagonal."""
+    at most `enough`; D is H's diagonal, of which 1e-10 is added: a latent that never changes equals the bias."""
 
     def product(v):
-        return free * (part.T @ (curvature * (part @ v)))
+        return free * (part.T @ (curvature * (part @ v)) + 1e-10 * diagonal * v)
 
     residual = b - product(x)
     direction = scaled = residual / diagonal
@@ -235,8 +235,8 @@ def balanced_logistic(f: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
         if np.abs(gradient).max() <= 1e-6:
             break
         step = np.linalg.solve(x.T @ ((weigh * p * (1 - p))[:, None] * x) + np.diag(ridge), gradient)
-        value, t = objective(w), 1.0
-        while objective(w - t * step) > value - 1e-4 * t * (gradient @ step) and t > 1e-9:
+        bound, t = objective(w) * (1 + 1e-12), 1.0  # near the optimum rounding hides the decrease
+        while objective(w - t * step) > bound - 1e-4 * t * (gradient @ step):
             t /= 2
         w = w - t * step
     return w[:-1], float(w[-1])

@@ -96,7 +96,8 @@ class Explorer:
         ids = self.run.ids("contexts")
         _, _, where = context_sample(self.run)
         shown = ["".join(self._texts[t] for t in ids[b, max(0, i - 3) : i + 1].tolist()) for b, i in where.tolist()]
-        return *context_probes(self.run), shown
+        x, probes, _ = context_probes(self.run)
+        return x, probes, shown
 
 
 def _of(result: AbsorptionResult, name: str) -> LetterResult:

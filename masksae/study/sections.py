@@ -400,6 +400,8 @@ class Contexts(Section):
     """Occurrences of a parent, at most, and as many others beside them."""
     min_parents: Positive = 5
     """Parents that must pass the probe gate, of the set that decides."""
+    min_count: Annotated[int, Field(ge=0)] = 20
+    """Times that the training text must hold the word itself for it to count, as in `absorption`."""
     seed: Seed = 0
 
 

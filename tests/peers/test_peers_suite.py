@@ -141,9 +141,9 @@ def test_main_latents_are_those_of_saebench():
         [{"letter": letter} | row for letter in "abcdefghijklmnopqrstuvwxyz"]
     )  # it asks for all of them
     add_feature_splits_to_metrics_df(table, max_k_value=10, f1_jump_threshold=0.03)
-    main, score = absorption.main_latents(f, positive, is_test, ranked)
-    assert len(main) > 1 and list(main) == list(table["split_feats"].iloc[0])
-    assert score == pytest.approx(row[f"f1_sparse_sae_{len(main)}"])
+    main = absorption.main_latents(f, positive, ~is_test, is_test, ranked)
+    assert len(main.latents) > 1 and list(main.latents) == list(table["split_feats"].iloc[0])
+    assert main.f1 == pytest.approx(row[f"f1_sparse_sae_{len(main.latents)}"])
 
 
 def test_the_letter_probe_agrees_with_saebenchs():

@@ -107,6 +107,32 @@ def test_quality_of_the_main_latents():
     first, second, third = curves.quality(letters, contexts)
     assert first["absorption"] == pytest.approx(0.2) and first["F1 of main latents"] == pytest.approx((0.3 + 0.4) / 2)
     assert second["arm"] == "masked" and third["kind"].startswith("cross-token") and third["absorption"] == 0.1
+    assert "recall" not in first and "EV" not in first  # rows of before they were taken
+
+
+def test_quality_has_the_parts_of_absorption_and_what_belongs_beside_it():
+    shared = {"grid": "g", "arm": "unmasked", "mode": "matched"}
+    parts = {"specific": 0.05, "middle": 0.01, "dense": 0.04}
+    item = [{"f1": 0.5, "recall": 0.75}, {"f1": 0.7, "recall": 0.25}]
+    letters = [
+        shared | {"sae": sae, "mean_full": 0.1, "dense_absorbers": 0.4, "letters": item}
+        | {f"mean_{key}": value for key, value in parts.items()}
+        for sae in ("a", "b")
+    ]  # fmt: skip
+    contexts = [
+        {key.replace("mean_", "context_").replace("dense_a", "context_dense_a"): value for key, value in row.items()}
+        | {"parents": item}
+        for row in letters
+    ]
+    table = [
+        {"sae": sae, "mode": mode, "dead_latents": dead, "l0": 20.0, "ev_centred": 0.9}
+        for sae, dead in (("a", 2), ("b", 4))
+        for mode in ("matched", "as_trained")
+    ]
+    for row in curves.quality(letters, contexts, table):
+        assert {key: row[key] for key in parts} == pytest.approx(parts) and row["absorption"] == pytest.approx(0.1)
+        assert row["F1 of main latents"] == pytest.approx(0.6) and row["recall"] == pytest.approx(0.5)
+        assert (row["dead latents"], row["clean L0"], row["EV"], row["dense absorbers"]) == (3, 20, 0.9, 0.4)
 
 
 def test_parent_by_parent(rows):

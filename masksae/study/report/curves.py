@@ -12,6 +12,8 @@ from masksae.study.scores.curves import KINDS
 from masksae.study.stats import Effect, holm, interpolate, paired_effect
 
 SHORT = {"letters": "same token", "contexts": "cross-token"}
+BESIDE = {"dead_latents": "dead latents", "l0": "clean L0", "ev_centred": "EV"}
+"""Scores of `reconstruction_scores` that belong beside an absorption score, and their names as columns."""
 
 
 def finished(rows: list[dict]) -> list[dict]:
@@ -97,19 +99,27 @@ def growth(rows: list[dict]) -> list[dict]:
     return table
 
 
-def quality(letters: list[dict], contexts: list[dict]) -> list[dict]:
+def quality(letters: list[dict], contexts: list[dict], reconstruction: list[dict] = ()) -> list[dict]:
     """How good the main latents are whose silence counts as absorption: per kind, grid and arm at matched clean L0 the
-    mean absorption, the mean F1 of the main latents, and the share of absorbed words credited to a latent that fires on
-    many words."""
+    mean absorption and its parts by the absorber's density (specific, middle, dense), F1 and recall of the main
+    latents, and the share of absorbed words credited to dense latents; with rows of `reconstruction_scores` also dead
+    latents, clean L0 and explained variance. What the rows do not have is left out."""
     table = []
-    for kind, rows, items, prefix in (
-        ("letters", letters, "letters", ("mean_full", "dense_absorbers")),
-        ("contexts", contexts, "parents", ("context_full", "context_dense_absorbers")),
+    for kind, rows, items, prefix, absorbers in (
+        ("letters", letters, "letters", "mean", "dense_absorbers"),
+        ("contexts", contexts, "parents", "context", "context_dense_absorbers"),
     ):
         matched = pd.DataFrame([row for row in rows if row["mode"] == "matched"])
-        matched["f1"] = [np.mean([item["f1"] for item in row]) for row in matched[items]]
-        means = matched.groupby(["grid", "arm"], sort=False)[[prefix[0], "f1", prefix[1]]].mean().reset_index()
-        means.columns = ["SAEs", "arm", "absorption", "F1 of main latents", "dense absorbers"]
+        for key in ("f1", "recall"):
+            if all(key in item for row in matched[items] for item in row):
+                matched[key] = [np.mean([item[key] for item in row]) for row in matched[items]]
+        if reconstruction:
+            matched = matched.merge(pd.DataFrame(reconstruction)[["sae", "mode", *BESIDE]], on=["sae", "mode"])
+        shown = {f"{prefix}_full": "absorption", f"{prefix}_specific": "specific", f"{prefix}_middle": "middle"}
+        shown |= {f"{prefix}_dense": "dense", "f1": "F1 of main latents", "recall": "recall"}
+        shown = {key: name for key, name in (shown | {absorbers: "dense absorbers"} | BESIDE).items() if key in matched}
+        means = matched.groupby(["grid", "arm"], sort=False)[list(shown)].mean().reset_index()
+        means.columns = ["SAEs", "arm", *shown.values()]
         table += [{"kind": KINDS[kind]} | row for row in means.to_dict("records")]
     return table
 

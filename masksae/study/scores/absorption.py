@@ -40,21 +40,29 @@ def context_sample(run: Scored) -> tuple[Tensor, Tensor, Tensor]:
     return x[kept], labels[kept], where[kept]
 
 
-def context_probes(run: Scored) -> tuple[Tensor, list]:
-    """Activations [m, d] at the words of the context text, and a probe for each parent; shared by all SAEs."""
+def often_seen(run: Scored, ids: Tensor, times: int) -> Tensor:
+    """bool, as ids: which of these tokens the training text holds so many times at least."""
+    seen = torch.bincount(run.ids("train").flatten(), minlength=int(ids.max()) + 1)
+    return seen[ids] >= times
+
+
+def context_probes(run: Scored) -> tuple[Tensor, list, Tensor]:
+    """Activations [m, d] at the words of the context text, a probe for each parent, and which words count bool [m]
+    (`contexts.min_count`); shared by all SAEs."""
     x, labels, where = context_sample(run)
     task = run.profile.contexts
-    return x, contexts.context_probes(x, labels, where[:, 0], positives=task.positives, seed=task.seed)
+    probes = contexts.context_probes(x, labels, where[:, 0], positives=task.positives, seed=task.seed)
+    return x, probes, often_seen(run, run.ids("contexts")[where[:, 0], where[:, 1]], task.min_count)
 
 
 def context_score(run: Scored) -> Callable[..., AbsorptionResult]:
     """`contexts.context_absorption` of an SAE at a threshold, with all else that it takes; keywords may be changed."""
-    x, probes = run.shared("contexts", lambda: context_probes(run))
+    x, probes, counted = run.shared("contexts", lambda: context_probes(run))
     task = run.profile.contexts
 
     def score(sae: SAE, threshold: float | None, **changes) -> AbsorptionResult:
         options = dict(min_parents=task.min_parents) | changes
-        return contexts.context_absorption(sae, x, probes, threshold=threshold, **options)
+        return contexts.context_absorption(sae, x, probes, threshold=threshold, counted=counted, **options)
 
     return score
 
@@ -65,7 +73,7 @@ def context_scores(run: Scored) -> list[dict]:
 
     def make() -> list[dict]:
         measure = context_score(run)
-        _, probes = run.shared("contexts", lambda: context_probes(run))
+        _, probes, _ = run.shared("contexts", lambda: context_probes(run))
         explored = any(probe.name in contexts.EXPLORATORY and probe.f1 > PROBE_GATE for probe in probes)
 
         def score(sae, threshold) -> dict:
@@ -98,9 +106,7 @@ def chosen_words(run: Scored) -> tuple[list[str], Tensor]:
 
 def counted_words(run: Scored) -> Tensor:
     """bool [n]: which of the words the training text holds often enough to count (`absorption.min_count`)."""
-    _, ids = chosen_words(run)
-    seen = torch.bincount(run.ids("train").flatten(), minlength=int(ids.max()) + 1)
-    return seen[ids] >= run.profile.absorption.min_count
+    return often_seen(run, chosen_words(run)[1], run.profile.absorption.min_count)
 
 
 def word_activations(run: Scored, draw: int = 0) -> tuple[list[str], Tensor]:
