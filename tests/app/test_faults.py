@@ -36,7 +36,7 @@ def whole_run(_=None) -> dict:
     """Text, training with snapshots and checkpoints, scores: everything that the run leaves, by what it is."""
     run = Run("mine.yaml")
     run.saes
-    rows = reconstruction.reconstruction_scores(run)
+    rows = run.scored(reconstruction.reconstruction_scores)
     run.save_result("reconstruction", rows)
     weights = {path.parent.name: path.read_bytes() for path in run.build.rglob("sae.safetensors")}
     return {"rows": rows, "result": run.result("reconstruction"), **weights}

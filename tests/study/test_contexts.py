@@ -25,7 +25,7 @@ def scored(monkeypatch):
         probes = context_probes(x, labels, torch.arange(len(x)) // 30, positives=300)
         monkeypatch.setattr(absorption, "context_probes", lambda run: (x, probes))
         monkeypatch.setattr(absorption, "score_saes", lambda run, label, score: score(sae, None))
-        return absorption.context_scores(run), sae, x, probes
+        return run.scored(absorption.context_scores), sae, x, probes
 
     return rows
 

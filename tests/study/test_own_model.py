@@ -87,10 +87,10 @@ def gpt2():
 @pytest.mark.parametrize("block", [1, "model.layers.1.mlp", "model.embed_tokens"])
 def test_a_dozen_lines_train_and_score(project, block):
     run = own(project, tiny_model("llama"), block=block)
-    assert set(run.saes) == {"unmasked-b4-s0", "masked-b4-s0"}
+    assert set(run.saes) == {"unmasked-b4-s0", "kept-b4-s0"}
     assert run.width == 16 and all(sae.history[-1]["explained_variance"] > 0 for sae in run.saes.values())
     if block != "model.embed_tokens":  # zeros there do no harm to a random model, and that is refused
-        row = reconstruction.reconstruction_scores(run)[0]
+        row = run.scored(reconstruction.reconstruction_scores)[0]
         assert row["ev_centred"] > 0 and row["ce_original"] > 0
     assert ("layers.1.mlp" in run.profile.model.place) == (block == "model.layers.1.mlp")
 

@@ -79,7 +79,7 @@ def test_one_against_rest_is_balanced_and_keeps_the_sides_apart():
 
 def test_an_sae_in_half_precision(run, tmp_path):
     sae = next(iter(run.saes.values()))
-    [row, *_] = perturbation.concept_scores(run)
+    [row, *_] = run.scored(perturbation.concept_scores)
     visitor = own_sae.OwnSAE(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
     [found, _] = own_sae.evaluate(visitor, ["perturbation"])["perturbation"]
     assert found.keys() == row.keys()
@@ -88,7 +88,7 @@ def test_an_sae_in_half_precision(run, tmp_path):
 
 def test_rows(run):
     saes = run.saes
-    rows = perturbation.concept_scores(run)
+    rows = run.scored(perturbation.concept_scores)
     assert [(r["sae"], r["mode"]) for r in rows] == [(name, m) for name in saes for m in ("as_trained", "matched")]
     for row in rows:
         (group,), (pair,) = row["groups"], row["pairs"]

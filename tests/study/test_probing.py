@@ -48,7 +48,7 @@ def test_the_activation_is_that_of_the_last_token(run):
 
 def test_rows_of_both_kinds(run):
     saes = run.saes
-    for kind, rows in (("probing", probing.probing_scores(run)), ("ood", probing.ood_scores(run))):
+    for kind, rows in (("probing", run.scored(probing.probing_scores)), ("ood", run.scored(probing.ood_scores))):
         assert [(row["sae"], row["mode"]) for row in rows] == [
             (name, mode) for name in saes for mode in ("as_trained", "matched")
         ]
@@ -63,7 +63,7 @@ def test_rows_of_both_kinds(run):
 
 def test_an_sae_in_half_precision(run, tmp_path):
     sae = next(iter(run.saes.values()))
-    row = next(row for row in probing.probing_scores(run) if row["mode"] == "as_trained")
+    row = next(row for row in run.scored(probing.probing_scores) if row["mode"] == "as_trained")
     visitor = own_sae.OwnSAE(run.source, sae.bfloat16().to_saelens(tmp_path / "half"), out=tmp_path / "out")
     for kind, rows in own_sae.evaluate(visitor, ["probing", "ood"]).items():
         assert rows[0][f"{kind}_auc_5"] == pytest.approx(row["probing_auc_5"], abs=0.1)
@@ -73,7 +73,7 @@ def test_a_shifted_set_that_raw_activations_cannot_tell_is_left_out(run, project
     table(project / "task_OOD.csv", seed=2, flipped=True)
     run.saes
     with pytest.raises(DataError, match="No task of ood is told from raw activations"):
-        probing.ood_scores(run)
+        run.scored(probing.ood_scores)
 
 
 def test_training_rows_are_shared_by_a_task_and_its_shift(run, project):
@@ -102,7 +102,7 @@ def test_each_family_of_shifts_has_its_own_means(run, project):
     ]
     run = Run(profile(project, probing={"shifted": shifted}))
     run.saes
-    row = probing.ood_scores(run)[0]
+    row = run.scored(probing.ood_scores)[0]
     by_family = {}
     for t in row["tasks"]:
         by_family.setdefault(t["family"], []).append(t["auc"]["5"])
@@ -137,10 +137,10 @@ def test_all_tasks_but_those_with_too_few_rows(run, project, monkeypatch):
     monkeypatch.setattr(probing, "binary_tasks", lambda: names)
     run = Run(profile(project, probing={"tasks": ["all"]}))
     run.saes
-    row = probing.probing_scores(run)[0]
+    row = run.scored(probing.probing_scores)[0]
     assert [t["task"] for t in row["tasks"]] == names[:1]
     assert "10 distinct prompts, 20 are wanted" in row["excluded"][names[1]]
     run = Run(profile(project, probing={"tasks": names}))
     run.saes
     with pytest.raises(DataError, match="small.csv: The rarer class has 10"):
-        probing.probing_scores(run)
+        run.scored(probing.probing_scores)
