@@ -4,8 +4,10 @@ import pandas as pd
 
 from masksae.study.figures.style import palette
 
-PARENTS = {"same": "parent set by the same token", "cross": "parent set by a context token"}
+PARENTS = {"same": "same-token parent", "cross": "cross-token parent"}
 ARMS = ("unmasked", "kept", "dropped")
+APART = 0.004
+"""Between the bars of two arms, so that they can be told apart."""
 
 
 def draw_curves(rows: list[dict], p: float):
@@ -35,13 +37,13 @@ def _draw(table: pd.DataFrame, x: str, label: str, f1: bool = False):
     figure, axes = plt.subplots(len(rules), len(PARENTS), **size)
     for row, rule in zip(axes, rules):
         for axis, (kind, title) in zip(row, PARENTS.items()):
-            for arm, colour in palette(ARMS).items():
+            for place, (arm, colour) in enumerate(palette(ARMS).items()):
                 groups = table[(table["rule"] == rule) & (table["arm"] == arm)].groupby(x)
                 if len(groups) == 0:
                     continue
                 look = dict(color=colour, marker="o", markersize=4, capsize=2)
                 mean, error = groups[kind].mean(), groups[kind].sem() * t_critical(groups[kind].count())
-                axis.errorbar(mean.index, mean, yerr=error, label=arm, **look)
+                axis.errorbar(mean.index + APART * place, mean, yerr=error, label=arm, **look)
                 if f1:
                     axis.plot(groups[f"{kind}_f1"].mean(), color=colour, linestyle="--", linewidth=1)
             axis.set(title=f"{rule}: {title}", ylim=(-0.03, 1.03))

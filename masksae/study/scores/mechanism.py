@@ -212,18 +212,17 @@ def in_words(row: dict) -> str:
 
 
 def predictions(found: list[dict], options: Simulation) -> list[dict]:
-    """What masking is predicted to do, for either rule, kind, each q and arm, in words, at the first k and the main
+    """What masking is predicted to do, for either rule and kind, each q and arm, in words, at the first k and the main
     p."""
     table = {}
     for row in found:
         if (row["k"], row["p"]) == (options.ks[0], options.main_p):
-            cell = {"rule": row["rule"], "parent": f"{row['kind']}-token", "P(parent | word)": row["q"]}
-            if row["kind"] == "same":
-                cell["P(parent | word)"] = 1.0
-            key = (row["rule"], row["kind"], row["q"])
-            if row["kind"] == "cross" or row["q"] == max(options.qs):
-                table.setdefault(key, cell)[row["arm"]] = in_words(row)
-    return list(table.values())
+            cell = {"rule": row["rule"], "parent": f"{row['kind']}-token", "q": row["q"]}
+            table.setdefault(tuple(cell.values()), cell)[row["arm"]] = in_words(row)
+    order = list(RULES), [f"{kind}-token" for kind in KINDS]
+    return sorted(
+        table.values(), key=lambda row: (order[0].index(row["rule"]), order[1].index(row["parent"]), row["q"])
+    )
 
 
 def at_equal_l0(rows: list[dict], options: Simulation) -> dict[str, Effect]:
