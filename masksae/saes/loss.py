@@ -90,7 +90,7 @@ def dense_loss(
     if dead_after is not None:
         loss = loss + aux_loss(sae, x, residual, dead_latents(sae, (f > 0).any(0), len(x), dead_after), pre)
     if due(sae.config, step):
-        loss = loss + penalty_loss(sae, f.norm(dim=0), step, len(x))
+        loss = loss + penalty_loss(sae, f.norm(dim=0, dtype=sae.dtype), step, len(x))
     return loss, residual, f.detach()
 
 

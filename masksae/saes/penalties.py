@@ -137,7 +137,8 @@ def due(config, step: int | None) -> list[Penalty]:
 
 def penalty_loss(sae, norms: Tensor, step: int, batch: int) -> Tensor:
     """Sum of the penalties that are due, with their weights and autograd; arguments as of `Penalty.value`."""
-    values = [p.weight * p.every * p.value(sae, norms, step, batch) for p in due(sae.config, step)]
+    with torch.autocast(sae.device.type, enabled=False):  # in half precision other rows would be the nearest
+        values = [p.weight * p.every * p.value(sae, norms, step, batch) for p in due(sae.config, step)]
     return torch.stack(values).sum()
 
 

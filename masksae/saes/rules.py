@@ -236,7 +236,7 @@ class TopK(Ranked):
     def support(self, sae, pre, most):
         if self.k * len(pre) > most:
             return None
-        value, index = pre.topk(self.k, dim=1, sorted=False)
+        value, index = top_k(pre, self.k)
         index = torch.where(value > 0, index, -1).sort(dim=1).values
         kept = index >= 0
         return (index + torch.arange(len(pre))[:, None] * pre.shape[1])[kept]
@@ -517,6 +517,20 @@ def _window(x: Tensor, width: float) -> Tensor:
 
 def _indices(mask: Tensor, most: float) -> Tensor | None:
     return None if torch.count_nonzero(mask) > most else mask.view(-1).nonzero().squeeze(1)
+
+
+def top_k(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, columns) [B, k] of the k largest entries of each row of h [B, F], in any order; of equal ones any."""
+    rows, width = h.shape
+    if width % 8 or not width / 64 < k <= width / 16:
+        return h.topk(k, dim=1, sorted=False)
+    # from width / 64 on PyTorch takes twice the time. The k largest are among the 8 k entries of those k columns of
+    # [8, width / 8] whose largest entries are the largest; two top-k of an eighth or less cost half of the one
+    folded = h.view(rows, 8, -1)
+    column = folded.amax(1).topk(k, dim=1, sorted=False).indices
+    value, place = folded.gather(2, column[:, None].expand(-1, 8, -1)).flatten(1).topk(k, dim=1, sorted=False)
+    line = torch.div(place, k, rounding_mode="floor")
+    return value, line * folded.shape[2] + column.gather(1, place - line * k)
 
 
 def largest(h: Tensor, count: int) -> Tensor:

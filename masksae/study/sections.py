@@ -464,7 +464,7 @@ class Robustness(Section):
     tokens: Annotated[int, Field(ge=24)] = 48
     """Tokens of a text, BOS left out; a replaced one has 8 before it at least and 15 after it."""
     candidates: Annotated[int, Field(ge=2)] = 2000
-    """The most frequent tokens of the training text, of which a gradient chooses one."""
+    """The most frequent tokens of the training text, of which a gradient puts eight forward to be tried."""
     top: Positive = 5
     """Largest latents of a token whose overlap is given beside that of all active ones."""
     seed: Seed = 0
@@ -476,14 +476,14 @@ class Simulation(Section):
 
     seeds: Positive = 2
     """Worlds; each with an SAE in every cell."""
-    ks: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [1.2, 2.0]
-    """Mean numbers of active latents; two features are active on average."""
+    qs: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [0.5, 1.0]
+    """Probabilities that a word comes with a parent that another token sets."""
+    ks: Annotated[list[Positive], Field(min_length=1)] = [2]
+    """Numbers of active latents; three features are active on average. All of qs are run at the first."""
     ps: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [0.3]
-    """Shares of masked tokens."""
+    """Shares of masked tokens, run at the largest of qs."""
     main_p: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """The one that is drawn against width; one of ps."""
-    widths: Annotated[list[Positive], Field(min_length=1)] = [24]
-    """Latents; 18 features can be learned. All of ps are run at the first."""
+    """The one of ps that all of qs and ks are run at."""
     steps: Positive = 400
 
     @model_validator(mode="after")
@@ -519,7 +519,7 @@ class Endpoint(Section):
     direction: Literal[-1, 1]
     """Sign of the difference that the claim says."""
     margin: Annotated[float, Field(gt=0)]
-    """In the score's own unit: a difference that is shown to be smaller counts as none."""
+    """In the score's own unit: a difference that is shown to be smaller does not matter."""
     items: Literal["fixed", "random"]
     """Whether letters, parents, tasks, sets or texts are all there are, or a sample like the pairs."""
     slight: Annotated[float, Field(gt=0)] | None = None
@@ -574,6 +574,6 @@ class Decisions(Section):
             if endpoint.slight is not None and endpoint.slight <= endpoint.margin:
                 raise ValueError(
                     f"endpoints.{endpoint.name}: slight ({endpoint.slight}) must be larger than the margin "
-                    f"({endpoint.margin}), within which a difference counts as none."
+                    f"({endpoint.margin}), within which a difference does not matter."
                 )
         return self

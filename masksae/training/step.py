@@ -137,7 +137,7 @@ class Trainer:
         if unit_rows:
             sae.W_dec.grad.addcmul_(sae.W_dec, (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True), value=-1)
         if rule.clipped:
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip)
+            self._clip_()
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()
@@ -145,6 +145,13 @@ class Trainer:
         if unit_rows:
             sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
         rule.project_(sae)
+
+    def _clip_(self) -> None:
+        """As `clip_grad_norm_`; where looking costs no waiting, what is short enough is not multiplied by 1."""
+        clip, parameters = self.config.clip, list(self.sae.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not self.sparse or not norm + 1e-6 <= clip:  # so that a norm of NaN goes on
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
 
     def _record(self, x: Tensor, outcome: Outcome, step: int) -> None:
         unexplained = (outcome.residual.square().sum() / (x - x.mean(0)).square().sum()).item()

@@ -44,7 +44,7 @@ def test_what_is_said_of_the_metrics_is_what_was_measured():
     assert 0.01 / spread["explained variance"] == pytest.approx(20, abs=3)
     assert spread["absorption, first letters"] == pytest.approx(0.02, abs=0.004)
     assert spread["shifted texts, 16 latents"] == pytest.approx(0.02, abs=0.004)
-    assert 0.03 < table.loc["shifted texts, 16 latents", "seen from"] < 0.05
+    assert 0.05 < table.loc["shifted texts, 16 latents", "seen from"] < 0.06
     rows = read_json(ROOT / "results/laptop/noise.json")["components"]
     of_seed = next(r["share"] for r in rows if r["of"] == "masked less unmasked" and r["source"] == "seed")
     assert of_seed < 0.5
@@ -130,8 +130,7 @@ def test_what_is_said_of_the_matching_is_what_was_measured():
         assert trained.low < 0 < trained.high and (moved.low > 0) == grid.endswith("20")
         for mode in ("as_trained", "matched"):
             cross = of(mode, "context_full", grid)
-            fell = max(cross.high, cross.items_high) < 0
-            assert fell if grid == "batchtopk20" else cross.low < 0 < cross.high
+            assert cross.high < 0 if grid == "batchtopk20" else cross.low < 0 < cross.high
     [row] = effects.interpolated(*scores).to_dict("records")
     assert "0.150 → 0.173 (+0.023" in row["absorption"] and row["absorption"] in PAGES["results"]
 

@@ -35,7 +35,7 @@ def smoke():
 def test_results_are_there_and_plausible(smoke):
     results = ROOT / "results/smoke"
     claims = read_json(results / "claims.json")
-    assert set(claims) == {"C1", "C2", "C3", "C4", "C5"} and claims["C1"]["pairs"] == 2
+    assert set(claims) == {"C1", "C2", "C3", "C4", "C5", "R"} and claims["C1"]["pairs"] == 2
     rows = read_json(results / "reconstruction.json")
     matched = [row for row in rows if row["mode"] == "matched"]
     assert len(matched) == 4 and all(row["ev_centred"] > 0.3 and 0.5 < row["ce_score"] <= 1 for row in matched)

@@ -16,7 +16,7 @@ from small_training import EVERY, configs, run, same, stream, train_config
 from tiny_project import tiny_model
 
 import masksae
-from masksae import MATRYOSHKA, AuxK, BatchTopK, SAEConfig, TrainConfig
+from masksae import C2R, MATRYOSHKA, AuxK, BatchTopK, OrtSAE, SAEConfig, TrainConfig
 from masksae.activations import from_model
 from masksae.memory import training_bytes
 from masksae.metrics.reconstruction import reconstruction
@@ -68,7 +68,9 @@ def test_resuming_changes_no_byte(tmp_path):
 def test_no_step_waits_for_the_device(rule, prefixes):
     aux = AuxK(dead_after_tokens=100) if rule.revived else None
     trainer = Trainer(
-        SAE(SAEConfig(24, 96, rule, prefixes, aux=aux)), TrainConfig(steps=1000, warmup=5, threshold_start=3), "cuda"
+        SAE(SAEConfig(24, 96, rule, prefixes, aux=aux, penalties=(OrtSAE(every=2, chunk=40), C2R(every=3)))),
+        TrainConfig(steps=1000, warmup=5, threshold_start=3),
+        "cuda",
     )
     x = torch.randn(64, 24, device="cuda")
     trainer.step(x, 0)  # Adam makes its state

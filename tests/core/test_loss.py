@@ -9,8 +9,8 @@ from random_saes import ALL_RULES, random_batch, random_sae
 
 from masksae import MATRYOSHKA, AuxK, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig
 from masksae.saes.loss import aux_loss, dense_loss, dense_step
-from masksae.saes.rules import largest
-from masksae.saes.sparse import sparse_step
+from masksae.saes.rules import largest, top_k
+from masksae.saes.sparse import _stable_order, sparse_step
 from masksae.training.step import Trainer
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="sparse products on the CPU need MKL")
@@ -27,6 +27,44 @@ def test_batch_selection_equals_a_full_sort(k, quantised):
     count = min(50 * k, int((h > 0).sum()))
     order = sorted(range(len(flat)), key=lambda i: (-flat[i].item(), i))[:count]
     assert largest(h, 50 * k).tolist() == sorted(order)
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 12, 16, 17, 256])
+@pytest.mark.parametrize("width", [256, 257])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_selection_in_two_stages_equals_a_full_sort(k, width, quantised):
+    h = torch.randn(30, width, generator=torch.Generator().manual_seed(k))
+    if quantised:  # many ties
+        h = (h * 4).round() / 4
+    value, column = top_k(h, k)
+    assert torch.equal(value.sort(1, descending=True).values, h.sort(1, descending=True).values[:, :k])
+    assert torch.equal(h.gather(1, column), value) and all(len(row.unique()) == k for row in column)
+
+
+@pytest.mark.parametrize("below", [3, 2**16, 2**16 + 1])
+def test_entries_of_one_latent_stay_in_the_order_of_their_tokens(below):
+    key = torch.randint(0, below, (500,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    key[::7] = below - 1
+    expected = sorted(range(len(key)), key=lambda i: key[i].item())
+    assert _stable_order(key, below).tolist() == expected
+
+
+@pytest.mark.parametrize("length", [0.5, 1.0, 3.0, math.nan])
+def test_gradients_are_clipped_as_by_pytorch(length):
+    trainer = Trainer(random_sae(TopK(3)), TrainConfig(steps=10, warmup=1, threshold_start=5, clip=1.0))
+    parameters = list(trainer.sae.parameters())
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=p.dtype)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    for p in parameters:
+        p.grad *= length / norm
+    before = [p.grad.clone() for p in parameters]
+    trainer._clip_()
+    found = [p.grad.clone() for p in parameters]
+    for p, grad in zip(parameters, before):
+        p.grad = grad
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    assert all(torch.equal(a.nan_to_num(7.0), p.grad.nan_to_num(7.0)) for a, p in zip(found, parameters))
 
 
 def test_batch_selection_with_a_misleading_sample():

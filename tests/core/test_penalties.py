@@ -13,7 +13,7 @@ from small_training import EVERY, D, F, run, same, stream, train_config
 from masksae import C2R, MATRYOSHKA, SAE, BatchTopK, OrtSAE, ReLU, SAEConfig, TopK, TrainConfig, load_snapshots
 from masksae.errors import ConfigError
 from masksae.saes.loss import dense_loss, dense_step
-from masksae.saes.penalties import BLOCK, PENALTIES, Penalty, nearest_rows
+from masksae.saes.penalties import BLOCK, PENALTIES, Penalty, nearest_rows, penalty_loss
 from masksae.saes.sparse import sparse_step
 from masksae.training.group import Group
 from masksae.training.step import Trainer
@@ -168,6 +168,20 @@ def test_only_every_nth_step_and_then_n_times_as_strong():
     value = C2R().value(sae, TopK(4).dense(sae, sae.pre_activations(x), 0)[0].norm(dim=0), 0, len(x)).item()
     assert losses == pytest.approx([plain + (20 * value if step % 4 == 0 else 0) for step in range(9)])
     assert [loss == plain for loss in losses] == [step % 4 != 0 for step in range(9)]
+
+
+@pytest.mark.parametrize("penalty, apart", [(OrtSAE(), 1e-6), (C2R(), 0.02)], ids=["OrtSAE", "C2R"])
+def test_in_half_precision_only_the_activations_are(penalty, apart):
+    """Under autocast neighbours and cosines stay in single precision; f has the 8 bits of bfloat16."""
+    sae, x = random_sae(TopK(4), d=64, n=256, dtype=torch.float32), random_batch(256, 64, torch.float32)
+    sae.config, grads = replace(sae.config, penalties=(penalty,)), []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            f = TopK(4).dense(sae, sae.encoder_input(x) @ sae.W_enc, 0)[0]
+            assert f.dtype == (torch.bfloat16 if half else torch.float32)
+            loss = penalty_loss(sae, f.norm(dim=0, dtype=sae.dtype), 0, len(x))
+        grads.append(torch.autograd.grad(loss, sae.W_dec)[0])
+    assert (grads[1] - grads[0]).norm() < apart * grads[0].norm() and grads[1].any()
 
 
 def closeness(sae: SAE) -> float:

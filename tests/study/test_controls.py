@@ -20,7 +20,7 @@ WORDS = "the one two three sat on mat ran past".split()
 
 @pytest.fixture
 def run(project, monkeypatch):
-    """A run with a task. A random model neither spells nor knows parents, so these scores are left out."""
+    """A run of two pairs and a task. A random model neither spells nor knows parents: these scores are left out."""
     rng = random.Random(0)
     rows = [f"{' '.join(rng.choices(WORDS, k=4))} {i}{'st'[i % 2]},{i % 2}" for i in range(120)]
     (project / "task.csv").write_text("\n".join(["prompt,target", *rows]))
@@ -31,14 +31,14 @@ def run(project, monkeypatch):
 
 
 def test_controls_stand_beside_the_saes_that_they_are_made_of(run):
-    rows = controls.control_scores(run)
+    rows = run.scored(controls.control_scores)
     kinds = ["trained", "permuted", "random"]
     assert [(r["seed"], r["control"], r["mode"]) for r in rows] == [
         (seed, kind, mode) for seed in (0, 1) for kind in kinds for mode in ("as_trained", "matched")
     ]
     assert {(row["arm"], row["grid"]) for row in rows} == {("unmasked", "plain")}
-    own = {(r["sae"], r["mode"]): r for r in scores.reconstruction_scores(run)}
-    saes = run.load_saes()
+    own = {(r["sae"], r["mode"]): r for r in run.scored(scores.reconstruction_scores)}
+    saes = run.saes
     for row in rows:
         assert row["l0"] == pytest.approx(3 if row["mode"] == "matched" else own[row["sae"][:17], "as_trained"]["l0"])
         if row["control"] == "trained":
@@ -48,7 +48,9 @@ def test_controls_stand_beside_the_saes_that_they_are_made_of(run):
         make = {"random": lambda s, seed: random_like(s, run.held_out, seed=seed), "permuted": permuted_decoder}
         direct = reconstruction(make[row["control"]](sae, seed=row["seed"]), run.held_out, threshold=row["threshold"])
         assert row["ev_centred"] == direct.ev_centred and row["dead_latents"] == direct.dead_latents
-    beside = controls.Controls(run, "unmasked", "matryoshka")
+    *_, last = run.parts  # of another grid
+    assert controls.control_scores(last) == []
+    beside = controls.Controls(last, "unmasked", "matryoshka")
     assert beside.language_model is run.language_model and beside.held_out is run.held_out
     assert [row["sae"] for row in beside.table] == [*beside.load_saes()]
     figure = draw_controls(rows)
@@ -96,7 +98,7 @@ def test_corrupted_text_is_the_runs_own_with_masks(run):
 
 
 def test_silent_latents_of_each_sae_on_the_masks_of_its_pair(run):
-    rows, saes = scores.reconstruction_scores(run), run.load_saes()
+    rows, saes = run.scored(scores.reconstruction_scores), run.saes
     for row in rows:
         text = scores.corrupted_text(run, run.profile.arms[1], row["seed"])
         counts = [
@@ -116,6 +118,5 @@ def test_silent_latents_of_each_sae_on_the_masks_of_its_pair(run):
 
 def test_without_a_masked_arm_nothing_is_asked_of_corrupted_text(project):
     run = Run(profile(project, arms=[{"name": "unmasked", "p": 0.0}]))
-    run.saes
-    [row, *_] = scores.reconstruction_scores(run)
+    [row, *_] = run.scored(scores.reconstruction_scores)
     assert "silent_everywhere" not in row and row["dead_latents"] >= 0

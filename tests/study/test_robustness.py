@@ -34,16 +34,20 @@ def test_activations_are_those_after_the_replaced_token(inputs):
             alone = activations(model, ids[i : i + 1], block=1)[0, at + 1 : at + 16]
             torch.testing.assert_close(x[kind][i], alone, rtol=1e-4, atol=1e-5)
     assert (x["mask_token"] == run.language_model.tokenizer.convert_tokens_to_ids("<mask>")).all()
+    first = scores.examples(run, 2)[0]
+    at, decode = int(x["positions"][0]), run.language_model.tokenizer.decode
+    assert first["before"] + decode(x["ids"][0, at]) == decode(x["ids"][0, at - 6 : at + 1])
+    assert first["mask"] == "'<mask>'" and first["random"] == repr(decode(x["random_token"][0]))
     text = run.ids("train")[:, 1:]
     assert set(x["random_token"].tolist()) <= set(text.unique().tolist())
 
 
 def test_the_gradient_finds_tokens_that_move_more(inputs):
-    """More than a random token does. Of twenty candidates the best of four drawn blindly would be fourth or fifth on
-    average (3.2 are better); the choice is nearer the top, which trying every one tells."""
+    """More than a random token does. Of twenty candidates the best of eight drawn blindly would have 1.33 better ones
+    on average; the choice has fewer, which trying every one tells."""
     run, x = inputs, scores.replaced_activations(inputs)
     unit = (x["clean"] - x["clean"].mean((0, 1))).norm(dim=2)
-    moved = {kind: ((x[kind] - x["clean"]).norm(dim=2) / unit).square().sum(1) for kind in ("random", "gradient")}
+    moved = {kind: ((x[kind] - x["clean"]).norm(dim=2) / unit).sum(1) for kind in ("random", "gradient")}
     assert moved["gradient"].mean() > moved["random"].mean()
     tokens, counts = run.ids("train")[:, 1:].unique(return_counts=True)
     common = tokens[counts.argsort(descending=True, stable=True)[:20]]
@@ -52,9 +56,10 @@ def test_the_gradient_finds_tokens_that_move_more(inputs):
     ids[torch.arange(360), at] = common.repeat(18)
     window = torch.arange(360)[:, None], at[:, None] + torch.arange(1, 16)
     change = activations(run.language_model.model, ids, block=1)[window] - x["clean"].repeat_interleave(20, 0)
-    every = (change.norm(dim=2) / unit.repeat_interleave(20, 0)).square().sum(1).view(18, 20)
+    every = (change.norm(dim=2) / unit.repeat_interleave(20, 0)).sum(1).view(18, 20)
     rank = (every > moved["gradient"][:, None] * (1 + 1e-4)).sum(1).float()
-    assert rank.mean() < 2 and set(x["gradient_token"].tolist()) <= set(common.tolist())
+    print("RANK", rank.mean(), rank)
+    assert rank.mean() < 1 and set(x["gradient_token"].tolist()) <= set(common.tolist())
 
 
 def test_rows_are_means_over_texts(run):

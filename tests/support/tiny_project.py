@@ -109,7 +109,7 @@ def profile(folder, name="tiny", **changes):
             "ks": [2, 5],
         },
         "robustness": {"texts": 18, "tokens": 28, "candidates": 20},
-        "simulation": {"seeds": 2, "ks": [1.2], "ps": [0.3], "steps": 60},
+        "simulation": {"seeds": 2, "qs": [1.0], "ks": [2], "ps": [0.3], "steps": 60},
     }
     for key, value in changes.items():
         values[key] = values[key] | value if isinstance(value, dict) else value

@@ -112,8 +112,9 @@ def claims(
     baseline  (arm, grid) -> cell to compare with, as in `effects.comparison`: C4 leaves grids of rivals out
 
     Each claim holds the row of its first primary endpoint, and in `endpoints` the rows of the others by name. A row is
-    an Effect with verdict, score, grid, margin, p_holm (superiority, corrected), p_equivalent, `detectable` by the rule
-    that decides (the first of Holm's steps), and for an inconclusive one `pairs_needed`.
+    an Effect with verdict, score, grid, margin, p_holm (superiority, corrected), p_equivalent, within_margin (shown to
+    be smaller than that), `detectable` by the rule that decides (the first of Holm's steps), and for an inconclusive
+    one `pairs_needed`.
     """
     first = scores["grid"].iloc[0]
     rows = {}
@@ -159,7 +160,9 @@ def _decided(found: stats.Effect, endpoint: Endpoint, p_holm: float | None, alph
     """What is decided of one endpoint."""
     options = dict(p_value=p_holm, margin=endpoint.margin, level=alpha)
     verdict = found.verdict(endpoint.direction, **options)
-    row = {"p_holm": p_holm, "p_equivalent": found.p_equivalent(endpoint.margin)}
+    p_equivalent = found.p_equivalent(endpoint.margin)
+    row = {"p_holm": p_holm, "p_equivalent": p_equivalent}
+    row["within_margin"] = p_equivalent is not None and p_equivalent < alpha
     if endpoint.slight is not None:
         verdict = slight(found, endpoint, verdict)
         row |= {"slight": endpoint.slight, "size_in_words": size(found)}
@@ -254,11 +257,12 @@ def cell_table(found: dict[str, dict]) -> list[dict]:
 
 def _told(claim: str, endpoint: str, row: dict) -> dict:
     change = describe(stats.Effect.from_dict(row), detectable=False) if "difference" in row else ""
+    small = row.get("within_margin") and row["verdict"] in ("supported", "contradicted")
     return {
         "claim": claim,
         "endpoint": f"{endpoint} (secondary)" if row.get("primary") is False else endpoint,
         "SAEs": row.get("grid", ""),
-        "verdict": row["verdict"],
+        "verdict": f"{row['verdict']}, within the margin" if small else row["verdict"],
         "unmasked → treated": row.get("size_in_words") or change,
         "p, Holm": row.get("p_holm"),
         "p, equivalence": row.get("p_equivalent"),

@@ -18,7 +18,7 @@ from masksae.study.stats import Effect, Items, interpolate, paired_effect
 KEYS = ["sae", "arm", "p", "grid", "architecture", "k", "seed", "mode"]
 """What the rows of one SAE in one mode have in common in every result."""
 
-NESTED = ["letters", "parents", "tasks", "excluded", "threshold", "groups", "pairs", "texts"]
+NESTED = ["letters", "parents", "exploratory_parents", "tasks", "excluded", "threshold", "groups", "pairs", "texts"]
 """Tables inside rows, and what is not compared."""
 
 COMPARED = (

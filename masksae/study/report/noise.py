@@ -1,4 +1,4 @@
-"""The noise study: where the variance of absorption comes from, and what each SAE scores over all evaluations."""
+"""The noise study: where the variance of absorption comes from."""
 
 import pandas as pd
 
@@ -26,14 +26,3 @@ def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
             for source, v in parts.items()
         ]
     return sources
-
-
-def noise_means(rows: list[dict]) -> list[dict]:
-    """Per SAE of the noise study, absorption of each letter averaged over draws and splits; letters that fail the probe
-    gate in one of them are left out of all, so that every mean is over the same letters."""
-    passed = set.intersection(*(set(row["letters"]) for row in rows))
-    means = []
-    for sae, part in pd.DataFrame(rows).groupby("sae", sort=False):
-        letters = pd.DataFrame(part["letters"].tolist())[sorted(passed)].mean()
-        means.append({"sae": sae, "cells": len(part), "letters": letters.to_dict()})
-    return means

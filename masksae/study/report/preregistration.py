@@ -41,7 +41,8 @@ is trained; the order of commits shows that. Every result says by its digest whi
   (`masksae.study.stats.grand_mean`), which cover 93 % at least at 3 to 12 pairs (tests/study/test_stats.py).
 * **Supported, contradicted**: the two-sided p-value, corrected by Holm over the primary endpoints that are measured,
   is below alpha, and the difference has the sign of the claim, or the other. Secondary endpoints have a correction of
-  their own; C4 has one over all its cells.
+  their own; C4 has one over all its cells. Where such a difference is also shown to be smaller than the margin, the
+  verdict adds "within the margin": real, and too small to matter.
 * **Equivalent**: neither, and two one-sided tests at alpha each show that the difference is smaller than the margin.
   These are not corrected for their number. "No difference" is said of nothing else.
 * **Inconclusive**: none of these. The smallest difference that the same rule would have found with probability .8

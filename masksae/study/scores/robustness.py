@@ -4,13 +4,18 @@ after it is compared with what it said before.
 The replacement is of three kinds, and none of them asks an SAE anything, so one forward a text and kind serves all:
 
     random    another token, drawn by its frequency in the training text
-    gradient  of the common tokens there, the one that moves the later activations most as far as a gradient can tell:
-              the change of each token is estimated to first order along DIRECTIONS random directions, whose mean square
-              is that of the change in all, and of the TRIED largest estimates the one that does move them most is taken
+    gradient  of the common tokens there, one that moves the later activations far: the change that each makes is
+              estimated to first order along DIRECTIONS random directions, whose mean square is that of the whole
+              change, and of the TRIED largest estimates the one that does move them farthest is taken
     mask      the model's mask token, which SAEs of masked arms have met
 
 The model is causal, so nothing before the replaced token changes, and at the token itself another word stands. What is
 compared are the positions after it, in two stretches (`REACHES`).
+
+Another token is a long step for a gradient: on 48 texts of SmolLM2-135M, block 4, the best of four tokens that the
+estimate puts first moved the activations hardly farther than the best of four that were drawn blindly (median sum of
+squared relative changes .63 and .61; one random token .43). So several are tried, and trying is what makes this kind
+the harder one. It is no worst case.
 """
 
 from dataclasses import fields
@@ -41,7 +46,8 @@ BY_TEXT = {f"robustness_{kind}_{reach}_{name}" for kind in KINDS for reach in RE
 """Scores of which these means are kept."""
 COUNTED = 1_000_000
 """Tokens of the training text, at most, whose frequencies count."""
-DIRECTIONS, TRIED = 4, 4
+DIRECTIONS, TRIED = 4, 8
+"""Backward passes and forwards a text to choose a token by gradient; nearly all of the time of this file."""
 BATCH = 32
 """Texts per forward."""
 
@@ -148,11 +154,8 @@ def _after(run: Inputs, ids: Tensor, positions: Tensor, label: str | None = None
 def _by_gradient(
     run: Inputs, ids: Tensor, positions: Tensor, clean: Tensor, candidates: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Of the candidates the token that moves the later activations of each text most: int64 [texts].
-
-    "Most" is the sum over positions of the squared relative change, |x' - x|^2 / |x - m|^2 with m the mean of the clean
-    activations; it is the mean square of the change along random directions, which is what is estimated.
-    """
+    """Of the candidates a token that moves the later activations of each text far: int64 [texts]. How far is the sum
+    over positions of |x' - x| / |x - m|, with m the mean of the clean activations."""
     model, block = run.language_model.model, run.profile.model.block
     unit = (clean - clean.mean((0, 1))).norm(dim=2, keepdim=True)
     chosen = []
@@ -163,7 +166,7 @@ def _by_gradient(
         weights[:, texts, window] = torch.randn(DIRECTIONS, *x.shape, generator=generator) / scale
         estimate = replacement_effects(model, part, at, candidates, weights, block=block).square().sum(0)
         tried = candidates[estimate.topk(min(TRIED, len(candidates)), dim=1).indices]
-        moved = [((_after(run, _replaced(part, at, t), at) - x) / scale).square().sum((1, 2)) for t in tried.t()]
+        moved = [((_after(run, _replaced(part, at, t), at) - x) / scale).norm(dim=2).sum(1) for t in tried.t()]
         chosen.append(tried.gather(1, torch.stack(moved, 1).argmax(1, keepdim=True))[:, 0])
     return torch.cat(chosen)
 
