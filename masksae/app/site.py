@@ -22,7 +22,7 @@ from masksae.study.report.page import page
 from masksae.study.report.tables import to_html
 from masksae.study.stats import Effect
 
-ORDER = ("laptop", "overnight", "gemma", "paper", "architectures", "smoke")
+ORDER = ("laptop", "overnight", "gemma", "paper", "smoke")
 """Profiles in the order in which a reader wants them; others follow."""
 
 DOCS = ("own", "own-model", "metrics", "pitfalls", "faults", "scale")

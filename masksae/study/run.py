@@ -218,12 +218,19 @@ class RunPart(Beside):
         if not self.profile.keep_pairs:
             return cache.kept_rows(kind, [recipe, code], make)
         file = self.results / "pairs" / f"{self.name}.json"
-        kept = read_json(file) if file.exists() else {}
-        if kept.get(kind, {}).get("recipe") != run_id(recipe):
+        found = _kept(file).get(kind)
+        if found is None or found["recipe"] != run_id(recipe):
             rows = cache.kept_rows(kind, [recipe, code], make)
-            kept[kind] = {"recipe": run_id(recipe), "code": run_id(code), "rows": rows}
-            write_json(file, kept)
-        return kept[kind]["rows"]
+            found = {"recipe": run_id(recipe), "code": run_id(code), "rows": rows}
+            write_json(
+                file, _kept(file) | {kind: found}
+            )  # read again: what `make` takes of other kinds is there by now
+        return found["rows"]
+
+
+def _kept(file: Path) -> dict[str, dict]:
+    """What a file of a pair holds: kind -> recipe, code, rows."""
+    return read_json(file) if file.exists() else {}
 
 
 def train_group(profile: str, name: str) -> None:

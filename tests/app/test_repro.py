@@ -15,6 +15,7 @@ import yaml
 
 from masksae.app import DEFAULT, cli, repro
 from masksae.errors import ConfigError
+from masksae.files import PROFILES
 from masksae.study.profile import Profile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,9 +43,9 @@ def test_every_notebook_has_a_stage_and_every_output_is_of_one_profile():
             assert set(params["${profile_values}"]) <= set(Profile.model_fields)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "masksae/profiles").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in sorted(PROFILES.glob("*.yaml")) if p.stem != "gate"], ids=lambda p: p.stem)
 def test_every_profile_has_every_key_that_a_stage_depends_on(path):
-    """DVC stops at a key that is not there, even one with a default."""
+    """DVC stops at a key that is not there, even one with a default. The gate has no notebooks."""
     keys = {
         key for stage in STAGES.values() for params in stage.get("params", []) for key in params["${profile_values}"]
     }

@@ -27,7 +27,8 @@ def test_three_forms_are_told_apart(run, tmp_path):
 
 
 def test_a_guest_scores_what_the_run_scores(run, folder, tmp_path):
-    own = {row["mode"]: row for row in run.scored(reconstruction.reconstruction_scores) if row["sae"] == "unmasked-plain-s0"}
+    rows = run.scored(reconstruction.reconstruction_scores)
+    own = {row["mode"]: row for row in rows if row["sae"] == "unmasked-plain-s0"}
     visitor = own_sae.OwnSAE(run.source, folder, out=tmp_path / "out")
     found = {row["mode"]: row for row in own_sae.evaluate(visitor, ["reconstruction"])["reconstruction"]}
     for mode in ("as_trained", "matched"):

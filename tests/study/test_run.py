@@ -188,6 +188,7 @@ def test_pairs_are_kept_and_taken_from_where_they_are_kept(project, monkeypatch)
     rows = first.scored(reconstruction.reconstruction_scores)
     files = sorted(file.name for file in (first.results / "pairs").iterdir())
     assert files == ["main-s0.json", "main-s1.json", "matryoshka-s0.json"]
+    assert {"clean", "reconstruction", "thresholds"} <= read_json(first.results / "pairs/main-s0.json").keys()
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "elsewhere"))  # another machine, with the results only
     monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
     assert Run(path).scored(reconstruction.reconstruction_scores) == rows
