@@ -68,7 +68,7 @@ test-peers: peers  ## agreement and exchange with those libraries
 benchmark: peers  ## time and memory of a training step beside theirs
 	@.venv-peers/bin/python benchmarks/train.py
 
-synthetic: setup peers  ## arms and rivals in a world of known features, half an hour: docs/synthetic.md
+synthetic: setup peers  ## arms and rivals in a world of known features, ten minutes: docs/synthetic.md
 	@.venv-peers/bin/python benchmarks/synthetic.py
 	@python benchmarks/synthetic.py --report
 

@@ -259,3 +259,32 @@ def test_the_page_and_the_effects_are_those_of_the_scores():
     assert record["settings"] | {"seeds": Settings().seeds} == vars(Settings())
     cells = {tuple(row[name] for name in ("seed", "rule", "arm", "penalty")) for row in record["rows"]}
     assert cells == {(seed, *vars(cell).values()) for seed in range(Settings().seeds) for cell in synthetic.CELLS}
+
+
+def test_what_is_said_of_the_world_is_what_was_measured():
+    rows = read_json(SCORES)["rows"]
+    found = {(e["comparison"], e["score"]): e for e in synthetic.effects(rows) if e["mode"] == "as_trained"}
+    side = lambda name, score: (lambda e: (e["low"] > 0) - (e["high"] < 0))(found[name, score])
+    for arm in ("kept", "dropped"):
+        assert side(f"TopK: {arm}", "absorption_same") == 0 and side(f"TopK: {arm}", "absorption_cross") == -1
+    matched = {(e["comparison"], e["score"]): e for e in synthetic.effects(rows) if e["mode"] == "matched"}
+    nested = lambda arm: matched[f"Matryoshka BatchTopK: {arm}", "absorption_same"]
+    assert nested("kept")["high"] < 0 and nested("dropped")["low"] < 0 < nested("dropped")["high"]
+    at = {(r["seed"], r["rule"], r["penalty"], r["arm"]): r for r in rows if r["mode"] == "as_trained"}
+    worlds = {row["seed"] for row in rows}
+    cross = lambda seed, arm: at[seed, "TopK", "", arm]["absorption_cross"]
+    assert all(cross(seed, "kept") < cross(seed, "dropped") for seed in worlds)
+    l0 = lambda seed, arm: at[seed, "Matryoshka BatchTopK", "", arm]["l0"]
+    assert all(l0(seed, "kept") > l0(seed, "dropped") > l0(seed, "unmasked") for seed in worlds)
+    assert side("TopK + OrtSAE: kept", "absorption_cross") == -1
+    for kind in ("same", "cross"):
+        assert side("TopK: OrtSAE", f"absorption_{kind}") == -1
+        change = lambda name, kind=kind: found[name, f"absorption_{kind}"]["difference"]
+        assert change("Matryoshka BatchTopK in place of TopK") < change("TopK: OrtSAE")
+    worst = lambda score: min(at, key=lambda cell: at[cell][score])
+    assert {worst(score)[2] for score in ("ev", "mcc", "f1_inner")} == {"C2R"}
+    for seed in worlds:
+        full, tenth, none = (at[seed, "TopK", p, "unmasked"] for p in ("C2R", "C2R at a tenth", ""))
+        assert full["absorption_same"] < 0.05 and full["absorption_cross"] < 0.05
+        assert full["absorption_same"] < tenth["absorption_same"] < none["absorption_same"]
+        assert all(full[score] < tenth[score] < none[score] for score in ("ev", "mcc", "f1_inner"))
