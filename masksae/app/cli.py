@@ -104,7 +104,7 @@ def _add_study(add) -> None:
     fetch_ = add("fetch", "Get a profile's model and text; later commands need no network.", fetch, DEFAULT)
     train_ = add("train", "Train the SAEs of a profile, or go on with them.", train, DEFAULT)
     add(
-        "pairs", "Train and score a profile pair by pair; what `repro` begins with where pairs are kept.", work, DEFAULT
+        "pairs", "Train and score a profile pair by pair: the long part of `repro`.", work, DEFAULT
     )
     gate = add(
         "gate", "Score the variants of a profile, unmasked SAEs only: what makes the regime.", print_gate, "gate"

@@ -94,7 +94,12 @@ class OfNearest(Penalty, base=True):
 @dataclass(frozen=True)
 class OrtSAE(OfNearest):
     """Decoder rows keep away from their nearest other (Korznikov et al. 2025, arXiv 2509.22033): with c_i the cosine of
-    row i to it, the penalty is mean_i max(0, c_i)^2."""
+    row i to it, the penalty is mean_i max(0, c_i)^2.
+
+    >>> from masksae import SAEConfig, TopK
+    >>> SAEConfig(64, 512, TopK(8), penalties=(OrtSAE(every=8),)).penalties
+    (OrtSAE(weight=0.25, every=8, chunk=8192),)
+    """
 
     weight: float = 0.25
 
@@ -118,6 +123,9 @@ class C2R(OfNearest):
     scaled to 2,048 tokens; activations have mean squared norm 1. Where decoder rows have no fixed norm (ReLU), f_i
     times the norm takes the place of f_i, or growing rows would evade the penalty; Gated takes the magnitudes, not the
     gate. The gradient runs through decoder and activations, 0 where |f_i| is 0.
+
+    >>> C2R(weight=0.5)
+    C2R(weight=0.5, every=5, chunk=8192)
     """
 
     weight: float = 5.0

@@ -40,7 +40,7 @@ def test_it_runs_on_another_model(tmp_path, monkeypatch):
     page = save_markdown(tmp_path / "run/own_model.ipynb", tmp_path / "own-model.md").read_text()
     pictures = re.findall(r"!\[png\]\((own-model/\S+\.png)\)", page)
     assert len(pictures) == 2 and all((tmp_path / picture).stat().st_size > 9000 for picture in pictures)
-    assert (tmp_path / "report/report.html").exists() and (tmp_path / "masked-sae/sae_weights.safetensors").exists()
+    assert (tmp_path / "report/report.html").exists() and (tmp_path / "kept-sae/sae_weights.safetensors").exists()
 
 
 def test_the_page_is_of_this_notebook():

@@ -84,6 +84,7 @@ def test_the_command(run, capsys):
     assert "build/tiny/hub" in capsys.readouterr().out
 
 
-def test_nothing_to_share(project):
-    with pytest.raises(DataError, match="Run notebook 02_train"):
-        upload.build(Run(profile(project)))
+def test_what_is_not_trained_is_trained_to_be_shared(new_project):
+    run = Run(profile(new_project))
+    folder = upload.build(run)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {member.name for member in run.profile.members}

@@ -17,15 +17,16 @@ def scored(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, sae = torch.randn(900, 12, generator=generator), SAE(SAEConfig(12, 24, TopK(4))).requires_grad_(False)
     task = SimpleNamespace(min_parents=1, seed=0)
-    run = SimpleNamespace(profile=SimpleNamespace(contexts=task), rows=lambda kind, section, make: make())
+    run = SimpleNamespace(profile=SimpleNamespace(contexts=task), shared=lambda name, make: make())
+    run.rows = lambda kind, section, make: make()
 
     def rows(columns):
         labels = torch.zeros(len(x), len(ALL), dtype=torch.bool)
         labels[:, columns] = x[:, : len(columns)] > 0.5
         probes = context_probes(x, labels, torch.arange(len(x)) // 30, positives=300)
-        monkeypatch.setattr(absorption, "context_probes", lambda run: (x, probes))
+        monkeypatch.setattr(absorption, "context_probes", lambda run: (x, probes, torch.ones(len(x), dtype=torch.bool)))
         monkeypatch.setattr(absorption, "score_saes", lambda run, label, score: score(sae, None))
-        return run.scored(absorption.context_scores), sae, x, probes
+        return absorption.context_scores(run), sae, x, probes
 
     return rows
 

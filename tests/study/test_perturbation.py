@@ -120,7 +120,7 @@ def test_every_score_of_every_sae_becomes_a_saebench_file(run, project, monkeypa
         "perturbation": perturbation.concept_scores,
     }
     for name, score in results.items():
-        run.save_result(name, score(run))
+        run.save_result(name, run.scored(score))
     folder = saebench.write_results(run)
     files = sorted(folder.rglob("*.json"))
     assert len(files) == len(saes) * 2 * len(saebench.EVALUATIONS)
