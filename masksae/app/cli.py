@@ -103,9 +103,7 @@ def _add_study(add) -> None:
     plan.add_argument("--measure", action="store_true", help="time a fraction of the work here, too: a minute")
     fetch_ = add("fetch", "Get a profile's model and text; later commands need no network.", fetch, DEFAULT)
     train_ = add("train", "Train the SAEs of a profile, or go on with them.", train, DEFAULT)
-    add(
-        "pairs", "Train and score a profile pair by pair: the long part of `repro`.", work, DEFAULT
-    )
+    add("pairs", "Train and score a profile pair by pair: the long part of `repro`.", work, DEFAULT)
     gate = add(
         "gate", "Score the variants of a profile, unmasked SAEs only: what makes the regime.", print_gate, "gate"
     )
@@ -134,7 +132,8 @@ def _add_sae(add) -> None:
     _add_own_sae(evaluate)
     evaluate.add_argument(
         "--metrics", type=_metrics, default="reconstruction,absorption,contexts",
-        help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation "
+        help="comma-separated, of reconstruction, absorption, contexts, probing, ood, perturbation, "
+        "robustness "
         "(default: the first three)",
     )  # fmt: skip
     evaluate.add_argument("--l0", type=_l0, help="clean L0 of the matched scores (default: the SAE's own k or L0)")

@@ -19,6 +19,7 @@ from masksae.study.scores.absorption import absorption_scores, context_scores
 from masksae.study.scores.perturbation import concept_scores
 from masksae.study.scores.probing import ood_scores, probing_scores
 from masksae.study.scores.reconstruction import reconstruction_scores
+from masksae.study.scores.robustness import robustness_scores
 
 SCORERS = {
     "reconstruction": reconstruction_scores,
@@ -27,6 +28,7 @@ SCORERS = {
     "probing": probing_scores,
     "ood": ood_scores,
     "perturbation": concept_scores,
+    "robustness": robustness_scores,
 }
 METRICS = tuple(SCORERS)
 """What can be scored, in the order of the notebooks."""

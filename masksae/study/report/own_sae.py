@@ -17,8 +17,10 @@ MODES = ("as_trained", "matched")
 
 SHOWN = (
     *("l0", "ev_centred", "ce_score", "dead_latents", "dense_latents"),
-    *("mean_full", "mean_fraction", "dense_absorbers", "context_full"),
+    *("mean_full", "mean_specific", "dense_absorbers", "main_f1", "main_recall", "mean_fraction"),
+    *("context_full", "context_specific", "context_main_f1"),
     *("probing_raw_auc", "probing_auc_", "ood_raw_auc", "ood_auc_", "tpp_", "scr_"),
+    *("robustness_random_near_jaccard", "robustness_random_near_recon", "robustness_random_near_x"),
 )
 """Scores of the table, in its order."""
 
