@@ -303,7 +303,7 @@ def load_profile(name_or_path) -> Profile:
 
     >>> profile = load_profile("smoke")
     >>> profile.model.source, [arm.name for arm in profile.arms]
-    ('smollm2-135m', ['unmasked', 'masked'])
+    ('smollm2-135m', ['unmasked', 'kept', 'dropped', 'noise', 'fresh'])
     """
     path = profile_path(name_or_path)
     try:

@@ -38,12 +38,14 @@ def test_results_are_there_and_plausible(smoke):
     assert set(claims) == {"C1", "C2", "C3", "C4", "C5", "R"} and claims["C1"]["pairs"] == 2
     rows = read_json(results / "reconstruction.json")
     matched = [row for row in rows if row["mode"] == "matched"]
-    assert len(matched) == 4 and all(row["ev_centred"] > 0.3 and 0.5 < row["ce_score"] <= 1 for row in matched)
+    assert len(matched) == 13 and all(0.1 < row["ev_centred"] < row["ce_score"] <= 1 for row in matched)
+    plain = [row for row in matched if row["grid"] == "topk20"]
+    assert len(plain) == 7 and all(row["ev_centred"] > 0.5 and row["dead_in_training"] < 50 for row in plain)
     assert all(row["ce_original"] < 4.5 < row["ce_zero"] for row in matched)
     letters = read_json(results / "absorption.json")[0]["letters"]
     assert len(letters) >= 15 and all(item["probe_f1"] > 0.6 for item in letters)
     share = read_json(results / "data.json")["masked_share"]
-    assert share["unmasked"] == 0 and share["masked"] == pytest.approx(0.3 * 127 / 128, abs=0.01)
+    assert share["unmasked"] == 0 and share["kept"] == pytest.approx(0.3 * 127 / 128, abs=0.01)
 
 
 def test_pictures_and_executed_notebooks_are_there(smoke):
@@ -77,7 +79,7 @@ def test_nothing_is_dirty_afterwards(smoke):
 def test_somebodys_sae_is_explored(smoke, tmp_path):
     """One of the run's SAEs, as SAELens would bring it: the command, from its folder to a page."""
     command = (sys.executable, "-m", "masksae")
-    sae = sorted((ROOT / "build/smoke/saes/masked").iterdir())[0]
+    sae = sorted((ROOT / "build/smoke/saes/kept").iterdir())[0]
     assert run(*command, "export", sae, tmp_path / "theirs", "--to", "saelens").returncode == 0
     options = ("--profile", "smoke", "--letter", "s", "--out", tmp_path / "out", "--json")
     result = run(*command, "explore", tmp_path / "theirs", *options)

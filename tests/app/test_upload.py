@@ -11,7 +11,7 @@ from tiny_project import profile
 
 from masksae import Run, load_saelens
 from masksae.app import cli, upload
-from masksae.errors import ConfigError, DataError, SourceError
+from masksae.errors import ConfigError, SourceError
 from masksae.tracing import hook_point
 
 

@@ -34,6 +34,7 @@ def draw_controls(rows: list[dict]):
         axis.set(xticks=range(len(kinds)), xticklabels=[CONTROLS[k].replace(" ", "\n") for k in kinds])
         axis.set(xlim=(-0.5, len(kinds) - 0.5))
         axis.tick_params(labelsize="small")
+        axis.tick_params(axis="x", labelsize="x-small")
     for axis in axes.flat[len(scores) :]:
         axis.set_visible(False)
     figure.tight_layout()
