@@ -331,10 +331,10 @@ def main_latents(
     Main(latents=(0, 1), recall=1.0, f1=1.0)
     """
     columns = f[:, ranked].numpy() if isinstance(f, Tensor) else f[:, ranked].toarray()
-    sides = [(columns[side], positive.numpy()[side]) for side in (trained.numpy(), tested.numpy())]
+    (x, y), (x_test, y_test) = ((columns[side], positive.numpy()[side]) for side in (trained.numpy(), tested.numpy()))
     best = Main((), 0.0, -1.0)
     for k in range(1, len(ranked) + 1):
-        found = _scored(*((rows[:, :k], true) for rows, true in sides), tuple(ranked[:k]))
+        found = _scored((x[:, :k], y), (x_test[:, :k], y_test), tuple(ranked[:k]))
         if k > 1 and found.f1 <= best.f1 + F1_JUMP:
             break
         best = found
