@@ -175,6 +175,24 @@ class Plan:
         return unmasked + sum(self.profile.training.epochs if key[-1] else 1 for key in drawn)
 
     @property
+    def kept_streams(self) -> int:
+        """Streams whose activations lie in scratch at a time: all; or where pairs are kept, those that a part or a
+        later one is trained on."""
+        parts = [{self._scratch(member) for member in part.members} - {None} for part in self.profile.parts]
+        if not self.profile.keep_pairs:
+            return len(set().union(*parts))
+        done = [set().union(*parts[: i + 1]) for i in range(len(parts))]
+        return max(len(made & set().union(*parts[i:])) for i, made in enumerate(done))
+
+    @staticmethod
+    def _scratch(member) -> tuple | None:
+        """Which activations of the model an SAE is trained on; None where they are not kept."""
+        arm = member.arm
+        if arm.p and arm.fresh_masks:
+            return None
+        return (arm.p, arm.mask_seed(member.pair), arm.token) if arm.p else ()
+
+    @property
     def groups(self) -> list[list[SAEConfig]]:
         """SAEs that are trained together."""
         return [[member.config(self.width) for member in group.members] for group in self.profile.groups]
@@ -277,7 +295,7 @@ class Plan:
         }
         found["checkpoint (twice while it is replaced)"] = 2 * largest
         if profile.training.epochs > 1:
-            found["activations (half precision)"] = 2 * text.train_tokens * self.width * self.streams
+            found["activations (half precision)"] = 2 * text.train_tokens * self.width * self.kept_streams
         found["held-out activations"] = 4 * text.held_out_tokens * self.width
         return found
 

@@ -186,3 +186,11 @@ def test_a_fraction_is_measured_here(project):
     assert measure.step_seconds(plan, SAEConfig(16, 32, plan.saes[0].selection), "cpu") > 0
     plan.profile = plan.profile.model_copy(update={"training": Training(batch_size=64)})  # every number left out
     assert measure.step_seconds(plan, SAEConfig(16, 32, plan.saes[0].selection), "cpu") > 0
+
+
+def test_scratch_that_is_freed_is_not_counted(paper):
+    """Of pairs that are kept, only the streams that a part or a later one is trained on lie there at a time."""
+    overnight = load_profile("overnight")
+    kept, all_of_them = Plan(overnight), Plan(overnight.model_copy(update={"keep_pairs": False}))
+    assert kept.streams > all_of_them.kept_streams > 20 > 8 >= kept.kept_streams >= 5
+    assert paper["laptop"].kept_streams == paper["laptop"].streams == 4
