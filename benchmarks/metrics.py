@@ -155,12 +155,12 @@ def main_before(f: torch.Tensor, positive: torch.Tensor, train: torch.Tensor, ra
 
 @torch.no_grad()
 def ranking_table(profile: str) -> str:
-    """What the optimum of the ranking probe changes on the first SAE of each arm of a profile, at matched clean L0."""
+    """What the optimum of the ranking probe changes on the first pair of a profile, at matched clean L0."""
     from masksae import Run
     from masksae.study.scores.absorption import word_activations
     from masksae.study.scores.matched import thresholds
 
-    run = Run(profile)
+    run = Run(profile).parts[0]
     words, x = word_activations(run)
     probe, at, saes = probes.letter_probe(x, words, seed=run.profile.absorption.seed), thresholds(run), run.load_saes()
     lines = ["| SAE | ranking | main latents | F1 | recall | full | specific | same first latent |", "| --- " * 8 + "|"]

@@ -298,7 +298,7 @@ class Cell:
 
 
 CELLS = [
-    *(Cell(rule, arm) for rule in ("TopK", "Matryoshka BatchTopK") for arm in ARMS),
+    *(Cell(rule, arm) for rule in ("TopK", "Matryoshka BatchTopK", "BatchTopK") for arm in ARMS),
     *(Cell("TopK", arm, penalty) for penalty in ("OrtSAE", "C2R") for arm in ("unmasked", "kept")),
     Cell("TopK", "unmasked", "C2R at a tenth"),
 ]
@@ -516,7 +516,7 @@ def draw(rows: list[dict]):
             sns.stripplot(table, size=3.5, alpha=0.6, legend=False, dodge=True, jitter=False, **look)
             sns.pointplot(table, dodge=0.8 * (1 - 1 / len(ARMS)), **means, **look)  # where stripplot has its dots
             axis.set(ylabel=label, xlabel="", ylim=(0, 1), title=title if score == "absorption" else "")
-            axis.set_xticks(range(len(order)), [name.replace(" ", "\n", 1) for name in order])
+            axis.set_xticks(range(len(order)), [name.replace(" ", "\n") for name in order], fontsize="small")
             axis.get_legend().remove()
     axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
