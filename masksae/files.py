@@ -194,9 +194,11 @@ def read_safetensors(path) -> dict:
         raise DataError(f"The scratch file {path} is damaged ({error}). Delete it; it is made again.") from error
 
 
-def write_json(path, value) -> Path:
-    """Write JSON atomically, two-space indent, keys in the given order; NaN is refused (store None and say why)."""
-    return write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+def write_json(path, value, *, compact: bool = False) -> Path:
+    """Write JSON atomically, two-space indent or in one line, keys in the given order; NaN is refused (store None and
+    say why)."""
+    form = {"separators": (",", ":")} if compact else {"indent": 2}
+    return write_text(path, json.dumps(value, **form, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path):
