@@ -222,9 +222,8 @@ class RunPart(Beside):
         if found is None or found["recipe"] != run_id(recipe):
             rows = cache.kept_rows(kind, [recipe, code], make)
             found = {"recipe": run_id(recipe), "code": run_id(code), "rows": rows}
-            write_json(
-                file, _kept(file) | {kind: found}
-            )  # read again: what `make` takes of other kinds is there by now
+            # read again: what `make` takes of other kinds is there by now
+            write_json(file, _kept(file) | {kind: found}, compact=True)
         return found["rows"]
 
 
