@@ -37,11 +37,15 @@ class Run(Inputs):
     @once
     def saes(self) -> dict[str, SAE]:
         """Trained SAEs by name, such as "kept-topk20-s100"; trains the groups that are not finished."""
-        self.train_all()
+        self.train_missing()
         return {name: sae for part in self.parts for name, sae in part.load_saes().items()}
 
-    def train_all(self) -> None:
-        """Train what is not finished: as jobs, where an executor for jobs is chosen."""
+    def train_missing(self) -> None:
+        """Train every group that is not finished, as jobs where an executor for jobs is chosen. Of a profile that keeps
+        the scores of its pairs, nothing: a pair is trained when a score of it is missing."""
+        ensure_writable(self.build / "saes")
+        if self.profile.keep_pairs:
+            return
         missing = [group for group in self.profile.groups if not (self.folder_of(group) / "saes").exists()]
         if missing and jobs.executor()[0] != "inline":
             self.blocks  # made once, before several jobs want them
