@@ -36,6 +36,7 @@ is never told. That is decided on one half of the samples and scored on the othe
 
 import argparse
 import copy
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -516,7 +517,7 @@ def draw(rows: list[dict]):
             sns.stripplot(table, size=3.5, alpha=0.6, legend=False, dodge=True, jitter=False, **look)
             sns.pointplot(table, dodge=0.8 * (1 - 1 / len(ARMS)), **means, **look)  # where stripplot has its dots
             axis.set(ylabel=label, xlabel="", ylim=(0, 1), title=title if score == "absorption" else "")
-            axis.set_xticks(range(len(order)), [name.replace(" ", "\n") for name in order], fontsize="small")
+            axis.set_xticks(range(len(order)), [textwrap.fill(name, 11) for name in order], fontsize="small")
             axis.get_legend().remove()
     axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()

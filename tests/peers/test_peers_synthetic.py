@@ -268,8 +268,10 @@ def test_what_is_said_of_the_world_is_what_was_measured():
     for arm in ("kept", "dropped"):
         assert side(f"TopK: {arm}", "absorption_same") == 0 and side(f"TopK: {arm}", "absorption_cross") == -1
     matched = {(e["comparison"], e["score"]): e for e in synthetic.effects(rows) if e["mode"] == "matched"}
-    nested = lambda arm: matched[f"Matryoshka BatchTopK: {arm}", "absorption_same"]
-    assert nested("kept")["high"] < 0 and nested("dropped")["low"] < 0 < nested("dropped")["high"]
+    assert found["TopK: dropped", "absorption_same"]["low"] == pytest.approx(-0.19, abs=0.005)
+    for rule in ("BatchTopK", "Matryoshka BatchTopK"):
+        kept, dropped = (matched[f"{rule}: {arm}", "absorption_same"] for arm in ("kept", "dropped"))
+        assert kept["high"] < 0 and dropped["low"] < 0 < dropped["high"]
     at = {(r["seed"], r["rule"], r["penalty"], r["arm"]): r for r in rows if r["mode"] == "as_trained"}
     worlds = {row["seed"] for row in rows}
     cross = lambda seed, arm: at[seed, "TopK", "", arm]["absorption_cross"]
