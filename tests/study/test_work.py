@@ -1,0 +1,90 @@
+"""A run worked off pair by pair, the variants of the gate, and the search for the k and the noise of an arm."""
+
+import pytest
+from tiny_project import profile
+
+from masksae import Run
+from masksae.errors import ConfigError, DataError
+from masksae.files import read_json
+from masksae.study import gate, search, work
+
+
+def test_every_part_is_scored_before_the_next_begins_and_leaves_no_activations(new_project, capsys, monkeypatch):
+    monkeypatch.setenv("MASKSAE_PROGRESS", "lines")
+    run, order = Run(profile(new_project, keep_pairs=True)), []
+    monkeypatch.setitem(work.SCORES, "training", lambda part: order.append((part.name, list(part.load_saes()))) or [])
+    work.work_off(run, ("training", "reconstruction"))
+    assert [name for name, _ in order] == ["main-s0", "main-s1", "matryoshka-s0"]
+    assert [saes for _, saes in order][0] == ["unmasked-plain-s0", "masked-plain-s0"]
+    for part in run.parts:
+        assert read_json(run.results / "pairs" / f"{part.name}.json")["reconstruction"]["rows"][0]["ev_centred"] > 0
+    assert not list((new_project / "cache").rglob("pool-*"))
+    told = capsys.readouterr().err
+    assert "part 3 of 3, matryoshka-s0: 2 SAEs" in told and "about 0:00:00 left" in told
+
+
+def gated(folder, **changes):
+    variants = [
+        {"name": "as_it_is", "changes": {}},
+        {
+            "name": "larger_batch",
+            "changes": {"training": {"batch_size": 320}, "blocks": [{"saes": ["plain"], "pairs": [1]}]},
+        },
+    ]
+    blocks = [{"arms": ["unmasked"], "saes": ["plain"], "pairs": [0]}]
+    return Run(profile(folder, blocks=blocks, variants=variants, keep_pairs=True, **changes))
+
+
+def test_the_gate_has_a_row_for_each_sae_of_each_variant(project, monkeypatch):
+    monkeypatch.setattr(gate, "TAKEN", ("training", "reconstruction"))  # a random model does not spell
+    run = gated(project, arms=[{"name": "unmasked", "p": 0.0}])
+    rows = gate.gate_rows(run)
+    assert rows == read_json(run.results / "gate.json")
+    assert [(r["variant"], r["batch"], r["grid"], r["seed"]) for r in rows] == [
+        ("as_it_is", 256, "plain", 0),
+        ("larger_batch", 320, "plain", 1),
+    ]
+    assert rows[0]["steps"] > rows[1]["steps"] and all(r["ev_centred"] > 0 and r["dead_in_training"] >= 0 for r in rows)
+    assert (run.results / "variants/larger_batch/pairs/main-s1.json").is_file()
+    monkeypatch.setenv("MASKSAE_CACHE", str(project / "elsewhere"))  # the rows are kept where the results are
+    monkeypatch.setattr("masksae.study.run.train", lambda *_, **__: pytest.fail("trained again"))
+    assert gate.gate_rows(gated(project, arms=[{"name": "unmasked", "p": 0.0}])) == rows
+
+
+def test_a_gate_is_for_unmasked_saes_of_some_variants(project):
+    with pytest.raises(ConfigError, match="unmasked SAEs alone"):
+        gate.gate_rows(Run(profile(project, variants=[{"name": "a", "changes": {}}])))
+    with pytest.raises(ConfigError, match="tiny has no variants"):
+        gate.gate_rows(Run(profile(project)))
+
+
+def test_the_k_at_which_an_arm_has_the_wanted_clean_l0(project):
+    run = Run(profile(project))
+    found = search.k_for_clean_l0(run, "masked", "matryoshka", pilot=9, within=0.02)
+    k, reached = found["trials"][-1].values()
+    assert abs(reached / 4 - 1) <= 0.02 and k != 4 and found["trials"][0]["at"] == 4
+    chosen = search._score(
+        run,
+        {"saes": [run.profile.saes[1].model_dump(mode="json") | {"selection": {"rule": "batch_topk", "k": k}}]},
+        "masked",
+        "matryoshka",
+        9,
+    )
+    assert chosen.l0 == reached
+    with pytest.raises(ConfigError, match="keeps k latents of every token"):
+        grids = [{"name": "topk", "selection": {"rule": "topk", "k": 3}, "n_latents": 32}]
+        search.k_for_clean_l0(Run(profile(project, "topk", saes=grids, blocks=[{}])), "masked", "topk", pilot=9)
+
+
+def test_the_noise_that_costs_as_much_as_masking(project):
+    arms = [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.3}, {"name": "noise", "p": 0.0, "noise": 0.5}]
+    run = Run(profile(project, arms=arms))
+    found = search.noise_for_ev(run, "noise", "masked", "plain", pilot=9, within=0.2)
+    unmasked, masked = (search._score(run, {}, arm, "plain", 9).ev_centred for arm in ("unmasked", "masked"))
+    assert found["wanted"] == pytest.approx(unmasked - masked) and found["wanted"] > 0
+    assert found["trials"][-1]["measured"] == pytest.approx(found["wanted"], rel=0.2)
+
+
+def test_a_search_that_gets_nowhere_says_what_it_tried():
+    with pytest.raises(DataError, match=r"No value measures 5 within 1.0%: tried \[.*1.0.*Start nearer"):
+        search.secant(lambda x: 3.0, wanted=5, start=1.0, second=2.0, within=0.01)
