@@ -10,8 +10,6 @@ def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
     standard deviations by source, and their shares of the variance. Rows of the noise study."""
     table = pd.DataFrame(rows)
     axes = ["seed", "draw", "split"]
-    seeds = table.groupby("arm")["seed"].nunique()
-    table = table[table["arm"].map(seeds) == seeds.max()]  # of an arm of fewer pairs the sources are others
     values = {
         arm: part.set_index(axes)[score].sort_index().to_numpy().reshape([part[axis].nunique() for axis in axes])
         for arm, part in table.groupby("arm", sort=False)

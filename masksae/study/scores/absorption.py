@@ -162,10 +162,11 @@ def absorption_scores(run: Scored) -> list[dict]:
 
 
 def absorption_noise(run: Scored) -> list[dict]:
-    """The noise study: absorption at matched clean L0 of the SAEs of the first grid for each draw of in-context
+    """The noise study: absorption at matched clean L0 of the SAEs of the first block for each draw of in-context
     examples and each split of the words, [] where the profile asks for one of each."""
     task = run.profile.absorption
-    if task.draws * task.splits == 1 or all(row["grid"] != run.profile.main_grid.name for row in run.table):
+    main = {member.name for part in run.profile.parts if part.block is run.profile.blocks[0] for member in part.members}
+    if task.draws * task.splits == 1 or not main & {row["sae"] for row in run.table}:
         return []
     return run.rows("noise", task, lambda: _absorption_noise(run))
 
