@@ -105,7 +105,7 @@ def fit_linear(
     return weight.detach(), bias.detach()
 
 
-MAX_STEPS = 200
+MAX_STEPS = 2000
 
 
 def l1_logistic(f: sparse.sparray, y: Tensor, *, l1: float, tolerance: float = 1e-3) -> tuple[Tensor, Tensor]:
