@@ -168,29 +168,18 @@ class Plan:
     def streams(self) -> int:
         """Activation streams: what the model sees differs by arm, and by pair where tokens are masked. One on less text
         is part of another, one with masks that are fresh in every epoch is read as often."""
-        drawn = {
-            (m.arm.p, m.arm.mask_seed(m.pair), m.arm.token, m.arm.fresh_masks) for m in self.profile.members if m.arm.p
-        }
-        unmasked = any(not member.arm.p for member in self.profile.members)
-        return unmasked + sum(self.profile.training.epochs if key[-1] else 1 for key in drawn)
+        fresh = {member.arm.masks(member.pair): member.arm.drawn_anew for member in self.profile.members}
+        return sum(self.profile.training.epochs if each else 1 for each in fresh.values())
 
     @property
     def kept_streams(self) -> int:
         """Streams whose activations lie in scratch at a time: all; or where pairs are kept, those that a part or a
         later one is trained on."""
-        parts = [{self._scratch(member) for member in part.members} - {None} for part in self.profile.parts]
+        parts = [{m.arm.masks(m.pair) for m in part.members if not m.arm.drawn_anew} for part in self.profile.parts]
         if not self.profile.keep_pairs:
             return len(set().union(*parts))
         done = [set().union(*parts[: i + 1]) for i in range(len(parts))]
         return max(len(made & set().union(*parts[i:])) for i, made in enumerate(done))
-
-    @staticmethod
-    def _scratch(member) -> tuple | None:
-        """Which activations of the model an SAE is trained on; None where they are not kept."""
-        arm = member.arm
-        if arm.p and arm.fresh_masks:
-            return None
-        return (arm.p, arm.mask_seed(member.pair), arm.token) if arm.p else ()
 
     @property
     def groups(self) -> list[list[SAEConfig]]:

@@ -1,5 +1,6 @@
-"""Checks of the fields of a frozen config."""
+"""What frozen configs share: checks of their fields, and kinds of them that are known by name."""
 
+import re
 from numbers import Integral
 
 from masksae.errors import ConfigError
@@ -27,3 +28,21 @@ def check_positive(config, *names: str) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise ConfigError(f"{type(config).__name__}.{name} must be a positive number, found {value!r}.")
+
+
+def snake_case(name: str) -> str:
+    """A kind's name in profiles.
+
+    >>> [snake_case(name) for name in ("TopK", "BatchTopK", "JumpReLU", "ReLU", "Gated", "OrtSAE")]
+    ['topk', 'batch_topk', 'jump_relu', 'relu', 'gated', 'ortsae']
+    """
+    return re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def register(known: dict[str, type], kind: type, what: str) -> None:
+    """Make a class known by its name. Raises ConfigError if another module has one of that name in profiles."""
+    for name, other in known.items():
+        same = (name, other.__module__) == (kind.__name__, kind.__module__)  # a cell that is run again, for example
+        if snake_case(name) == snake_case(kind.__name__) and not same:
+            raise ConfigError(f"{other.__module__} has a {what} {name} already. Call {kind} something else.")
+    known[kind.__name__] = kind

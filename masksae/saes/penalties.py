@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from masksae.errors import ConfigError
-from masksae.saes.fields import check_positive, keep_whole
+from masksae.saes.fields import check_positive, keep_whole, register
 
 PENALTIES: dict[str, type["Penalty"]] = {}
 """Every penalty that is defined, by the name of its class."""
@@ -44,12 +44,8 @@ class Penalty:
     def __init_subclass__(cls, base: bool = False, **options):
         """Makes a penalty known; `base`: it is what penalties have in common, and none itself."""
         super().__init_subclass__(**options)
-        if base:
-            return
-        known = PENALTIES.get(cls.__name__)
-        if known is not None and known.__module__ != cls.__module__:  # the same: a cell that is run again, for example
-            raise ConfigError(f"{known.__module__} has a penalty {cls.__name__} already. Call yours something else.")
-        PENALTIES[cls.__name__] = cls
+        if not base:
+            register(PENALTIES, cls, "penalty")
 
     def __post_init__(self):
         check_positive(self, "weight")

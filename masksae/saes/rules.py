@@ -14,7 +14,6 @@ is its definition and all that it must have. What it takes besides, each with a 
 The formulas of the five rules here are those of dictionary_learning 0.1.0.
 """
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,19 +21,10 @@ import torch
 from torch import Tensor
 
 from masksae.errors import ConfigError
-from masksae.saes.fields import check_positive, keep_whole
+from masksae.saes.fields import check_positive, keep_whole, register
 
 SELECTIONS: dict[str, type["Selection"]] = {}
 """Every rule that is defined, by the name of its class."""
-
-
-def snake_case(name: str) -> str:
-    """A rule's name in profiles.
-
-    >>> [snake_case(name) for name in ("TopK", "BatchTopK", "JumpReLU", "ReLU", "Gated")]
-    ['topk', 'batch_topk', 'jump_relu', 'relu', 'gated']
-    """
-    return re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 @dataclass(frozen=True)
@@ -104,13 +94,8 @@ class Selection:
     def __init_subclass__(cls, base: bool = False, **options):
         """Makes a rule known; `base`: it is what rules have in common, and none itself."""
         super().__init_subclass__(**options)
-        if base:
-            return
-        for name, known in SELECTIONS.items():
-            same = (name, known.__module__) == (cls.__name__, cls.__module__)  # a cell that is run again, for example
-            if snake_case(name) == snake_case(cls.__name__) and not same:
-                raise ConfigError(f"{known.__module__} has a selection rule {name} already. Call {cls} something else.")
-        SELECTIONS[cls.__name__] = cls
+        if not base:
+            register(SELECTIONS, cls, "selection rule")
 
     @property
     def goal(self) -> float | None:

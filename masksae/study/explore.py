@@ -13,12 +13,12 @@ from torch import Tensor
 from masksae.errors import ConfigError, nearest
 from masksae.metrics.absorption import AbsorptionResult, LetterResult, absorbed, first_letter
 from masksae.metrics.contexts import context_absorption
-from masksae.metrics.probes import first_letters, letter_probe
+from masksae.metrics.probes import first_letters
 from masksae.parallel import once
 from masksae.saes.sae import SAE, at_least_single
 from masksae.study.inputs import Inputs
 from masksae.study.report.tables import cells, to_html
-from masksae.study.scores.absorption import context_probes, context_sample, vocabulary, word_activations
+from masksae.study.scores.absorption import context_probes, context_sample, letter_task, vocabulary
 
 BEFORE, AFTER = 8, 4
 """Tokens shown around the one that fires."""
@@ -51,7 +51,7 @@ class Explorer:
 
     def letter(self, sae: SAE, letter: str, threshold: float | None = None) -> Story:
         """The parent "starts with `letter`", on words in the prompts of the first-letter task."""
-        words, x, probe = self._words
+        words, x, probe = letter_task(self.run)
         [number] = first_letters([letter])
         metric = first_letter(sae, x, words, probe=probe, threshold=threshold, min_letters=1)
         sample = (x, words, first_letters(words) == number, probe.is_test, probe.weight[number])
@@ -87,16 +87,11 @@ class Explorer:
         return vocabulary(self.run.language_model.tokenizer)
 
     @once
-    def _words(self):
-        words, x = word_activations(self.run)
-        return words, x, letter_probe(x, words, seed=self.run.profile.absorption.seed)
-
-    @once
     def _contexts(self):
         ids = self.run.ids("contexts")
         _, _, where = context_sample(self.run)
         shown = ["".join(self._texts[t] for t in ids[b, max(0, i - 3) : i + 1].tolist()) for b, i in where.tolist()]
-        x, probes, _ = context_probes(self.run)
+        x, probes, _ = self.run.shared("contexts", lambda: context_probes(self.run))
         return x, probes, shown
 
 

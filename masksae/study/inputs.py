@@ -195,9 +195,8 @@ class Inputs:
         """All that the model's activations on an arm's text are made of, but the code: those of an arm without masks
         are the same in all pairs, and noise is added when they are read."""
         profile = self.profile
-        masks = [arm.p, arm.mask_seed(pair), arm.token, arm.fresh_masks] if arm.p else []
         made_of = [self.identity(profile.model, profile.text), profile.contexts.tokens, profile.training.pool_tokens]
-        return [made_of, masks]
+        return [made_of, arm.masks(pair)]
 
     def stream_folder(self, arm: Arm, pair: int = 0) -> Path:
         """Where they are kept."""

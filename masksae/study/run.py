@@ -15,7 +15,6 @@ from pathlib import Path
 from filelock import FileLock
 
 from masksae import cache, jobs
-from masksae.errors import ConfigError, nearest
 from masksae.files import ANYTHING, atomic_dir, cache_dir, ensure_writable, read_json, run_id, write_json
 from masksae.parallel import once
 from masksae.saes.sae import SAE
@@ -53,14 +52,6 @@ class Run(Inputs):
             jobs.run_jobs([jobs.Job(group.name, function, (self.source, group.name)) for group in missing])
         for group in self.profile.groups:
             self.train_group(group)
-
-    def part_of(self, sae: str) -> "RunPart":
-        """The part of an SAE by its name. Raises ConfigError for an unknown one."""
-        for part in self.parts:
-            if any(member.name == sae for member in part.members):
-                return part
-        names = [member.name for member in self.profile.members]
-        raise ConfigError(f"Profile {self.profile.name} has no SAE {sae!r}.{nearest(sae, names)}")
 
     def scored(self, score: Callable[[Scored], list[dict]]) -> list[dict]:
         """Rows of a function of `masksae.study.scores`, part after part."""

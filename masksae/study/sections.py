@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from masksae.errors import nearest
 from masksae.saes.config import AuxK, SAEConfig
+from masksae.saes.fields import snake_case
 from masksae.saes.penalties import PENALTIES, Penalty
-from masksae.saes.rules import SELECTIONS, Selection, snake_case
+from masksae.saes.rules import SELECTIONS, Selection
 from masksae.training.config import TrainConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -136,14 +137,24 @@ class Arm(Section):
         """Whether masks or noise are drawn, so that each pair has activations of its own."""
         return self.p > 0 or self.noise > 0
 
+    @property
+    def drawn_anew(self) -> bool:
+        """Whether the model runs in every epoch, so that nothing is kept in scratch."""
+        return self.p > 0 and self.fresh_masks
+
     def mask_seed(self, pair: int) -> int:
         """Seed of the masks and of the noise that the SAEs of a pair see: another for every pair."""
         return self.seed << 32 | pair
 
     def sees(self, pair: int) -> tuple:
         """What an arm's SAEs of a pair see: arms and pairs of the same are trained on the same activations."""
-        drawn = (self.p, self.mask_seed(pair), self.token, self.fresh_masks, self.noise) if self.drawn else ()
-        return *drawn, self.tokens, self.denoise
+        noise = (self.noise, self.mask_seed(pair), self.fresh_masks) if self.noise else ()
+        return self.masks(pair), noise, self.tokens, self.denoise
+
+    def masks(self, pair: int) -> tuple:
+        """All that decides which tokens of a pair are replaced, and by what: arms and pairs of the same share the
+        activations of the model. () without masks, in all pairs alike."""
+        return (self.p, self.mask_seed(pair), self.token, self.fresh_masks) if self.p else ()
 
 
 class Training(Section):
@@ -188,9 +199,7 @@ class Rule(Section):
     @property
     def config(self) -> Selection:
         """The selection config."""
-        kind = _rules()[self.rule]
-        hints = get_type_hints(kind)
-        return kind(**{name: _value(name, value, hints[name]) for name, value in self._given.items()})
+        return _made(_by_name(SELECTIONS)[self.rule], self._given)
 
     @property
     def _given(self) -> dict:
@@ -199,13 +208,13 @@ class Rule(Section):
     @field_validator("rule")
     @classmethod
     def _known(cls, rule: str) -> str:
-        if rule not in _rules():
-            raise ValueError(f"found {rule!r}.{nearest(rule, _rules())}")
+        if rule not in (known := _by_name(SELECTIONS)):
+            raise ValueError(f"found {rule!r}.{nearest(rule, known)}")
         return rule
 
     @model_validator(mode="after")
     def _complete(self):
-        kind = _rules()[self.rule]
+        kind = _by_name(SELECTIONS)[self.rule]
         known = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
         wanted = kind.stated or tuple(name for name, needed in known.items() if needed)
         if not set(wanted) <= self._given.keys() <= known.keys():
@@ -233,29 +242,28 @@ class Penalised(Section):
     @property
     def config(self) -> Penalty:
         """The penalty's config."""
-        kind = _penalties()[self.penalty]
-        hints = get_type_hints(kind)
-        return kind(**{name: _value(name, value, hints[name]) for name, value in self.model_extra.items()})
+        return _made(_by_name(PENALTIES)[self.penalty], self.model_extra)
 
     @model_validator(mode="after")
     def _known(self):
-        if self.penalty not in _penalties():
-            raise ValueError(f"found {self.penalty!r}.{nearest(self.penalty, _penalties())}")
-        known = {field.name for field in fields(_penalties()[self.penalty])}
+        if self.penalty not in (kinds := _by_name(PENALTIES)):
+            raise ValueError(f"found {self.penalty!r}.{nearest(self.penalty, kinds)}")
+        known = {field.name for field in fields(kinds[self.penalty])}
         for name in sorted(self.model_extra.keys() - known):
             raise ValueError(f"{self.penalty} has no {name!r}.{nearest(name, known)}")
         self.config
         return self
 
 
-def _penalties() -> dict[str, type[Penalty]]:
-    """Every penalty by its name in profiles."""
-    return {snake_case(name): penalty for name, penalty in PENALTIES.items()}
+def _by_name(kinds: dict[str, type]) -> dict[str, type]:
+    """Rules or penalties by their names in profiles."""
+    return {snake_case(name): kind for name, kind in kinds.items()}
 
 
-def _rules() -> dict[str, type[Selection]]:
-    """Every rule by its name in profiles."""
-    return {snake_case(name): rule for name, rule in SELECTIONS.items()}
+def _made(kind: type, given: dict):
+    """A rule or a penalty with the given parameters, each in the type of its field. Raises ValueError."""
+    hints = get_type_hints(kind)
+    return kind(**{name: _value(name, value, hints[name]) for name, value in given.items()})
 
 
 def _value(name: str, value, kind):

@@ -6,29 +6,14 @@ import time
 from datetime import timedelta
 
 from masksae import progress
+from masksae.study.own_sae import SCORERS
 from masksae.study.run import Run, RunPart
-from masksae.study.scores.absorption import absorption_scores, context_scores
 from masksae.study.scores.controls import control_scores
 from masksae.study.scores.curves import along_scores
-from masksae.study.scores.perturbation import concept_scores
-from masksae.study.scores.probing import ood_scores, probing_scores
-from masksae.study.scores.reconstruction import reconstruction_scores
-from masksae.study.scores.robustness import robustness_scores
 from masksae.study.scores.training import training_scores
 
-SCORES = {
-    "training": training_scores,
-    "reconstruction": reconstruction_scores,
-    "absorption": absorption_scores,
-    "contexts": context_scores,
-    "along": along_scores,
-    "probing": probing_scores,
-    "ood": ood_scores,
-    "perturbation": concept_scores,
-    "robustness": robustness_scores,
-    "controls": control_scores,
-}
-"""What is taken of each part, in the order of the notebooks; what trains comes first."""
+SCORES = {"training": training_scores, **SCORERS, "along": along_scores, "controls": control_scores}
+"""What is taken of each part: all that is taken of any SAE, and what only a run has; what trains comes first."""
 
 
 def work_off(run: Run, scores: tuple[str, ...] = tuple(SCORES)) -> None:

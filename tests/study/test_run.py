@@ -47,7 +47,8 @@ def test_what_is_finished_is_read_back_and_what_is_missing_is_made(new_project, 
         patch.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
         again = Run(path)
         assert all(torch.equal(again.saes[name].W_dec, w) for name, w in before.items())
-        assert all(torch.equal(again.part_of(name).load_saes()[name].W_dec, w) for name, w in before.items())
+        by_part = {name: sae for part in again.parts for name, sae in part.load_saes().items()}
+        assert all(torch.equal(by_part[name].W_dec, w) for name, w in before.items())
     for group in again.profile.groups:
         left = {p.name for p in again.folder_of(group).iterdir()}
         assert left == {"saes", ".lock", "log.jsonl"}  # the checkpoint is gone once the SAEs are there

@@ -8,10 +8,10 @@ from torch import Tensor
 from masksae.errors import DataError
 from masksae.metrics import contexts
 from masksae.metrics.absorption import PROBE_GATE, AbsorptionResult, first_letter, icl_prefixes, single_token_words
-from masksae.metrics.probes import letter_probe
+from masksae.metrics.probes import LetterProbe, letter_probe
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
-from masksae.study.inputs import Scored
+from masksae.study.inputs import Inputs, Scored
 from masksae.study.scores.matched import score_saes, thresholds
 from masksae.tracing import activations_after
 
@@ -134,15 +134,20 @@ def _word_activations(run: Scored, words: list[str], ids: Tensor, draw: int) -> 
     return x
 
 
-def letter_score(run: Scored) -> Callable[..., AbsorptionResult]:
-    """`first_letter` of an SAE at a threshold, with all else that it takes."""
-    task = run.profile.absorption
+def letter_task(run: Inputs, draw: int = 0, split: int = 0) -> tuple[list[str], Tensor, LetterProbe]:
+    """Words, activations at them, and the probe of one of their splits: made once for all SAEs on these inputs."""
 
     def make() -> tuple:
-        words, x = word_activations(run)
-        return x, words, letter_probe(x, words, seed=task.seed), counted_words(run)
+        words, x = word_activations(run, draw)
+        return words, x, letter_probe(x, words, seed=run.profile.absorption.seed + split)
 
-    x, words, probe, counted = run.shared("letters", make)
+    return run.shared(f"letters {draw} {split}", make)
+
+
+def letter_score(run: Scored) -> Callable[..., AbsorptionResult]:
+    """`first_letter` of an SAE at a threshold, with all else that it takes."""
+    task, (words, x, probe) = run.profile.absorption, letter_task(run)
+    counted = run.shared("counted words", lambda: counted_words(run))
 
     def score(sae: SAE, threshold: float | None) -> AbsorptionResult:
         options = dict(probe=probe, counted=counted, min_letters=task.min_letters)
@@ -173,12 +178,11 @@ def absorption_noise(run: Scored) -> list[dict]:
 
 def _absorption_noise(run: Scored) -> list[dict]:
     task, saes, at, rows = run.profile.absorption, run.load_saes(), thresholds(run), []
-    counted = counted_words(run)
+    counted = run.shared("counted words", lambda: counted_words(run))
     table = [row for row in run.table if row["grid"] == run.profile.main_grid.name]
     for draw in range(task.draws):
-        words, x = word_activations(run, draw)
         for split in range(task.splits):
-            probe = letter_probe(x, words, seed=task.seed + split)
+            words, x, probe = letter_task(run, draw, split)
             options = dict(probe=probe, min_letters=1, counted=counted)
 
             def score(row, draw=draw, split=split, x=x, words=words, options=options) -> dict:

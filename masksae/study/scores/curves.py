@@ -22,6 +22,7 @@ def along_scores(run: RunPart) -> list[dict]:
 
     def make() -> list[dict]:
         table = {row["sae"]: row for row in run.table}
+        measures = letter_score(run), context_score(run)  # before the threads: two of them at once upset the model
         cells = [
             (table[name] | {"step": step}, sae)
             for step, saes in sorted(run.snapshots().items())
@@ -30,7 +31,7 @@ def along_scores(run: RunPart) -> list[dict]:
 
         def score(cell) -> dict:
             row, sae = cell
-            return row | _scores(run, sae, row["k"])
+            return row | _scores(run, sae, row["k"], *measures)
 
         return in_threads(score, cells, label=f"absorption along training, {run.name}", unit="SAE")
 
@@ -39,10 +40,10 @@ def along_scores(run: RunPart) -> list[dict]:
     return run.rows("along", run.profile.absorption, make, run.profile.contexts)
 
 
-def _scores(run: RunPart, sae: SAE, k: float) -> dict:
+def _scores(run: RunPart, sae: SAE, k: float, letter_score, context_score) -> dict:
     threshold = matched_threshold(run, sae, k)
     clean = reconstruction(sae, run.held_out, threshold=threshold)
-    letters, contexts = letter_score(run)(sae, threshold), context_score(run)(sae, threshold)
+    letters, contexts = letter_score(sae, threshold), context_score(sae, threshold)
     return {
         "l0_as_trained": reconstruction(sae, run.held_out).l0 if sae.threshold >= 0 else None,  # not estimated yet
         "l0": clean.l0,
