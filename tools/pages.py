@@ -1,9 +1,9 @@
 """The pages of docs/ whose numbers come from results and code: `python tools/pages.py` writes them, a test holds the
 committed ones to it.
 
-docs/data.md and docs/preregistration.md are written whole; of metrics.md, scale.md and reproduce.md what stands between
-`<!-- NAME: written by tools/pages.py -->` and `<!-- end -->`. The numbers are read from results/, from plans and from
-the lists of packages. What else the prose says of results is held to them by tests/app/test_docs.py.
+docs/data.md, gate.md and preregistration.md are written whole; of metrics.md, scale.md and reproduce.md what stands
+between `<!-- NAME: written by tools/pages.py -->` and `<!-- end -->`. The numbers are read from results/, from plans
+and from the lists of packages. What else the prose says of results is held to them by tests/app/test_docs.py.
 """
 
 from pathlib import Path
@@ -17,10 +17,10 @@ from masksae.data.models import MODELS
 from masksae.data.packages import PACKAGES
 from masksae.data.tasks import VADER
 from masksae.data.texts import TEXTS
-from masksae.files import shipped_profiles, write_text
+from masksae.files import read_json, shipped_profiles, write_text
 from masksae.memory import ADAM_AND_WEIGHTS, parameters
 from masksae.study.profile import Profile, load_profile
-from masksae.study.report import preregistration, reliability, tables
+from masksae.study.report import gate, preregistration, reliability, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = "<!-- written by tools/pages.py; edit that -->\n"
@@ -89,6 +89,7 @@ def pages() -> dict[Path, str]:
     }
     whole = {docs / "data.md": data()}
     whole[ROOT / preregistration.PAGE] = preregistration.page([load_profile(n) for n in preregistration.PROFILES])
+    whole[ROOT / gate.PAGE] = gate.page(load_profile("gate"), read_json(ROOT / "results/gate/gate.json"))
     return whole | {docs / f"{page}.md": filled(docs / f"{page}.md", found) for page, found in parts.items()}
 
 

@@ -266,13 +266,17 @@ def work(options) -> None:
 
 
 def print_gate(options) -> None:
-    """A row per SAE of the variants."""
+    """A row per SAE of the variants, and their picture."""
     import pandas as pd
 
+    from masksae.study.figures import gate, style
     from masksae.study.gate import gate_rows
     from masksae.study.report.tables import cells, to_text
 
-    rows = gate_rows(_run_with_terms(options.profile))
+    run = _run_with_terms(options.profile)
+    rows = gate_rows(run)
+    style.style()
+    style.save_figure(run, "gate", gate.draw_gate(run.profile, rows), "Unmasked SAEs under one change at a time.")
     _show(options, rows, to_text(cells(pd.DataFrame(rows))))
 
 

@@ -20,7 +20,9 @@ from masksae.app import DEFAULT
 from masksae.cache import contents
 from masksae.errors import ConfigError, require
 from masksae.files import PROFILES, ensure_writable, read_json, repository, write_json, write_text
+from masksae.study import times
 from masksae.study.profile import Profile, load_profile, profile_path
+from masksae.study.report.tables import to_text
 from masksae.study.sections import Section
 
 PATIENCE = 30.0
@@ -39,6 +41,7 @@ def reproduce(profile) -> int:
         print(f"\nResults: results/{name}/claims.json, figures/{name}/, build/{name}/*.ipynb (executed notebooks)\n")
         for key, value in read_json(repository() / "results" / name / "claims.json").items():
             print(f"  {key}  {value['verdict']:13} {value['claim']}")
+        print(f"\n{to_text(times.table(times.times(repository() / 'results' / name)))}")
         from masksae.app import site
 
         print(f"\nTo read: {site.build().as_uri()}")
@@ -191,6 +194,7 @@ def execute(notebook: str, profile) -> None:
     """Execute a notebook of a profile into build/NAME/; the same run gives the same bytes."""
     from masksae.app.notebooks import execute
 
-    root = repository()
-    target = root / "build" / load_profile(profile).name / f"{notebook}.ipynb"
-    execute(root / "notebooks" / f"{notebook}.ipynb", target, {"profile": str(profile)}, cwd=root)
+    root, name = repository(), load_profile(profile).name
+    target = root / "build" / name / f"{notebook}.ipynb"
+    with times.timed(root / "results" / name, notebook):
+        execute(root / "notebooks" / f"{notebook}.ipynb", target, {"profile": str(profile)}, cwd=root)

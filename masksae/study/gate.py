@@ -4,11 +4,15 @@ A variant is the profile with some of its keys changed, and a run of its own. Ev
 table; a score of absorption is worth its name only where the SAE has latents for what is absorbed.
 """
 
+import time
+
 from masksae import progress
 from masksae.errors import ConfigError
+from masksae.saes.sae import SAE
 from masksae.study.run import Run
-from masksae.study.sections import Variant
+from masksae.study.sections import Gate, Variant
 from masksae.study.work import SCORES
+from masksae.training.step import Trainer
 
 TAKEN = ("training", "reconstruction", "absorption", "contexts")
 COLUMNS = (
@@ -34,13 +38,47 @@ def gate_rows(run: Run) -> list[dict]:
         raise ConfigError(f"Profile {profile.name} has no variants. Name some: [{{name: ..., changes: {{...}}}}].")
     if any(member.arm.drawn for member in profile.members):
         raise ConfigError("The gate is for unmasked SAEs alone: leave arms that mask out of the profile.")
-    rows = []
+    rows, speeds = [], {}
     for number, variant in enumerate(profile.variants, 1):
         progress.say(f"variant {number} of {len(profile.variants)}: {variant.name}")
         for part in variant_run(run, variant).parts:
             rows += _rows(part, variant)
             run.save_result("gate", rows)
+    for variant in profile.variants:  # after all that computes, one after the other, so that they can be compared
+        speeds |= {(variant.name, name): value for name, value in seconds_per_step(variant_run(run, variant)).items()}
+    rows = [row | {"minutes": row["steps"] * speeds[row["variant"], row["grid"]] / 60} for row in rows]
+    run.save_result("gate", rows)
     return rows
+
+
+def seconds_per_step(run: Run, steps: int = 30) -> dict[str, float]:
+    """By grid, what a training step of one of its SAEs takes here on held-out activations: the median of some."""
+    training, found = run.profile.training, {}
+    x = run.held_out.float()
+    x = x / x.pow(2).sum(1).mean().sqrt()  # as training scales them
+    for name, member in {member.grid.name: member for member in run.profile.members}.items():
+        config = training.config(10 * steps)
+        trainer = Trainer(SAE(member.config(run.width)), config, run.device)
+        taken = []
+        for step in range(steps):
+            start = step * training.batch_size % (len(x) - training.batch_size)
+            begun = time.perf_counter()
+            trainer.step(x[start : start + training.batch_size], step)
+            taken.append(time.perf_counter() - begun)
+        found[name] = sorted(taken)[steps // 2]
+    return found
+
+
+def failed(row: dict, bounds: Gate, latents: int) -> list[str]:
+    """What a row of the gate does not reach, in words; nothing if it passes. latents: size of the dictionary."""
+    dense = row["dense_absorbers"] or 0.0  # an SAE that absorbs nothing has none
+    misses = {
+        f"main F1 of letters {row['main_f1']:.2f}": row["main_f1"] < bounds.letters_f1,
+        f"main F1 of contexts {row['context_main_f1']:.2f}": row["context_main_f1"] < bounds.contexts_f1,
+        f"dense {dense:.2f}": dense > bounds.dense_absorbers,
+        f"dead {row['dead_in_training']}": row["dead_in_training"] > bounds.dead * latents,
+    }
+    return [words for words, missed in misses.items() if missed]
 
 
 def _rows(part, variant: Variant) -> list[dict]:

@@ -3,7 +3,6 @@ the next begins. Whoever is stopped loses one pair.
 """
 
 import time
-from datetime import timedelta
 
 from masksae import progress
 from masksae.study.own_sae import SCORERS
@@ -11,6 +10,7 @@ from masksae.study.run import Run, RunPart
 from masksae.study.scores.controls import control_scores
 from masksae.study.scores.curves import along_scores
 from masksae.study.scores.training import training_scores
+from masksae.study.times import note, span
 
 SCORES = {"training": training_scores, **SCORERS, "along": along_scores, "controls": control_scores}
 """What is taken of each part: all that is taken of any SAE, and what only a run has; what trains comes first."""
@@ -27,8 +27,9 @@ def work_off(run: Run, scores: tuple[str, ...] = tuple(SCORES)) -> None:
         run.free(part)
         done += len(part.members)
         spent = time.monotonic() - begun
-        told = ", ".join(f"{name} {_span(value)}" for name, value in seconds.items() if value >= 1)
-        progress.say(f"{part.name} is there ({told or 'it was'}); about {_span(spent / done * (total - done))} left")
+        if told := ", ".join(f"{name} {span(value)}" for name, value in seconds.items() if value >= 1):
+            note(run.results, part.name, sum(seconds.values()))
+        progress.say(f"{part.name} is there ({told or 'it was'}); about {span(spent / done * (total - done))} left")
 
 
 def work_off_part(part: RunPart, scores: tuple[str, ...] = tuple(SCORES)) -> dict[str, float]:
@@ -39,11 +40,3 @@ def work_off_part(part: RunPart, scores: tuple[str, ...] = tuple(SCORES)) -> dic
         SCORES[name](part)
         seconds[name] = time.monotonic() - begun
     return seconds
-
-
-def _span(seconds: float) -> str:
-    """
-    >>> _span(3725.4)
-    '1:02:05'
-    """
-    return str(timedelta(seconds=round(seconds)))

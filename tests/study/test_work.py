@@ -6,7 +6,10 @@ from tiny_project import profile
 from masksae import Run
 from masksae.errors import ConfigError, DataError
 from masksae.files import read_json
-from masksae.study import gate, search, work
+from masksae.study import gate, search, times, work
+from masksae.study.profile import load_profile
+from masksae.study.report import gate as report
+from masksae.study.sections import Gate
 
 
 def test_every_part_is_scored_before_the_next_begins_and_leaves_no_activations(new_project, capsys, monkeypatch):
@@ -19,6 +22,8 @@ def test_every_part_is_scored_before_the_next_begins_and_leaves_no_activations(n
     for part in run.parts:
         assert read_json(run.results / "pairs" / f"{part.name}.json")["reconstruction"]["rows"][0]["ev_centred"] > 0
     assert not list((new_project / "cache").rglob("pool-*"))
+    taken = times.times(run.results)  # of what takes a second at least
+    assert set(taken["stages"]) <= {part.name for part in run.parts}
     told = capsys.readouterr().err
     assert "part 3 of 3, matryoshka-s0: 2 SAEs" in told and "about 0:00:00 left" in told
 
@@ -44,11 +49,44 @@ def test_the_gate_has_a_row_for_each_sae_of_each_variant(project, monkeypatch):
         ("as_it_is", 256, "plain", 0),
         ("larger_batch", 320, "plain", 1),
     ]
+    assert all(row["minutes"] > 0 for row in rows)
     assert rows[0]["steps"] > rows[1]["steps"] and all(r["ev_centred"] > 0 and r["dead_in_training"] >= 0 for r in rows)
     assert (run.results / "variants/larger_batch/pairs/main-s1.json").is_file()
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "elsewhere"))  # the rows are kept where the results are
     monkeypatch.setattr("masksae.study.run.train", lambda *_, **__: pytest.fail("trained again"))
-    assert gate.gate_rows(gated(project, arms=[{"name": "unmasked", "p": 0.0}])) == rows
+    again = gate.gate_rows(gated(project, arms=[{"name": "unmasked", "p": 0.0}]))
+    timed = {"minutes": 0.0}
+    assert [row | timed for row in again] == [row | timed for row in rows]
+
+
+ROW = {"main_f1": 0.5, "context_main_f1": 0.6, "dense_absorbers": 0.1, "dead_in_training": 20}
+
+
+def test_a_row_on_its_bounds_passes_and_one_beyond_says_which():
+    assert gate.failed(ROW, Gate(), latents=1000) == []
+    assert gate.failed(ROW | {"dense_absorbers": None}, Gate(), latents=1000) == []
+    for key, value, told in [
+        ("main_f1", 0.49, "main F1 of letters 0.49"),
+        ("context_main_f1", 0.59, "main F1 of contexts 0.59"),
+        ("dense_absorbers", 0.11, "dense 0.11"),
+        ("dead_in_training", 21, "dead 21"),
+    ]:
+        assert gate.failed(ROW | {key: value}, Gate(), latents=1000) == [told]
+
+
+def test_what_passes_is_listed_by_the_f1_of_letters_and_then_by_minutes():
+    chosen = load_profile("gate")
+    row = ROW | {"k": 20, "seed": 10, "grid": "topk20"}
+    rows = [
+        row | {"variant": "slow", "minutes": 3.0},
+        row | {"variant": "fast", "minutes": 2.0},
+        row | {"variant": "best", "main_f1": 0.7, "minutes": 9.0},
+        row | {"variant": "fails", "main_f1": 0.4, "minutes": 1.0},
+        row | {"variant": "other_k", "k": 40, "main_f1": 0.9, "minutes": 1.0},
+    ]
+    told = report.choice(chosen, rows)
+    assert [line.split()[1] for line in told.splitlines()[2:]] == ["best,", "fast,", "slow,"]
+    assert "no row passes" in report.choice(chosen, rows[3:])
 
 
 def test_a_gate_is_for_unmasked_saes_of_some_variants(project):

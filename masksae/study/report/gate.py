@@ -1,0 +1,83 @@
+"""What makes the regime, on a page: docs/gate.md, out of results/gate/gate.json."""
+
+from masksae.study.gate import failed
+from masksae.study.profile import Profile
+from masksae.study.report.tables import to_markdown
+
+PAGE = "docs/gate.md"
+
+COLUMNS = {
+    "EV": ("ev_centred", 3),
+    "dead": ("dead_in_training", 0),
+    "letters: absorption": ("mean_full", 3),
+    "specific": ("mean_specific", 3),
+    "dense absorbers": ("dense_absorbers", 2),
+    "main F1": ("main_f1", 2),
+    "recall": ("main_recall", 2),
+    "contexts: absorption": ("context_full", 3),
+    "specific ": ("context_specific", 3),
+    "main F1 ": ("context_main_f1", 2),
+    "recall ": ("context_main_recall", 2),
+    "minutes": ("minutes", 1),
+}
+"""Title: key of a row, digits."""
+
+
+def page(profile: Profile, rows: list[dict]) -> str:
+    """docs/gate.md: every row that was taken, what passes, and what is chosen by that. rows: of `gate_rows`."""
+    bounds, latents = profile.decisions.gate, {grid.name: grid.n_latents for grid in profile.saes}
+    table = [["what is changed", "SAE", "block", "batch", "steps", "seed", *COLUMNS, "gate"]]
+    for row in rows:
+        misses = failed(row, bounds, latents[row["grid"]])
+        values = [_number(row.get(key), digits) for key, digits in COLUMNS.values()]
+        told = [
+            row["variant"].replace("_", " "),
+            row["grid"],
+            *(f"{row[k]:,}" for k in ("block", "batch", "steps", "seed")),
+        ]
+        table.append([*told, *values, "passes" if not misses else "; ".join(misses)])
+    return f"""<!-- written by tools/pages.py; edit that -->
+# What makes absorption measurable
+
+A word counts as absorbed when the main latents of its letter are silent and another latent carries the letter. That
+says something only of an SAE that *has* latents for letters. So before any masked SAE was trained for a result,
+unmasked ones were scored under one change at a time (`masksae gate`, {profile.description}), and
+bounds were set:
+
+* mean F1 of the main latents: at least {bounds.letters_f1:g} for first letters, and at least {bounds.contexts_f1:g}
+  for parents that another token sets;
+* at most {100 * bounds.dense_absorbers:g} % of absorbed words credited to latents that fire on more than 30 % of all;
+* at most {100 * bounds.dead:g} % of the latents dead at the end of training.
+
+What fails one of them is "not measurable" wherever absorption is judged ([the rules](preregistration.md)). Every row
+that was taken stands here, with the threshold that the SAE was trained with.
+
+![Every row: explained variance, F1 of main latents, dense absorbers, absorption](../figures/gate/gate.png)
+
+{choice(profile, rows)}
+
+{to_markdown(table)}
+*Minutes*: steps times the median of a step of one SAE on 2 cores, timed after all else one after the other, without the
+language model's forwards. *Dead*: latents that no longer fired at the end of training, of
+{max(latents.values()):,}. *Specific*: credited to a latent that fires on less than a tenth of the words.
+"""
+
+
+def choice(profile: Profile, rows: list[dict]) -> str:
+    """What the rule says: of those that pass at the first grid's k, the highest letter F1, then the fewest minutes."""
+    bounds, latents = profile.decisions.gate, {grid.name: grid.n_latents for grid in profile.saes}
+    k = profile.main_grid.l0
+    found = [row for row in rows if row["k"] == k and not failed(row, bounds, latents[row["grid"]])]
+    found.sort(key=lambda row: (-round(row["main_f1"], 2), row.get("minutes", 0.0)))
+    if not found:
+        return f"**At L0 {k:g} no row passes.**"
+    lines = [
+        f"{place}. {row['variant'].replace('_', ' ')}, {row['grid']}, seed {row['seed']}: letters F1 "
+        f"{row['main_f1']:.2f}, contexts F1 {row['context_main_f1']:.2f}, {_number(row.get('minutes'), 1)} minutes"
+        for place, row in enumerate(found, 1)
+    ]
+    return "\n".join([f"Rows that pass at L0 {k:g}, by the F1 of letters, then by minutes:", "", *lines])
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
