@@ -2,6 +2,7 @@
 minutes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from browser import CHROMIUM, dead_links, troubles
 
 from masksae.files import read_json
+from masksae.study.report import results as report
+from masksae.study.report.claims import verdict_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,3 +101,16 @@ def test_the_site_has_no_dead_links_and_opens_in_a_browser(smoke):
     assert dead_links(site) == []
     if CHROMIUM:
         assert troubles(site, pages) == []
+
+
+def test_the_page_of_results_tells_every_verdict_and_shows_pictures_that_are_there(smoke, monkeypatch):
+    monkeypatch.setattr(report, "SHOWN", ("smoke",))
+    page, screen = report.page(ROOT), report.first_screen(ROOT)
+    claims = read_json(ROOT / "results/smoke/claims.json")
+    for row in verdict_table(claims):
+        assert row["unmasked → treated"] in page and f"| {row['claim']} | {row['endpoint']} |" in page
+    assert all(f"{key} " in screen for key in claims)
+    shown = re.findall(r"\]\(\.\./([^)]+)\)", page) + re.findall(r"!\[[^]]*\]\(([^)]+)\)", screen)
+    assert len(shown) > 4 and all((ROOT / path).exists() for path in shown)
+    [kept] = re.findall(r"^\| kept \| same token .*$", page[page.index("## What was predicted") :], re.MULTILINE)
+    assert "–" not in kept, "a world or the model has nothing on the arm"

@@ -8,9 +8,10 @@ import yaml
 
 from masksae import load_profile
 from masksae.errors import ConfigError
-from masksae.files import PROFILES
+from masksae.files import PROFILES, read_json, repository
 from masksae.study.profile import RESERVED, Profile
 
+RESULTS = repository() / "results"
 SMOKE = yaml.safe_load((PROFILES / "smoke.yaml").read_text())
 
 
@@ -214,3 +215,19 @@ def test_nobody_writes_into_the_folders_of_another_profile(tmp_path):
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(SMOKE))
     with pytest.raises(ConfigError, match="named 'smoke'"):
         load_profile(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/matched.json")), ids=lambda file: file.parent.name)
+def test_what_was_searched_for_stands_in_the_profile(file):
+    """`masksae match` finds the k and the noise of an arm on a pilot pair, which no block may use."""
+    profile = load_profile(file.parent.name)
+    for row in read_json(file):
+        value, reached = row["trials"][-1]["at"], row["trials"][-1]["measured"]
+        assert reached == pytest.approx(row["wanted"], rel=0.021)
+        if row["what"] == "k":
+            [grid] = [g for g in profile.saes if g.against == row["grid"] and g.clean_l0 == row["wanted"]]
+            assert grid.selection.k == pytest.approx(value, abs=0.006)
+        else:
+            [arm] = [a for a in profile.arms if a.name == row["arm"]]
+            assert arm.noise == pytest.approx(value, abs=0.0006)
+        assert all(row["pilot"] not in block.pairs for block in profile.blocks)

@@ -84,7 +84,7 @@ def draw_summary(scores: pd.DataFrame):
 def draw_along(rows: list[dict]):
     """The headline: full absorption at clean L0 = k along training, one row per kind, against steps and against clean
     explained variance. A thick line is the mean of an arm, bars are its 95 % interval over seeds, thin lines are
-    SAEs."""
+    SAEs; dashed, the mean of its specific part."""
     import matplotlib.pyplot as plt
 
     table = pd.DataFrame(rows)
@@ -96,12 +96,16 @@ def draw_along(rows: list[dict]):
             for _, one in part.sort_values("step").groupby("seed"):
                 for axis, x in zip(line, ("step", "ev_centred")):
                     axis.plot(one[x], one[kind], color=colour, linewidth=0.6, alpha=0.35)
-            mean = part.groupby("step")[["ev_centred", kind]].mean()
+            specific = f"{kind}_specific"
+            mean = part.groupby("step")[["ev_centred", kind, specific]].mean()
             for axis, x in zip(line, (mean.index, mean["ev_centred"])):
                 axis.errorbar(x, mean[kind], yerr=_half_interval(part, kind), color=colour, linewidth=2.2, capsize=3,
                               elinewidth=1, marker="o", markersize=4, label=arm)  # fmt: skip
+                axis.plot(x, mean[specific], color=colour, linewidth=1.4, linestyle="--")
         line[0].set(ylabel=f"mean full absorption,\n{title}", ylim=(0, 1.15 * table[kind].max()), xscale="log")
-    axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    handles, _ = axes[0, 1].get_legend_handles_labels()
+    handles.append(plt.Line2D([], [], color=GREY, linestyle="--", label="specific"))
+    axes[0, 1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
     ticks = sorted(table["step"].unique())
     ticks = [t for t, following in zip(ticks, [*ticks[1:], math.inf]) if following > 1.3 * t]
     axes[-1, 0].set(xlabel="training steps (log scale)", xticks=ticks, xticklabels=ticks)

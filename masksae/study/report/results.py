@@ -1,0 +1,188 @@
+"""What came out, on a page: docs/results.md and the first screen of the README, out of results/ alone."""
+
+from pathlib import Path
+
+from masksae.files import read_json
+from masksae.study.profile import Profile, load_profile
+from masksae.study.report import preregistration
+from masksae.study.report.claims import cell_table, verdict_table
+from masksae.study.report.controls import control_table, control_words
+from masksae.study.report.curves import effect_table
+from masksae.study.report.effects import change
+from masksae.study.report.tables import cells, number, to_markdown
+from masksae.study.scores.curves import KINDS
+from masksae.study.scores.mechanism import effects as simulated
+from masksae.study.stats import Effect
+
+PAGE = "docs/results.md"
+
+SHOWN = ("overnight", "laptop", "gemma")
+"""Profiles of the page, the one that the README shows first."""
+
+PARENTS = {"same": KINDS["letters"], "cross": KINDS["contexts"]}
+"""Kinds of parents in the worlds of known features, and those of a language model that they stand for."""
+
+
+def present(root: Path) -> list[str]:
+    """Those of the profiles whose claims were judged, in their order."""
+    return [name for name in SHOWN if (root / "results" / name / "claims.json").exists()]
+
+
+def first_screen(root: Path) -> str:
+    """What the README shows: figure, scale, and a line for each claim."""
+    name = present(root)[0]
+    profile, claims = load_profile(name), read_json(root / "results" / name / "claims.json")
+    rows = [
+        {
+            "claim": f"{row['claim']} {claims[row['claim']]['claim']}".replace("Masking ", "").strip(),
+            "by": row["endpoint"] or "every other grid",
+            "verdict": f"**{row['verdict']}**",
+            "unmasked → masked": row["unmasked → treated"] or row["why"],
+        }
+        for row in verdict_table(claims)
+        if "secondary" not in row["endpoint"]
+    ]
+    return f"""![Absorption of first letters and of what came before, along training, against steps and against clean
+explained variance](figures/{name}/04_absorption/along.png)
+
+{_scale(profile)}
+
+{to_markdown(cells(rows))}
+*Equivalent*: no difference beyond a margin that was set before; *inconclusive*: none of the others; *not measurable*:
+the SAEs lack the latents that the score is about. Effects are paired, with 95 % intervals; verdicts are corrected for
+their number. [Everything that was found](docs/results.md), [decided before](docs/preregistration.md)."""
+
+
+def page(root: Path) -> str:
+    """docs/results.md."""
+    names = present(root)
+    parts = [
+        "<!-- written by tools/pages.py; edit masksae/study/report/results.py -->\n# What was found\n",
+        "No number on this page was typed: each comes from a file of `results/`, named beside it, which "
+        "`make repro PROFILE=...` writes. What decides was [written down before](preregistration.md); whether SAEs of "
+        "this size can tell anything was [asked first, of unmasked ones](gate.md).\n",
+        *(profile_part(root, name) for name in names),
+        predicted(root, names[0]),
+        larger(root, names[0]),
+    ]
+    return "\n".join(parts)
+
+
+def profile_part(root: Path, name: str) -> str:
+    """One profile: verdicts, along training, every cell, controls."""
+    profile, folder = load_profile(name), root / "results" / name
+    claims, along = read_json(folder / "claims.json"), read_json(folder / "along_effects.json")
+    figures = f"../figures/{name}"
+    told = [
+        f"## Profile `{name}`\n\n{_scale(profile)}",
+        preregistration.status(profile).strip(),
+        "### Verdicts",
+        to_markdown(cells(_readable(verdict_table(claims)))).strip(),
+        f"`results/{name}/claims.json`. *Finds*: the smallest true difference that the rule finds four times of five.",
+    ]
+    if claims["C4"].get("cells"):
+        told += ["The cells of C4:", to_markdown(cells(_readable(cell_table(claims)))).strip()]
+    told += [
+        "### Along training",
+        f"![Absorption of both kinds against steps and explained variance]({figures}/04_absorption/along.png)",
+        (root / "figures" / name / "04_absorption/along.txt").read_text(encoding="utf-8").strip(),
+        to_markdown(cells(effect_table(along))).strip(),
+        f"`results/{name}/along_effects.json`. At equal explained variance the unmasked SAE is one that was stopped "
+        "early.",
+        "### Every cell: arms, rivals, controls",
+        f"![Every arm and kind of SAE beside its baseline]({figures}/08_ablations/cells.png)",
+        f"[In numbers]({figures}/08_ablations/table.md): every way to match sparsity, the published one first.",
+    ]
+    if controls := read_json(folder / "controls.json"):
+        told += [
+            "### What an untrained SAE scores",
+            f"![Trained SAEs beside controls]({figures}/04_absorption/controls.png)",
+            " ".join(control_words(controls)),
+            to_markdown(cells(control_table(controls))).strip(),
+        ]
+    return "\n\n".join(told) + "\n"
+
+
+def predicted(root: Path, name: str) -> str:
+    """Both worlds of known features beside the language model: what masking does to absorption with TopK."""
+    folder, profile = root / "results" / name, load_profile(name)
+    options, world = profile.simulation, simulated(read_json(folder / "mechanism.json"))
+    synthetic = read_json(root / "results/synthetic/effects.json")
+    along = read_json(folder / "along_effects.json")
+    table = []
+    for arm in ("kept", "dropped"):
+        for kind, named in PARENTS.items():
+            at = {"rule": "TopK", "kind": kind, "k": options.ks[0], "p": options.main_p, "arm": arm}
+            lines = [row for row in world if all(row[key] == value for key, value in at.items())]
+            score = {"comparison": f"TopK: {arm}", "mode": "as_trained", "score": f"absorption_{kind}"}
+            found = {"arm": arm, "kind": named, "equal": "steps"}
+            row = {"arm": arm, "parents": named}
+            row |= {f"notebook 00, q = {line['q']:g}": _told(line) for line in lines if line["q"] in (0.5, 1.0)}
+            row["SynthSAEBench"] = _told(_only(synthetic, score))
+            row["this model"] = _told(_only(along, found))
+            table.append(row)
+    return f"""## What was predicted, and what came
+
+Absorption, treated less unmasked, TopK, at equal steps. Two worlds in which every feature is known were asked before
+([notebook 00](../notebooks/00_mechanism.ipynb), where q is how often a word comes with its parent, and
+[SynthSAEBench](synthetic.md)); their sizes do not carry over, their signs may.
+
+{to_markdown(cells(table))}
+"""
+
+
+def larger(root: Path, name: str) -> str:
+    """What it would take to settle what this run could not."""
+    claims = read_json(root / "results" / name / "claims.json")
+    rows = [row for row in verdict_table(claims) if row["verdict"] == "inconclusive"]
+    told = [
+        f"* {row['claim']}, {row['endpoint'] or 'cells'}: {row['pairs needed']} pairs, were the effect the one found "
+        f"here; this run finds {number(row['finds'])} and more."
+        for row in rows
+        if row["pairs needed"]
+    ]
+    text = "\n".join(told) or "No endpoint was inconclusive."
+    return f"""## What a larger run would need
+
+{text}
+
+More pairs make an interval narrower. They do not answer whether a larger model, more tokens or a wider dictionary would
+behave otherwise: `make repro PROFILE=paper` is sized for that ([scale](scale.md)).
+"""
+
+
+def _scale(profile: Profile) -> str:
+    text, training, main = profile.text, profile.training, profile.main_grid
+    pairs = len(profile.blocks[0].pairs)
+    tokens = f"{text.train_tokens / 1e6:g} M tokens × {training.epochs} epochs"
+    return (
+        f"{profile.model.source}, {profile.model.place}, {tokens}; {main.architecture} with {main.n_latents:,} latents "
+        f"at L0 {main.l0:g}, {pairs} pairs of SAEs (profile `{profile.name}`)."
+    )
+
+
+def _readable(rows: list[dict]) -> list[dict]:
+    """Rows of verdicts with numbers as text, without columns that are empty in all."""
+    texts = [{key: value if isinstance(value, str) else _short(value) for key, value in row.items()} for row in rows]
+    used = [key for key in texts[0] if any(row[key] for row in texts)]
+    return [{key: row[key] for key in used} for row in texts]
+
+
+def _short(value) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
+
+
+def _told(row: dict | None) -> str:
+    """A change with its interval and what that says."""
+    if row is None:
+        return "–"
+    effect = Effect.from_dict(row)
+    if effect.low is None:
+        return change(effect)
+    return change(effect, 3) + (" falls" if effect.high < 0 else " rises" if effect.low > 0 else " undecided")
+
+
+def _only(rows: list[dict], values: dict) -> dict | None:
+    return next((row for row in rows if all(row[key] == value for key, value in values.items())), None)
