@@ -45,6 +45,7 @@ EXAMPLES = {
     "gate": "masksae gate",
     "match": "masksae match overnight --arm kept --grid matryoshka_clean --pilot 99\n"
     "masksae match overnight --arm noise --like kept --grid topk20 --pilot 99",
+    "check": "masksae check\nmasksae check laptop --json",
     "verify": "masksae verify paper\nmasksae verify paper-gemma --json",
     "reliability": "masksae reliability laptop",
     "share": "masksae share laptop                the folder, build/laptop/hub\nmasksae share laptop --to OWNER/NAME",
@@ -116,6 +117,8 @@ def _add_study(add) -> None:
     match.add_argument(
         "--like", metavar="ARM", help="search the noise that costs as much explained variance as this arm"
     )
+    checked = add("check", "Which results are of this profile and code, unrun; status 1 if some are not.", print_states)
+    checked.add_argument("profiles", nargs="*", help="names or YAML files (default: all shipped ones with results)")
     verify = add("verify", "Published numbers beside a profile's; status 1 if some differ.", print_checks, "paper")
     noise = add(
         "reliability", "Which scores of a finished profile can be trusted: a table.", print_reliability, DEFAULT
@@ -123,7 +126,7 @@ def _add_study(add) -> None:
     share = add("share", "SAEs of a profile for the hub, in SAELens' form, with a card.", share_saes, DEFAULT)
     share.add_argument("--to", metavar="OWNER/NAME", help="push them to this repository of the hub")
     site = add("site", "Static pages of all that was run: build/site/index.html.", build_site)
-    _add_json(plan, fetch_, train_, gate, match, verify, noise, share, site)
+    _add_json(plan, fetch_, train_, gate, match, checked, verify, noise, share, site)
 
 
 def _add_sae(add) -> None:
@@ -294,6 +297,25 @@ def print_match(options) -> None:
     others = [row for row in known if any(row[key] != found[key] for key in same)]
     run.save_result("matched", [*others, found])
     _show(options, found, f"{found['what']} = {found['trials'][-1]['at']:.4g} ({len(found['trials'])} trials)")
+
+
+def print_states(options) -> int:
+    """Results of some profiles, by whether they are of this code; 1 if some are not."""
+    from masksae.files import repository, shipped_profiles
+    from masksae.study.check import STATES, check, has_results, summary
+    from masksae.study.report import preregistration
+    from masksae.study.report.tables import to_text
+    from masksae.study.run import Run
+
+    names = [name for name in shipped_profiles() if has_results(repository() / "results" / name)]
+    rows, told = [], []
+    for name in options.profiles or names:
+        run = Run(name)
+        found = check(run)
+        rows += [{"profile": run.profile.name} | row for row in found]
+        told.append(f"{name}\n{to_text(summary(found))}\n  {preregistration.status(run.profile).splitlines()[0]}")
+    _show(options, rows, "\n\n".join(told))
+    return int(any(row["state"] != STATES[0] for row in rows))
 
 
 def print_checks(options) -> int:

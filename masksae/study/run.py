@@ -24,6 +24,9 @@ from masksae.study.sections import Section
 from masksae.training import logs
 from masksae.training.group import load_snapshots, train
 
+MADE_OF = "made_of.json"
+"""Result of a profile that does not keep its pairs: score -> part -> ids of recipe and code."""
+
 
 class Run(Inputs):
     """One profile at work: its inputs, and the SAEs trained on them, part by part."""
@@ -208,22 +211,41 @@ class RunPart(Beside):
         return by_step
 
     def rows(self, kind: str, section: Section, make: Callable[[], list[dict]], *further: Section) -> list[dict]:
-        recipe = [self.table, [self.run.recipe(group) for group in self.groups], self.identity(section, *further)]
-        code = [[self.run.id_of(group) for group in self.groups], cache.code_of(make)]
+        key = self.made_of(section, make, *further)
+        ids = dict(zip(("recipe", "code"), map(run_id, key)))
         if not self.profile.keep_pairs:
-            return cache.kept_rows(kind, [recipe, code], make)
-        file = self.results / "pairs" / f"{self.name}.json"
-        found = _kept(file).get(kind)
-        if found is None or found["recipe"] != run_id(recipe):
-            rows = cache.kept_rows(kind, [recipe, code], make)
-            found = {"recipe": run_id(recipe), "code": run_id(code), "rows": rows}
+            rows = cache.kept_rows(kind, key, make)
+            if self.noted(kind) != ids:
+                known = _kept(self.run.results / MADE_OF)
+                write_json(self.run.results / MADE_OF, known | {kind: known.get(kind, {}) | {self.name: ids}})
+            return rows
+        found = _kept(self.file).get(kind)
+        if found is None or found["recipe"] != ids["recipe"]:
+            found = ids | {"rows": cache.kept_rows(kind, key, make)}
             # read again: what `make` takes of other kinds is there by now
-            write_json(file, _kept(file) | {kind: found}, compact=True)
+            write_json(self.file, _kept(self.file) | {kind: found}, compact=True)
         return found["rows"]
+
+    def made_of(self, section: Section, make: Callable, *further: Section) -> list[list]:
+        """All that rows of a score are made of: the recipe, out of the profile; and the code."""
+        recipe = [self.table, [self.run.recipe(group) for group in self.groups], self.identity(section, *further)]
+        return [recipe, [[self.run.id_of(group) for group in self.groups], cache.code_of(make)]]
+
+    def noted(self, kind: str) -> dict[str, str] | None:
+        """Ids of recipe and code of the rows that are among the results; None if there are none."""
+        if not self.profile.keep_pairs:
+            return _kept(self.run.results / MADE_OF).get(kind, {}).get(self.name)
+        found = _kept(self.file).get(kind)
+        return found and {key: found[key] for key in ("recipe", "code")}
+
+    @property
+    def file(self) -> Path:
+        """Where the rows of a part are kept, for a profile that keeps them."""
+        return self.results / "pairs" / f"{self.name}.json"
 
 
 def _kept(file: Path) -> dict[str, dict]:
-    """What a file of a pair holds: kind -> recipe, code, rows."""
+    """What a file holds; of a pair: kind -> recipe, code, rows."""
     return read_json(file) if file.exists() else {}
 
 
