@@ -26,3 +26,19 @@ def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
             for source, v in parts.items()
         ]
     return sources
+
+
+def in_words(components: list[dict]) -> str:
+    """How much of the difference between arms is the SAEs' own, and what most of the rest is; rows of `noise_table`."""
+    told = []
+    for name in dict.fromkeys(row["of"] for row in components if " less " in row["of"]):
+        share = {row["source"]: row["share"] for row in components if row["of"] == name}
+        other = max((source for source in share if source != "seed"), key=share.get)
+        told.append(
+            f"of the variance of {name.replace(' less ', ' less the ')}, {100 * share['seed']:.0f} % belongs to the "
+            f"pair of SAEs, and most of the rest ({100 * share[other]:.0f} %) to {other.replace(' x ', ' × ')}"
+        )
+    off = [sum(r["sd"] ** 2 for r in components if r["of"] == arm and r["source"] != "seed") ** 0.5
+           for arm in dict.fromkeys(row["of"] for row in components if " less " not in row["of"])]  # fmt: skip
+    size = f"One evaluation of one SAE is off by {min(off):.3f} to {max(off):.3f} (SD)"
+    return f"{size}; {'; '.join(told)}."

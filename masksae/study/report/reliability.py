@@ -71,3 +71,16 @@ def page_table(table: pd.DataFrame) -> str:
         "more latents move it by": ("signal", _signal),
     }
     return to_markdown(cells(pd.DataFrame({title: table[name].map(form) for title, (name, form) in columns.items()})))
+
+
+def in_words(table: pd.DataFrame) -> str:
+    """What the spread between seeds makes of differences that papers report, a sentence; of the scores that are
+    there."""
+    spread = dict(zip(table["score"], table["between seeds"]))
+    asked = {"ev_centred": 0.01, "mean_full": 0.02, "ood_auc_16": 0.02}
+    told = [
+        f"{size:.2f} of {labels.words(key)} is {size / spread[labels.words(key)]:.2g}"
+        for key, size in asked.items()
+        if labels.words(key) in spread
+    ]
+    return f"In standard deviations between seeds, a difference of {', '.join(told)}."
