@@ -69,14 +69,14 @@ def seconds_per_step(run: Run, steps: int = 30) -> dict[str, float]:
     return found
 
 
-def failed(row: dict, bounds: Gate, latents: int) -> list[str]:
-    """What a row of the gate does not reach, in words; nothing if it passes. latents: size of the dictionary."""
+def failed(row: dict, bounds: Gate) -> list[str]:
+    """What a row of the gate does not reach, in words; nothing if it passes."""
     dense = row["dense_absorbers"] or 0.0  # an SAE that absorbs nothing has none
     misses = {
         f"main F1 of letters {row['main_f1']:.2f}": row["main_f1"] < bounds.letters_f1,
         f"main F1 of contexts {row['context_main_f1']:.2f}": row["context_main_f1"] < bounds.contexts_f1,
         f"dense {dense:.2f}": dense > bounds.dense_absorbers,
-        f"dead {row['dead_in_training']}": row["dead_in_training"] > bounds.dead * latents,
+        f"dead {row['dead_in_training']}": row["dead_in_training"] > bounds.dead * row["latents"],
     }
     return [words for words, missed in misses.items() if missed]
 
@@ -94,6 +94,7 @@ def _rows(part, variant: Variant) -> list[dict]:
             "block": part.profile.model.block,
             "batch": training.batch_size,
             "steps": row["step"] + 1,
+            "latents": part.run.latents_of(row),
         }
         | {key: row[key] for key in ("architecture", "grid", "k", "seed")}
         | {key: row[key] for key in COLUMNS if key in row}

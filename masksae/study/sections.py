@@ -350,6 +350,8 @@ class Variant(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     changes: dict[str, Any]
     """Section -> key -> value, as in a profile; a list takes the place of a list."""
+    candidate: bool = True
+    """Whether it may be chosen if it passes; False: it only shows what a key does."""
 
 
 TASKS = [

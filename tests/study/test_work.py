@@ -7,7 +7,7 @@ from masksae import Run
 from masksae.errors import ConfigError, DataError
 from masksae.files import read_json
 from masksae.study import gate, search, times, work
-from masksae.study.profile import load_profile
+from masksae.study.profile import Profile, load_profile
 from masksae.study.report import gate as report
 from masksae.study.sections import Gate
 
@@ -59,23 +59,27 @@ def test_the_gate_has_a_row_for_each_sae_of_each_variant(project, monkeypatch):
     assert [row | timed for row in again] == [row | timed for row in rows]
 
 
-ROW = {"main_f1": 0.5, "context_main_f1": 0.6, "dense_absorbers": 0.1, "dead_in_training": 20}
+ROW = {"main_f1": 0.5, "context_main_f1": 0.6, "dense_absorbers": 0.1, "dead_in_training": 20, "latents": 1000}
 
 
 def test_a_row_on_its_bounds_passes_and_one_beyond_says_which():
-    assert gate.failed(ROW, Gate(), latents=1000) == []
-    assert gate.failed(ROW | {"dense_absorbers": None}, Gate(), latents=1000) == []
+    assert gate.failed(ROW, Gate()) == []
+    assert gate.failed(ROW | {"dense_absorbers": None}, Gate()) == []
     for key, value, told in [
         ("main_f1", 0.49, "main F1 of letters 0.49"),
         ("context_main_f1", 0.59, "main F1 of contexts 0.59"),
         ("dense_absorbers", 0.11, "dense 0.11"),
         ("dead_in_training", 21, "dead 21"),
     ]:
-        assert gate.failed(ROW | {key: value}, Gate(), latents=1000) == [told]
+        assert gate.failed(ROW | {key: value}, Gate()) == [told]
 
 
 def test_what_passes_is_listed_by_the_f1_of_letters_and_then_by_minutes():
-    chosen = load_profile("gate")
+    names = ("slow", "fast", "best", "fails", "other_k")
+    variants = [{"name": name, "changes": {}} for name in names] + [
+        {"name": "aside", "changes": {}, "candidate": False}
+    ]
+    chosen = Profile(**load_profile("gate").model_dump() | {"variants": variants})
     row = ROW | {"k": 20, "seed": 10, "grid": "topk20"}
     rows = [
         row | {"variant": "slow", "minutes": 3.0},
@@ -83,6 +87,7 @@ def test_what_passes_is_listed_by_the_f1_of_letters_and_then_by_minutes():
         row | {"variant": "best", "main_f1": 0.7, "minutes": 9.0},
         row | {"variant": "fails", "main_f1": 0.4, "minutes": 1.0},
         row | {"variant": "other_k", "k": 40, "main_f1": 0.9, "minutes": 1.0},
+        row | {"variant": "aside", "main_f1": 0.9, "minutes": 1.0},
     ]
     told = report.choice(chosen, rows)
     assert [line.split()[1] for line in told.splitlines()[2:]] == ["best,", "fast,", "slow,"]

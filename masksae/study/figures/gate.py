@@ -19,7 +19,7 @@ def draw_gate(profile: Profile, rows: list[dict]):
     of `gate_rows`."""
     import matplotlib.pyplot as plt
 
-    bounds, latents = profile.decisions.gate, {grid.name: grid.n_latents for grid in profile.saes}
+    bounds = profile.decisions.gate
     limits = {
         "main_f1": bounds.letters_f1,
         "context_main_f1": bounds.contexts_f1,
@@ -31,7 +31,7 @@ def draw_gate(profile: Profile, rows: list[dict]):
     for axis, (key, title) in zip(axes, PANELS.items()):
         for place, row in enumerate(rows):
             colour = colours[row["architecture"]]
-            passes = not failed(row, bounds, latents[row["grid"]])
+            passes = not failed(row, bounds)
             axis.scatter(row[key] or 0.0, place, s=28, edgecolors=colour, facecolors=colour if passes else "none")
         if key in limits:
             axis.axvline(limits[key], color=GREY, linestyle=":", linewidth=1)

@@ -25,10 +25,10 @@ COLUMNS = {
 
 def page(profile: Profile, rows: list[dict]) -> str:
     """docs/gate.md: every row that was taken, what passes, and what is chosen by that. rows: of `gate_rows`."""
-    bounds, latents = profile.decisions.gate, {grid.name: grid.n_latents for grid in profile.saes}
+    bounds = profile.decisions.gate
     table = [["what is changed", "SAE", "block", "batch", "steps", "seed", *COLUMNS, "gate"]]
     for row in rows:
-        misses = failed(row, bounds, latents[row["grid"]])
+        misses = failed(row, bounds)
         values = [_number(row.get(key), digits) for key, digits in COLUMNS.values()]
         told = [
             row["variant"].replace("_", " "),
@@ -59,15 +59,16 @@ that was taken stands here, with the threshold that the SAE was trained with.
 {to_markdown(table)}
 *Minutes*: steps times the median of a step of one SAE on 2 cores, timed after all else one after the other, without the
 language model's forwards. *Dead*: latents that no longer fired at the end of training, of
-{max(latents.values()):,}. *Specific*: credited to a latent that fires on less than a tenth of the words.
+{max(row["latents"] for row in rows):,}. *Specific*: credited to a latent that fires on less than a tenth of the words.
 """
 
 
 def choice(profile: Profile, rows: list[dict]) -> str:
     """What the rule says: of those that pass at the first grid's k, the highest letter F1, then the fewest minutes."""
-    bounds, latents = profile.decisions.gate, {grid.name: grid.n_latents for grid in profile.saes}
+    bounds = profile.decisions.gate
     k = profile.main_grid.l0
-    found = [row for row in rows if row["k"] == k and not failed(row, bounds, latents[row["grid"]])]
+    asked = {variant.name for variant in profile.variants if variant.candidate}
+    found = [r for r in rows if r["k"] == k and r["variant"] in asked and not failed(r, bounds)]
     found.sort(key=lambda row: (-round(row["main_f1"], 2), row.get("minutes", 0.0)))
     if not found:
         return f"**At L0 {k:g} no row passes.**"
