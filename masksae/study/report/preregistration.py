@@ -52,6 +52,10 @@ is trained; the order of commits shows that. Every result says by its digest whi
 * **A claim with a size in it** (C5, "slightly") is supported if the whole interval lies between no fall and the bound,
   and contradicted if it lies beyond; the size is stated in any case.
 * **C4** asks for C1 to C3 in every other grid that is named, never in the first again.
+* **Searched, not chosen**: the k at which a masked arm has the unmasked one's clean L0, and the noise that costs as
+  much explained variance as masking, are found on pair 99, which is used for nothing else, by `masksae match` before
+  any pair of that profile is trained (`results/<profile>/matched.json`; a test holds the profile to it). Until that
+  file is there the profile below holds a guess of them.
 * Scores decide as they are published, with the SAE's own threshold, unless it says otherwise below; the table shows
   every way to match sparsity, the published one first.
 """

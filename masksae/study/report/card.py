@@ -1,0 +1,76 @@
+"""REPRODUCE.md: for each figure, table and number that is shown, the command that makes it, how long that takes, and
+the file that holds it."""
+
+from pathlib import Path
+
+from masksae.study.inputs import WRITES
+from masksae.study.report.results import present
+from masksae.study.report.tables import to_markdown
+from masksae.study.times import span, times
+
+PAGE = "REPRODUCE.md"
+
+SUFFIXES = (".png", ".md")
+"""Of figures and of tables; a figure's .svg and its caption, .txt, stand beside it."""
+
+
+def page(root: Path) -> str:
+    """The card of every profile that has results."""
+    first, parts = present(root)[0], [part(root, name) for name in present(root)]
+    return f"""<!-- written by tools/pages.py; edit masksae/study/report/card.py -->
+# What makes what
+
+Every figure, table and number that this repository shows: the command, the time and the memory of its stage on the
+machine that is named, and the file. A command brings all of its profile up to date and runs nothing twice.
+`masksae check` says which committed results are of this profile and this code, without running them.
+
+The README's first screen is the profile `{first}`: its verdicts are `results/{first}/claims.json`, its figure is
+`figures/{first}/04_absorption/along.png`.
+
+| what | command | file |
+| --- | --- | --- |
+| the regime ([gate](docs/gate.md)) | `masksae gate` | `results/gate/gate.json`, `figures/gate/gate.png` |
+| known features ([synthetic](docs/synthetic.md)) | `make synthetic` | `results/synthetic/`, `figures/synthetic/` |
+| an own model, step by step ([own-model](docs/own-model.md)) | `make guide` | `docs/own-model/` |
+| speed beside the peers ([benchmarks](benchmarks/README.md)) | `make benchmark` | printed |
+
+{"".join(parts)}"""
+
+
+def part(root: Path, name: str) -> str:
+    """The card of one profile."""
+    found = times(root / "results" / name)
+    machine = found["machine"]
+    told = (
+        f"Measured on {machine['cores']} cores, {machine['gflops']} GFLOP/s in all, torch {machine['torch']}."
+        if machine
+        else "Not timed."
+    )
+    rows = [["stage", "time", "memory", "results", "figures and tables"]]
+    for stage in sorted({*WRITES, *(path.name for path in (root / "figures" / name).iterdir() if path.is_dir())}):
+        taken = found["stages"].get(stage)
+        results = [key for key in WRITES.get(stage, ()) if (root / "results" / name / f"{key}.json").exists()]
+        rows.append(
+            [
+                stage,
+                span(taken["seconds"]) if taken else "–",
+                f"{taken['memory_gb']:.1f} GB" if taken else "–",
+                ", ".join(f"[{key}](results/{name}/{key}.json)" for key in results),
+                ", ".join(f"[{path.stem}]({path.relative_to(root)})" for path in shown(root, name, stage)),
+            ]
+        )
+    total = sum(taken["seconds"] for taken in found["stages"].values())
+    return f"""## Profile `{name}`
+
+    make repro PROFILE={name}
+
+{told} In all {span(total)}.
+
+{to_markdown(rows)}
+"""
+
+
+def shown(root: Path, name: str, stage: str) -> list[Path]:
+    """Figures and tables of a stage."""
+    folder = root / "figures" / name / stage
+    return sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES)
