@@ -39,6 +39,7 @@ def draw_gate(profile: Profile, rows: list[dict]):
             if rows[place]["variant"] != rows[place - 1]["variant"]:
                 axis.axhline(place - 0.5, color=GREY, linewidth=0.4, alpha=0.5)
         axis.locator_params(axis="x", nbins=3)
+        axis.margins(x=0.08)
         axis.set(xlabel=title)
         axis.tick_params(labelsize="small")
     names = [f"{row['variant'].replace('_', ' ')}: {row['grid']}" for row in rows]

@@ -77,7 +77,21 @@ def choice(profile: Profile, rows: list[dict]) -> str:
         f"{row['main_f1']:.2f}, contexts F1 {row['context_main_f1']:.2f}, {_number(row.get('minutes'), 1)} minutes"
         for place, row in enumerate(found, 1)
     ]
-    return "\n".join([f"Rows that pass at L0 {k:g}, by the F1 of letters, then by minutes:", "", *lines])
+    told = f"Rows that pass at L0 {k:g}, by the F1 of letters, then by minutes; the first is what the profiles use."
+    told += _seeds([row for row in rows if row["variant"] in asked])
+    return "\n".join([told, "", *lines])
+
+
+def _seeds(rows: list[dict]) -> str:
+    """How far two seeds of the same thing are apart, as a sentence; "" without any."""
+    same: dict[tuple, list[float]] = {}
+    for row in rows:
+        same.setdefault(tuple(row[key] for key in ("grid", "block", "batch", "steps")), []).append(row)
+    pairs = [found for found in same.values() if len({row["seed"] for row in found}) > 1]
+    if not pairs:
+        return ""
+    apart = [max(r["main_f1"] for r in found) - min(r["main_f1"] for r in found) for found in pairs]
+    return f" Two seeds of the same SAE are up to {max(apart):.2f} apart: rows that are nearer are not told apart."
 
 
 def _number(value: float | None, digits: int) -> str:
