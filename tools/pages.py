@@ -1,9 +1,9 @@
 """The pages of docs/ whose numbers come from results and code: `python tools/pages.py` writes them, a test holds the
 committed ones to it.
 
-docs/data.md, gate.md and preregistration.md are written whole; of metrics.md, scale.md and reproduce.md what stands
-between `<!-- NAME: written by tools/pages.py -->` and `<!-- end -->`. The numbers are read from results/, from plans
-and from the lists of packages. What else the prose says of results is held to them by tests/app/test_docs.py.
+docs/data.md, gate.md, preregistration.md and results.md are written whole; of README.md, metrics.md, scale.md and
+reproduce.md what stands between `<!-- NAME: written by tools/pages.py -->` and `<!-- end -->`. The numbers are read
+from results/, from plans and from the lists of packages.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from masksae.data.texts import TEXTS
 from masksae.files import read_json, shipped_profiles, write_text
 from masksae.memory import ADAM_AND_WEIGHTS, parameters
 from masksae.study.profile import Profile, load_profile
-from masksae.study.report import gate, preregistration, reliability, tables
+from masksae.study.report import card, gate, noise, preregistration, reliability, results, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = "<!-- written by tools/pages.py; edit that -->\n"
@@ -82,7 +82,7 @@ def pages() -> dict[Path, str]:
     """Path -> the page as it should stand."""
     docs = ROOT / "docs"
     parts = {
-        "metrics": {"noise": reliability.page_table(reliability.reliability("laptop")).strip()},
+        "metrics": noises(results.present(ROOT)[0]),
         "scale": {name: f"```\n{costs(Plan(load_profile(name)))}\n```" for name in ("paper", "paper-gemma")}
         | {"beyond": beyond(load_profile("paper-gemma"))},
         "reproduce": {"profiles": profiles()},
@@ -90,7 +90,18 @@ def pages() -> dict[Path, str]:
     whole = {docs / "data.md": data()}
     whole[ROOT / preregistration.PAGE] = preregistration.page([load_profile(n) for n in preregistration.PROFILES])
     whole[ROOT / gate.PAGE] = gate.page(load_profile("gate"), read_json(ROOT / "results/gate/gate.json"))
+    whole[ROOT / card.PAGE] = card.page(ROOT)
+    whole[ROOT / results.PAGE] = results.page(ROOT)
+    whole[ROOT / "README.md"] = filled(ROOT / "README.md", {"results": results.first_screen(ROOT)})
     return whole | {docs / f"{page}.md": filled(docs / f"{page}.md", found) for page, found in parts.items()}
+
+
+def noises(name: str) -> dict[str, str]:
+    """How far the scores of a profile move by themselves, and those of `laptop` with the split of the words."""
+    table = reliability.reliability(name)
+    components = read_json(ROOT / "results/laptop/noise.json")["components"]
+    told = f"{reliability.page_table(table)}\nProfile `{name}`. {reliability.in_words(table)}"
+    return {"noise": told, "splits": noise.in_words(components)}
 
 
 def filled(path: Path, parts: dict[str, str]) -> str:
