@@ -59,7 +59,16 @@ def test_the_gate_has_a_row_for_each_sae_of_each_variant(project, monkeypatch):
     assert [row | timed for row in again] == [row | timed for row in rows]
 
 
-ROW = {"main_f1": 0.5, "context_main_f1": 0.6, "dense_absorbers": 0.1, "dead_in_training": 20, "latents": 1000}
+ROW = {
+    "block": 4,
+    "batch": 512,
+    "steps": 9,
+    "main_f1": 0.5,
+    "context_main_f1": 0.6,
+    "dense_absorbers": 0.1,
+    "dead_in_training": 20,
+    "latents": 1000,
+}
 
 
 def test_a_row_on_its_bounds_passes_and_one_beyond_says_which():
@@ -91,7 +100,11 @@ def test_what_passes_is_listed_by_the_f1_of_letters_and_then_by_minutes():
     ]
     told = report.choice(chosen, rows)
     assert [line.split()[1] for line in told.splitlines()[2:]] == ["best,", "fast,", "slow,"]
-    assert "no row passes" in report.choice(chosen, rows[3:])
+    assert "Two seeds" not in told and "no row passes" in report.choice(chosen, rows[3:])
+    again = row | {"variant": "best", "seed": 11, "main_f1": 0.58, "minutes": 2.0}
+    assert "up to 0.20 apart" in report.choice(
+        chosen, [row | {"variant": "best", "main_f1": 0.78, "minutes": 1.0}, again]
+    )
 
 
 def test_a_gate_is_for_unmasked_saes_of_some_variants(project):
