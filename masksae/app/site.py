@@ -37,6 +37,9 @@ OTHER_PAGES = ("benchmarks/README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 EVERY_CLAIM = "09_paper"
 """The notebook that judges the claims; what else shows a claim is the notebook that saves its score."""
 
+SILENT = {"injected-parameters", "setup"}
+"""Tags of cells that say nothing to a reader."""
+
 CONFIG = {
     "project": "masksae",
     "extensions": ["myst_nb", "sphinx.ext.autodoc"],
@@ -64,7 +67,7 @@ CONFIG = {
     "nb_ipywidgets_js": {},  # they would come from a network
     "myst_enable_extensions": ["attrs_block"],
     "myst_heading_anchors": 4,
-    "autodoc_default_options": {"members": True, "member-order": "bysource"},
+    "autodoc_default_options": {"members": True, "member-order": "bysource", "no-value": True},
     "autodoc_typehints": "signature",
     "maximum_signature_line_length": 80,
     "default_role": "code",
@@ -76,7 +79,8 @@ CSS = """
 .bd-content img { background: none !important; filter: none !important; }
 html[data-theme] .bd-content .cell_output .text_html { background: none !important; color: inherit !important; }
 .where { font-size: .85rem; color: var(--pst-color-text-muted); }
-.bd-content :is(code, a, dt) { overflow-wrap: anywhere; }
+.bd-content :is(code, a, dt, strong) { overflow-wrap: anywhere; }
+.bd-content .pre { white-space: pre-wrap; }
 .bd-content td :is(code, a) { overflow-wrap: normal; }
 .bd-content .cell_output .stream pre { white-space: pre-wrap; }
 """
@@ -184,8 +188,8 @@ class _Notebook:
                 for name in re.findall(r'save_figure\(\s*run, "([^"]+)"', cell.source):
                     address = _label("cell", run.name, name)
                     cells.append(nbformat.v4.new_markdown_cell(f"({address})=", id=f"to-{number}"))
-                injected = "injected-parameters" in cell.metadata.get("tags", [])
-                cell.metadata["tags"] = ["remove-cell" if injected else "hide-input"]
+                shown = SILENT.isdisjoint(cell.metadata.get("tags", []))
+                cell.metadata["tags"] = ["hide-input" if shown else "remove-cell"]
             cells.append(cell)
         content = nbformat.v4.new_notebook(cells=cells, metadata=self.content.metadata)
         folder.mkdir(parents=True, exist_ok=True)
@@ -359,7 +363,7 @@ def _api(folder: Path) -> list[str]:
 
 def _render(source: Path, target: Path) -> None:
     """HTML of what was laid out. Raises DataError if Sphinx warns of anything."""
-    from ipython_pygments_lexers import IPython3Lexer
+    from pygments.lexers import find_lexer_class_by_name
     from sphinx.application import Sphinx
     from sphinx.util.console import strip_escape_sequences
     from sphinx.util.docutils import docutils_namespace, patch_docutils
@@ -370,7 +374,7 @@ def _render(source: Path, target: Path) -> None:
         app = Sphinx(
             source, None, target, target.with_name("doctrees"), "html", CONFIG, status=None, warning=said, freshenv=True
         )
-        app.add_lexer("python", IPython3Lexer)  # `!command` stands in pages that were notebooks
+        app.add_lexer("python", find_lexer_class_by_name("ipython3"))  # `!command` stands in pages that were notebooks
         app.connect("autodoc-process-docstring", _as_rst)
         app.build()
     if faults := strip_escape_sequences(said.getvalue()).replace(f"{source}/", "").strip():
