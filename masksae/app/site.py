@@ -79,7 +79,7 @@ CSS = """
 .bd-content img { background: none !important; filter: none !important; }
 html[data-theme] .bd-content .cell_output .text_html { background: none !important; color: inherit !important; }
 .where { font-size: .85rem; color: var(--pst-color-text-muted); }
-.bd-content :is(code, a, dt, strong) { overflow-wrap: anywhere; }
+.bd-content :is(h1, code, a, dt, strong) { overflow-wrap: anywhere; }
 .bd-content .pre { white-space: pre-wrap; }
 .bd-content td :is(code, a) { overflow-wrap: normal; }
 .bd-content .cell_output .stream pre { white-space: pre-wrap; }
