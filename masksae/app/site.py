@@ -40,6 +40,8 @@ EVERY_CLAIM = "09_paper"
 SILENT = {"injected-parameters", "setup"}
 """Tags of cells that say nothing to a reader."""
 
+HEADLINE = ("04_absorption", "along.svg")
+
 CONFIG = {
     "project": "masksae",
     "extensions": ["myst_nb", "sphinx.ext.autodoc"],
@@ -115,8 +117,13 @@ def build(root: Path | None = None) -> Path:
 
 
 def _executed(root: Path) -> list[str]:
-    names = {path.parent.name for path in (root / "build").glob("*/[0-9][0-9]_*.ipynb")}
+    names = {folder.name for folder in (root / "build").glob("*/") if _notebooks(folder)}
     return sorted(names, key=lambda name: _place(name, ORDER))
+
+
+def _notebooks(folder: Path) -> list[Path]:
+    """The executed ones, in their order."""
+    return sorted(path for path in folder.glob("[0-9][0-9]_*.ipynb") if not path.stem.endswith(".failed"))
 
 
 def _place(name: str, order: tuple[str, ...]) -> tuple[int, str]:
@@ -134,13 +141,14 @@ class _Run:
             shipped if shipped.exists() else root / yaml.safe_load(pipeline.read_text(encoding="utf-8"))["profile_file"]
         )
         self.profile = load_profile(self.source)
-        paths = sorted((root / "build" / name).glob("[0-9][0-9]_*.ipynb"))
-        self.notebooks = {path.stem: _Notebook(path) for path in paths if not path.stem.endswith(".failed")}
+        self.notebooks = {path.stem: _Notebook(path) for path in _notebooks(root / "build" / name)}
         verdicts = root / "results" / name / "claims.json"
         self.claims = read_json(verdicts) if verdicts.exists() else {}
 
     def pictures(self, notebook: str) -> list[Path]:
-        return sorted((self.figures / notebook).glob("*.svg"))
+        """Those that a notebook's cells save; what another version has left beside them is not this run's."""
+        drawn = self.notebooks[notebook].figures
+        return [svg for svg in sorted((self.figures / notebook).glob("*.svg")) if f"{notebook}/{svg.stem}" in drawn]
 
     def shown_by(self, claim: str) -> list[str]:
         """The notebooks that a claim rests on."""
@@ -151,8 +159,8 @@ class _Run:
     def claims_of(self, notebook: str) -> list[str]:
         return [claim for claim in self.claims if notebook in self.shown_by(claim)]
 
-    def verdicts(self, claims: str) -> str:
-        """Markdown table of the verdicts, "" where there are none; `claims` is the address of the page of claims."""
+    def verdicts(self) -> str:
+        """Markdown table of the verdicts, "" where there are none."""
         rows = [["", "claim", "verdict", "unmasked → masked"]]
         for key, value in self.claims.items():
             rows.append([f"[{key}](#{_label(key)})", _text(CLAIMS[key]), value["verdict"], _text(_told(value))])
@@ -167,7 +175,7 @@ class _Notebook:
 
         self.stem, self.content = path.stem, nbformat.read(path, as_version=4)
         code = "\n".join(cell.source for cell in self.content.cells if cell.cell_type == "code")
-        self.results = set(re.findall(r'save_result\("(\w+)"', code))
+        self.results, self.figures = set(re.findall(r'save_result\("(\w+)"', code)), _saved_figures(code)
         first = self.content.cells[0].source if self.content.cells else ""
         self.title = first.partition("\n")[0].removeprefix("# ") if first.startswith("# ") else path.stem
 
@@ -185,7 +193,7 @@ class _Notebook:
             if number == 0 and cell.cell_type == "markdown" and cell.source.startswith("# "):
                 cell.source = cell.source.partition("\n")[2].strip()
             if cell.cell_type == "code":
-                for name in re.findall(r'save_figure\(\s*run, "([^"]+)"', cell.source):
+                for name in _saved_figures(cell.source):
                     address = _label("cell", run.name, name)
                     cells.append(nbformat.v4.new_markdown_cell(f"({address})=", id=f"to-{number}"))
                 shown = SILENT.isdisjoint(cell.metadata.get("tags", []))
@@ -194,6 +202,11 @@ class _Notebook:
         content = nbformat.v4.new_notebook(cells=cells, metadata=self.content.metadata)
         folder.mkdir(parents=True, exist_ok=True)
         nbformat.write(content, folder / f"{self.stem}.ipynb")
+
+
+def _saved_figures(code: str) -> list[str]:
+    """ "NOTEBOOK/NAME" of each."""
+    return re.findall(r'save_figure\(\s*run, "([^"]+)"', code)
 
 
 def _lay_out(root: Path, runs: list[_Run], source: Path) -> None:
@@ -239,17 +252,18 @@ def _toc(caption: str, entries: list[str]) -> str:
 
 
 def _page(path: Path, runs: list[_Run]) -> str:
-    """A page of the project; links to notebooks lead to executed ones, badges (of a network) are left out."""
+    """A page of the project; links to notebooks lead to executed ones or, where there are none, are words;
+    badges are left out, since they come from a network."""
     text = re.sub(r"(?m)^\[!\[[^\]]*\]\(https://.*\n", "", path.read_text(encoding="utf-8"))
     for old, new in {"](../README.md": "](../index.md", "](own_model.ipynb": "](own-model.md"}.items():
         text = text.replace(old, new)
     done = {notebook: run.name for run in reversed(runs) for notebook in run.notebooks}
 
     def lead(found: re.Match) -> str:
-        up, notebook = found.groups()
-        return f"]({up}{done[notebook]}/{notebook}.ipynb" if notebook in done else found[0]
+        words, up, notebook = found.groups()
+        return f"[{words}]({up}{done[notebook]}/{notebook}.ipynb)" if notebook in done else words
 
-    return re.sub(r"\]\(((?:\.\./)?)notebooks/(\w+)\.ipynb", lead, text)
+    return re.sub(r"\[([^\]]*)\]\(((?:\.\./)?)notebooks/(\w+)\.ipynb\)", lead, text)
 
 
 def _run_here(runs: list[_Run]) -> str:
@@ -259,9 +273,9 @@ def _run_here(runs: list[_Run]) -> str:
         parts.append(
             f"### {run.name}\n\n{_text(run.profile.description)}\n\n[All figures and notebooks]({run.name}/index.md)\n"
         )
-        if (run.figures / "04_absorption" / "along.svg").exists():
-            parts.append(_figure(run, run.figures / "04_absorption" / "along.svg", up="", named=False))
-        parts.append(run.verdicts("claims.md"))
+        drawn = [svg for notebook in run.notebooks for svg in run.pictures(notebook)]
+        parts += [_figure(run, svg, up="", named=False) for svg in drawn if svg.parts[-2:] == HEADLINE]
+        parts.append(run.verdicts())
     return "\n".join(parts)
 
 
@@ -303,7 +317,7 @@ def _profile(run: _Run, target: Path) -> None:
         f"# {_text(run.source.name)}\n\n```{{literalinclude}} {run.source.name}\n:language: yaml\n```\n",
     )
     parts = [f"# {_text(run.name)}\n\n{_text(run.profile.description)}\n\n[Parameters](parameters.md)\n"]
-    parts.append(run.verdicts("../claims.md"))
+    parts.append(run.verdicts())
     for stem, notebook in run.notebooks.items():
         tables = [path.read_text(encoding="utf-8") for path in sorted((run.figures / stem).glob("*.md"))]
         shown = [_figure(run, svg, up="../") for svg in run.pictures(stem)] + tables

@@ -19,7 +19,8 @@ PIXEL = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>'
 README = """# masksae
 
 [![badge](https://example.org/badge.svg)](https://example.org)
-[own](docs/own.md), [notebook](notebooks/04_absorption.ipynb)
+[own](docs/own.md), [notebook](notebooks/04_absorption.ipynb),
+[not run](notebooks/05_probing.ipynb)
 
 ![headline](figures/p.png)
 """
@@ -41,7 +42,9 @@ def lay(root):
     figures = root / "figures/smoke/04_absorption"
     write_text(figures / "along.svg", PIXEL)
     write_text(figures / "along.txt", "A caption with <brackets>, *stars* and a_b_.\n")
+    write_text(figures / "old.svg", PIXEL)
     write_text(figures / "along.md", "| a | b |\n| --- | --- |\n| 1 | 2 |\n")
+    write_text(root / "build/mine/04_absorption.failed.ipynb", "{}")
     (root / "figures/p.png").write_bytes(bytes.fromhex(PNG))
     write_text(root / "README.md", README)
     table = "[table](../figures/smoke/04_absorption/along.md)"
@@ -78,6 +81,7 @@ def test_claims_figures_notebooks_and_parameters_lead_to_each_other(project, pag
     [c1, c2] = (re.search(rf'(?s)<section id="{c}.*?</section>', pages["claims.html"])[0] for c in ("c1", "c2"))
     for link in ("smoke/index.html", "smoke/04_absorption.html", "smoke/index.html#figure-smoke-04-absorption-along"):
         assert f'href="{link}"' in c1
+    assert "old.svg" not in profile + front and not any(name.startswith("mine/") for name in pages)
     assert "not measured" in c2 and "04_absorption" not in c2
     assert "<td><p>2</p></td>" in profile and "train_tokens" in pages["smoke/parameters.html"]
 
