@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from masksae.study.figures.style import FAMILY, KINDS, dots, in_words, palette
+from masksae.study.figures.style import FAMILY, KINDS, dots, grid_words, palette
 
 ACROSS = 6
 """Panels beside each other, at most."""
@@ -35,7 +35,7 @@ def draw_training(rows: list[dict]):
                     axis.plot(history["step"], history[score], color=colours[row["arm"]], linewidth=1, alpha=0.8)
             axis.set(ylim=(0, tops[score]), ylabel=label if number % across == 0 else None)
             axis.tick_params(labelbottom=bool(place))
-            axis.set(title=None if place else in_words(grids[number]), xlabel="step" if place else None)
+            axis.set(title=None if place else grid_words(grids[number]), xlabel="step" if place else None)
     lines = [plt.Line2D([], [], color=colour, label=arm) for arm, colour in colours.items()]
     axes[0, -1].legend(handles=lines, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
@@ -92,5 +92,5 @@ def kind(grid: str, architecture: str) -> str:
     >>> kind("ortsae20", "TopK"), kind("matryoshka20", "Matryoshka BatchTopK"), kind("mine", "TopK")
     ('OrtSAE', 'Matryoshka BatchTopK', 'TopK')
     """
-    words = in_words(grid).partition(",")[0]
+    words = grid_words(grid).partition(",")[0]
     return words if words in KINDS.values() and words not in architecture else architecture

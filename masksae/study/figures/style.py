@@ -53,10 +53,10 @@ def palette(arms) -> dict[str, str]:
     return {arm: COLOURS.get(arm) or next(spare) for arm in arms}
 
 
-def in_words(grid: str) -> str:
+def grid_words(grid: str) -> str:
     """A grid as a label; a name that is not made like those of the shipped profiles stays, without underscores.
 
-    >>> in_words("matryoshka20"), in_words("matryoshka20_32"), in_words("matryoshka_clean"), in_words("my_own")
+    >>> grid_words("matryoshka20"), grid_words("matryoshka20_32"), grid_words("matryoshka_clean"), grid_words("my_own")
     ('Matryoshka, L0 20', 'Matryoshka, L0 20, 32', 'Matryoshka, clean', 'my own')
     """
     found = re.match(r"([a-z]+|c2r)(\d*)(?:_(\w+))?$", grid)
@@ -118,7 +118,7 @@ def dots(panels, share: bool = False, bottom=None, line=None):
             axis.axhline(line, color=GREY, linestyle="--", linewidth=1)
         axis.set(
             xticks=range(len(grids)),
-            xticklabels=[in_words(grid) for grid in grids],
+            xticklabels=[grid_words(grid) for grid in grids],
             ylabel=label,
             xlim=(-0.6, len(grids) - 0.4),
         )
