@@ -81,9 +81,9 @@ CSS = """
 .bd-content img { background: none !important; filter: none !important; }
 html[data-theme] .bd-content .cell_output .text_html { background: none !important; color: inherit !important; }
 .where { font-size: .85rem; color: var(--pst-color-text-muted); }
-.bd-content :is(h1, code, a, dt, strong) { overflow-wrap: anywhere; }
+.bd-article { overflow-wrap: break-word; }
+.bd-article :is(h1, h2, h3) { overflow-wrap: anywhere; }
 .bd-content .pre { white-space: pre-wrap; }
-.bd-content td :is(code, a) { overflow-wrap: normal; }
 .bd-content .cell_output .stream pre { white-space: pre-wrap; }
 """
 """Tables and code on a phone; pictures and tables of notebooks in the dark, where the theme would put a light card

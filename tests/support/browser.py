@@ -49,7 +49,7 @@ def too_wide(folder: Path, pages: list[str], width: int = 360) -> list[str]:
     return wide
 
 
-def batched(pages: list[str], size: int = 16) -> list[list[str]]:
+def batched(pages: list[str], size: int = 8) -> list[list[str]]:
     """As many frames as one window loads in time."""
     return [pages[i : i + size] for i in range(0, len(pages), size)]
 
