@@ -82,7 +82,7 @@ CSS = """
 html[data-theme] .bd-content .cell_output .text_html { background: none !important; color: inherit !important; }
 .where { font-size: .85rem; color: var(--pst-color-text-muted); }
 .bd-article { overflow-wrap: break-word; }
-.bd-article :is(h1, h2, h3) { overflow-wrap: anywhere; }
+.bd-article :is(h1, h2, h3), .bd-article :is(h1, h2, h3) code { overflow-wrap: anywhere; }
 .bd-content .pre { white-space: pre-wrap; }
 .bd-content .cell_output .stream pre { white-space: pre-wrap; }
 """
