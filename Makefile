@@ -40,7 +40,7 @@ test-slurm: setup  ## jobs on a real SLURM of one node, started and stopped here
 guide: setup  ## the guide to a model of your own, on Gemma 3 270M (terms to be accepted once): docs/own-model.md
 	@python -m masksae guide
 
-site: setup  ## static pages of all that was run: build/site/index.html
+site: setup  ## pages of all that was run, to read and to search: build/site/index.html
 	@python -m masksae site
 
 status: setup  ## what `make repro` would do for PROFILE

@@ -352,7 +352,7 @@ def share_saes(options) -> None:
 
 def build_site(options) -> None:
     """The pages, and where to begin."""
-    require("pipeline", "nbconvert", "pygments", "markdown_it", "pdoc")
+    require("pipeline", "sphinx", "myst_nb", "sphinx_book_theme")
     from masksae.app import site
 
     address = site.build().as_uri()

@@ -38,7 +38,7 @@ from masksae.study.sections import (
 
 ARMS = [Arm(name="unmasked", p=0.0), Arm(name="kept", p=0.3)]
 
-RESERVED = ("api", "docs", "faults", "guide", "lib", "release", "site")
+RESERVED = ("api", "benchmarks", "docs", "faults", "figures", "guide", "lib", "release", "site")
 """Folders of build/ and of build/site/ that are no profile's; a profile of that name would be written over."""
 
 _brief = reprlib.Repr()

@@ -2,6 +2,7 @@
 gives."""
 
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -58,7 +59,6 @@ def test_what_the_code_imports_is_declared():
         "nbformat": "jupyter",
         "pyarrow": "datasets",
         "fsspec": "datasets",
-        "markdown_it": "markdown-it-py",
     }
     imported = set()
     for path in [*ROOT.glob("masksae/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
@@ -97,3 +97,17 @@ def test_the_citation_and_the_changelog_name_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PROJECT["version"] and citation["license"] == PROJECT["license"]
     assert "2604.06495" in citation["references"][0]["url"]
+
+
+def test_what_starts_without_a_terminal_is_whole():
+    """The container, the workspace and Binder take the lock; badges and the cells that install name one address."""
+    workspace = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    dockerfile = (ROOT / ".devcontainer" / workspace["build"]["dockerfile"]).resolve().read_text()
+    assert f" AS {workspace['build']['target']}\n" in dockerfile and "RUN make setup" in dockerfile
+    assert f"useradd --create-home {workspace['remoteUser']} " in dockerfile
+    [python] = set(re.findall(r"^FROM python:([\d.]+)", dockerfile, flags=re.MULTILINE))
+    assert (ROOT / ".binder/runtime.txt").read_text().strip() == f"python-{python}"
+    assert (ROOT / ".binder/requirements.txt").read_text().split("\n")[:2] == ["-r ../requirements.lock", "-e ."]
+    badges = re.findall(r"(?:/github|/gh)/([\w-]+)/masksae/", (ROOT / "README.md").read_text())
+    cells = [(ROOT / f"notebooks/{name}.ipynb").read_text() for name in ("00_mechanism", "10_explore")]
+    assert len(badges) == 4 and {re.search(r"github\.com/([\w-]+)/masksae", cell)[1] for cell in cells} == {*badges}

@@ -17,7 +17,7 @@ ELSEWHERE = {
     "core": "tests/core/test_masking.py",
     "data": "tests/data/test_families.py",
     "study": "tests/study/test_stats.py",
-    "app": "tests/app/test_site.py::test_the_same_run_gives_the_same_site",
+    "app": "tests/app/test_site.py::test_without_a_run_it_says_what_to_do",
 }
 """Something quick of each room."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from masksae.study.explore import Story
-from masksae.study.figures.style import FAMILY, GREY, dots, palette
+from masksae.study.figures.style import FAMILY, GREY, dots, grid_words, palette
 from masksae.study.scores.curves import KINDS
 
 MARKERS = "osD^vPX*<>hp"
@@ -35,7 +35,7 @@ def draw_items(rows: list[dict], grid: str, items: str):
     figure, axis = plt.subplots(figsize=(9, 3))
     options = dict(dodge=True, jitter=False, palette=palette(table["arm"].unique()), size=4, alpha=0.8, ax=axis)
     sns.stripplot(table, x="item", y="full", hue="arm", order=sorted(table["item"].unique()), **options)
-    axis.set(xlabel=None, ylabel="full absorption", title=f"{grid}, one dot per SAE", ylim=(-0.02, None))
+    axis.set(xlabel=None, ylabel="full absorption", title=f"{grid_words(grid)}, one dot per SAE", ylim=(-0.02, None))
     if items == "parents":
         plt.setp(axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
     axis.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
@@ -65,7 +65,8 @@ def draw_fronts(trained: pd.DataFrame, matched: pd.DataFrame):
     axes[0].invert_yaxis()
     handles = [plt.Line2D([], [], color=colour, linewidth=5, label=arm) for arm, colour in colours.items()]
     handles += [
-        plt.Line2D([], [], color=GREY, marker=m, linestyle="", label=g) for g, m in zip(grids, MARKERS * len(grids))
+        plt.Line2D([], [], color=GREY, marker=marker, linestyle="", label=grid_words(grid))
+        for grid, marker in zip(grids, MARKERS * len(grids))
     ]
     axes[1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     figure.tight_layout()
@@ -142,7 +143,8 @@ def draw_cells(scores: pd.DataFrame):
 
     main = scores["grid"].iloc[0]
     table = scores.assign(l0_ratio=scores["l0"] / scores["k"])
-    table["cell"] = [arm if grid == main else f"{arm}, {grid}" for arm, grid in zip(table["arm"], table["grid"])]
+    place = {grid: "" if grid == main else f", {grid_words(grid)}" for grid in table["grid"]}
+    table["cell"] = [arm.replace("_", " ") + place[grid] for arm, grid in zip(table["arm"], table["grid"])]
     cells, panels = list(dict.fromkeys(table["cell"])), [column for column in PANELS if column in table]
     arms = palette(dict.fromkeys(table["arm"]))
     figure, axes = plt.subplots(1, len(panels), figsize=(12.5, 1.4 + 0.32 * len(cells)), sharey=True)
@@ -155,9 +157,7 @@ def draw_cells(scores: pd.DataFrame):
             axis.scatter(part[column].mean(), y, color=colour, marker="|", s=240, linewidth=2.5, zorder=3)
         axis.axvline(table.loc[table["cell"] == cells[0], column].mean(), color=GREY, linestyle=":", linewidth=1)
         axis.locator_params(axis="x", nbins=4)
-        axis.set(
-            xlabel=PANELS[column], yticks=range(len(cells)), yticklabels=[cell.replace("_", " ") for cell in cells]
-        )
+        axis.set(xlabel=PANELS[column], yticks=range(len(cells)), yticklabels=cells)
     axes[0].set_ylim(len(cells) - 0.5, -0.5)
     figure.tight_layout()
     return figure

@@ -2,12 +2,12 @@
 
 from statistics import fmean
 
-from masksae.study.figures.style import COLOURS, GREY, OTHER_COLOURS
+from masksae.study.figures.style import FAMILY, GREY
 from masksae.study.report.controls import better, by_control
 from masksae.study.report.labels import words
 from masksae.study.scores.controls import CONTROLS
 
-COLOUR = dict(zip(CONTROLS, (next(iter(COLOURS.values())), *OTHER_COLOURS)))
+COLOUR = dict(zip(CONTROLS, (FAMILY[0], *FAMILY[3:])))
 
 
 def draw_controls(rows: list[dict]):

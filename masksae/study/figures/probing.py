@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from masksae.study.figures.style import GREY, dots, palette
+from masksae.study.figures.style import GREY, dots, grid_words, palette
 
 
 def draw_probing(rows: list[dict], kind: str, score: str = "auc", raw: str = "raw_auc"):
@@ -43,7 +43,7 @@ def draw_tasks(rows: list[dict], grid: str, k: int):
         yticklabels=[name.replace("_", " ") for name in names],
         xlabel=f"AUC, probes on {k} latents",
     )
-    axis.set(title=f"{grid}, one dot per SAE")
+    axis.set(title=f"{grid_words(grid)}, one dot per SAE")
     axis.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

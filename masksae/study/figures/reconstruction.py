@@ -2,37 +2,42 @@
 
 import pandas as pd
 
-from masksae.study.figures.style import FAMILY, dots, palette
+from masksae.study.figures.style import FAMILY, KINDS, dots, grid_words, palette
+
+ACROSS = 6
+"""Panels beside each other, at most."""
+
+ALONG = {
+    "explained_variance": "explained variance\nof the training batch",
+    "silent": "latents silent in\nthe last 100 batches",
+}
 
 
 def draw_training(rows: list[dict]):
-    """Explained variance and silent latents along training; one thin line per SAE. Rows of `training_scores`."""
+    """Explained variance and silent latents along training, one above the other for each grid; one thin line per SAE.
+    Rows of `training_scores`."""
     import matplotlib.pyplot as plt
-    import seaborn as sns
 
-    table = pd.concat(
-        [pd.DataFrame(row["history"]).assign(**{k: row[k] for k in ("arm", "grid", "sae")}) for row in rows]
-    )
-    table = table.reset_index(drop=True)
-    grids = list(dict.fromkeys(table["grid"]))
-    figure, axes = plt.subplots(
-        2, len(grids), figsize=(1.2 + 3.1 * len(grids), 5), sharex=True, sharey="row", squeeze=False
-    )
-    for column, grid in zip(axes.T, grids):
-        for axis, y, label in zip(
-            column,
-            ("explained_variance", "silent"),
-            ("explained variance\nof the training batch", "latents silent in\nthe last 100 batches"),
-        ):
-            part = table[table["grid"] == grid]
-            options = dict(units="sae", estimator=None, palette=palette(table["arm"].unique()), linewidth=1, alpha=0.8)
-            sns.lineplot(part, x="step", y=y, hue="arm", ax=axis, legend=axis is axes[0, -1], **options)
-            axis.set(ylabel=label)
-        column[0].set(title=grid)
-    axes[0, 0].set_ylim(0, 1)
-    axes[1, 0].set_ylim(bottom=0)
-    if axes[0, -1].get_legend():
-        sns.move_legend(axes[0, -1], "lower right", title=None)
+    grids, colours = list(dict.fromkeys(row["grid"] for row in rows)), palette(row["arm"] for row in rows)
+    across, down = min(ACROSS, len(grids)), -(-len(grids) // ACROSS)
+    size = dict(figsize=(2.8 + 3.1 * across, 5 * down), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(2 * down, across, **size)
+    histories = [pd.DataFrame(row["history"]) for row in rows]
+    tops = {"explained_variance": 1, "silent": max(1, 1.05 * max(history["silent"].max() for history in histories))}
+    for number in range(across * down):
+        for place, (score, label) in enumerate(ALONG.items()):
+            axis = axes[2 * (number // across) + place, number % across]
+            if number >= len(grids):
+                axis.remove()
+                continue
+            for row, history in zip(rows, histories):
+                if row["grid"] == grids[number]:
+                    axis.plot(history["step"], history[score], color=colours[row["arm"]], linewidth=1, alpha=0.8)
+            axis.set(ylim=(0, tops[score]), ylabel=label if number % across == 0 else None)
+            axis.tick_params(labelbottom=bool(place))
+            axis.set(title=None if place else grid_words(grids[number]), xlabel="step" if place else None)
+    lines = [plt.Line2D([], [], color=colour, label=arm) for arm, colour in colours.items()]
+    axes[0, -1].legend(handles=lines, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure
 
@@ -51,24 +56,26 @@ def draw_reconstruction(rows: list[dict]):
 
 def draw_family(rows: list[dict]):
     """Unexplained variance (log scale, less is up) against clean L0, both as trained: a panel per arm, a line per
-    architecture."""
+    architecture, or rival of one."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     table = pd.DataFrame([row for row in rows if row["mode"] == "as_trained"])
-    arms, names = list(dict.fromkeys(table["arm"])), list(dict.fromkeys(table["architecture"]))
+    table["kind"] = [kind(grid, architecture) for grid, architecture in zip(table["grid"], table["architecture"])]
+    arms, names = list(dict.fromkeys(table["arm"])), list(dict.fromkeys(table["kind"]))
     figure, axes = plt.subplots(
         1, len(arms), figsize=(4.2 * len(arms) + 1.6, 3.8), sharex=True, sharey=True, squeeze=False
     )
     for axis, arm in zip(axes[0], arms):
-        for name, colour, marker in zip(names, FAMILY, "osD^vP"):
-            part = table[(table["arm"] == arm) & (table["architecture"] == name)]
+        for name, colour, marker in zip(names, FAMILY, "osD^vPX*<>"):
+            part = table[(table["arm"] == arm) & (table["kind"] == name)]
             mean = part.groupby("k")[["l0", "ev_centred"]].mean().sort_values("l0")
             axis.plot(mean["l0"], 1 - mean["ev_centred"], color=colour, linewidth=1.2)
             axis.scatter(part["l0"], 1 - part["ev_centred"], color=colour, marker=marker, s=30, label=name, alpha=0.9)
         axis.set(xscale="log", yscale="log", title=arm, xlabel="clean L0, as trained (log scale)")
-        for scale in (axis.xaxis, axis.yaxis):
-            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for scale, values in ((axis.xaxis, table["l0"]), (axis.yaxis, 1 - table["ev_centred"])):
+            wide = values.max() > 5 * values.min()  # else 1, 2 and 5 may not fall into it
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5, steps=(1, 2, 5, 10)))
             scale.set_major_formatter("{x:g}")
             scale.set_minor_formatter("")
         axis.grid(alpha=0.3)
@@ -77,3 +84,13 @@ def draw_family(rows: list[dict]):
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure
+
+
+def kind(grid: str, architecture: str) -> str:
+    """What SAEs are in one word: a rival that shares its architecture with others by its own name.
+
+    >>> kind("ortsae20", "TopK"), kind("matryoshka20", "Matryoshka BatchTopK"), kind("mine", "TopK")
+    ('OrtSAE', 'Matryoshka BatchTopK', 'TopK')
+    """
+    words = grid_words(grid).partition(",")[0]
+    return words if words in KINDS.values() and words not in architecture else architecture

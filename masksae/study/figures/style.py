@@ -1,26 +1,68 @@
-"""One look for all pictures: seaborn, a colour-blind safe pair for the arms, grey text on a transparent background so
-that print and dark pages both work, SVG and PNG without dates or random ids, so that the same results give the same
-bytes.
+"""One look for all pictures: seaborn, a colour for each arm of which the first three are safe for the colour-blind,
+grey text on a transparent background so that print and dark pages both work, SVG and PNG without dates or random ids,
+so that the same results give the same bytes.
 """
+
+import itertools
+import re
 
 from masksae.files import write_text
 
-COLOURS = {"unmasked": "#0072b2", "kept": "#d55e00", "dropped": "#009e73"}
-"""Of the arms of the shipped profiles that stand in most pictures."""
+COLOURS = {
+    "unmasked": "#0072b2",
+    "kept": "#d55e00",
+    "dropped": "#009e73",
+    "noise": "#cc79a7",
+    "random_token": "#e69f00",
+    "fewer_tokens": "#56b4e9",
+    "p10": "#8c6d31",
+    "p50": "#7f7fff",
+    "denoising": "#66a61e",
+    "fresh": "#b2182b",
+}
+"""Of the arms of the shipped profiles: the same in every picture, whichever others it has."""
 
-OTHER_COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7fff", "#5e5e5e", "#b2182b")
-"""Of further arms, in their order."""
-
-FAMILY = (*COLOURS.values(), *OTHER_COLOURS)
+FAMILY = tuple(COLOURS.values())
 """Of what is no arm: architectures, sources of variance."""
 
-GREY = "#808080"
+GREY = "#767676"
+"""Of text: 4.5 to 1 on white, 4.2 to 1 on black. A lighter one makes JupyterLab put a dark card behind the picture."""
+
+KINDS = {
+    "topk": "TopK",
+    "batchtopk": "BatchTopK",
+    "jumprelu": "JumpReLU",
+    "matryoshka": "Matryoshka",
+    "balanced": "balanced prefixes",
+    "ortsae": "OrtSAE",
+    "c2r": "C2R",
+    "frozen": "frozen decoder",
+}
+"""What the grids of the shipped profiles are called before their number, in words."""
 
 
 def palette(arms) -> dict[str, str]:
-    """Colour of each arm."""
-    spare = iter(OTHER_COLOURS)
+    """Colour of each arm; arms that no shipped profile has take what is left, in their order.
+
+    >>> palette(["unmasked", "mine", "kept"])
+    {'unmasked': '#0072b2', 'mine': '#009e73', 'kept': '#d55e00'}
+    """
+    arms = list(dict.fromkeys(arms))
+    taken = {COLOURS.get(arm) for arm in arms}
+    spare = itertools.cycle([colour for colour in FAMILY if colour not in taken] or FAMILY)
     return {arm: COLOURS.get(arm) or next(spare) for arm in arms}
+
+
+def grid_words(grid: str) -> str:
+    """A grid as a label; a name that is not made like those of the shipped profiles stays, without underscores.
+
+    >>> grid_words("matryoshka20"), grid_words("matryoshka20_32"), grid_words("matryoshka_clean"), grid_words("my_own")
+    ('Matryoshka, L0 20', 'Matryoshka, L0 20, 32', 'Matryoshka, clean', 'my own')
+    """
+    found = re.match(r"([a-z]+|c2r)(\d*)(?:_(\w+))?$", grid)
+    if not found or found[1] not in KINDS:
+        return grid.replace("_", " ")
+    return ", ".join(filter(None, (KINDS[found[1]], found[2] and f"L0 {found[2]}", (found[3] or "").replace("_", " "))))
 
 
 def style() -> None:
@@ -74,7 +116,12 @@ def dots(panels, share: bool = False, bottom=None, line=None):
             )
         if line is not None:
             axis.axhline(line, color=GREY, linestyle="--", linewidth=1)
-        axis.set(xticks=range(len(grids)), xticklabels=grids, ylabel=label, xlim=(-0.6, len(grids) - 0.4))
+        axis.set(
+            xticks=range(len(grids)),
+            xticklabels=[grid_words(grid) for grid in grids],
+            ylabel=label,
+            xlim=(-0.6, len(grids) - 0.4),
+        )
         if len(grids) > 1:
             plt.setp(axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
     for axis in axes[0]:
