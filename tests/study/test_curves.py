@@ -15,7 +15,7 @@ def curve(arm, p, seed, ev, letters, contexts, steps=(10, 20, 40)):
     return [
         shared
         | {"step": s, "ev_centred": e, "letters": a, "contexts": c, "letters_items": {"a": a, "b": a}}
-        | {"contexts_items": {"the": c, "to": c}, "dead_latents": 0}
+        | {"contexts_items": {"the": c, "to": c}, "dead_latents": 0, "letters_specific": a, "contexts_specific": c / 2}
         for s, e, a, c in zip(steps, ev, letters, contexts)
     ]
 
@@ -64,7 +64,7 @@ def test_pictures_show_every_arm(rows):
     along = absorption.draw_along(rows)
     assert len(along.axes) == 4 and all(axis.get_ylim()[0] == 0 for axis in along.axes)
     labels = {text.get_text() for text in along.axes[1].get_legend().get_texts()}
-    assert labels == {"unmasked", "masked", "worse"}
+    assert labels == {"unmasked", "masked", "worse", "specific"}
 
 
 def test_snapshots_of_a_run(project):
