@@ -50,6 +50,13 @@ _here = threading.local()
 """`_here.reads`: how many pools this thread is making, one inside another."""
 
 
+@contextlib.contextmanager
+def between_pools() -> Iterator[None]:
+    """Inside, no other thread of this process runs a language model for a stream."""
+    with _loading:
+        yield
+
+
 def _reads() -> int:
     return getattr(_here, "reads", 0)
 

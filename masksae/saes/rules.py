@@ -83,6 +83,9 @@ class Selection:
 
     dense_copies: ClassVar[int] = 6
     """Tensors [B, F] that live at once in its dense step."""
+    stacked: ClassVar[bool] = False
+    """On a GPU SAEs of one architecture take their steps together, as a CUDA graph: `dense` and `smallest` work under
+    `torch.vmap` and never read a number back. Otherwise each takes its own, kernel by kernel."""
     always_sparse: ClassVar[bool] = False
     """`goal` bounds the active entries at every step, the first ones too, so on a CPU training needs no dense step."""
 
@@ -176,7 +179,7 @@ class Ranked(Selection, base=True):
     """The largest are kept, k per token on average. Without a penalty, gradients are those of what is kept."""
 
     k: float
-    ranked = estimates_threshold = median_start = revived = always_sparse = True
+    ranked = estimates_threshold = median_start = revived = stacked = always_sparse = True
 
     @property
     def goal(self) -> float:
@@ -305,6 +308,7 @@ class JumpReLU(Selection):
 
     betas = (0.0, 0.999)
     centred = False
+    stacked = True
     scaled = ("thresholds",)
     saelens = Peer("jumprelu", DIRECT | {"threshold": "thresholds"})
     dictionary_learning = (Peer("JumpReluAutoEncoder", DIRECT | {"threshold": "thresholds"}, "JumpReluTrainer"),)
@@ -369,6 +373,7 @@ class Penalised(Selection, base=True):
 
     coefficient = "l1"
     stated = ("l1", "target_l0")
+    stacked = True
 
     def __post_init__(self):
         check_positive(self, *(name for name in ("l1", "target_l0") if getattr(self, name) is not None))
@@ -479,16 +484,22 @@ class Gated(Penalised):
 class _Jump(torch.autograd.Function):
     """(pre, thresholds, bandwidth) -> (f, mean number of active latents per token)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, pre, theta, width):
+    def forward(pre, theta, width):
         active = pre > theta
-        ctx.save_for_backward(pre, theta, active)
-        ctx.width = width
         return pre * active, active.sum(dtype=pre.dtype) / len(pre)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        pre, theta, ctx.width = inputs
+        ctx.save_for_backward(pre, theta)
+
+    @staticmethod
     def backward(ctx, grad_f, grad_l0):
-        (pre, theta, active), width = ctx.saved_tensors, ctx.width
+        (pre, theta), width = ctx.saved_tensors, ctx.width
+        active = pre > theta
         near = _window(pre - theta, width)
         grad_theta = -(theta / width) * torch.where(near, grad_f, 0).sum(0)
         near_f = (near & active).sum(0) + (~active).sum(0) * _window(theta, width)  # where f, 0 if silent, is near

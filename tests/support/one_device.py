@@ -14,3 +14,25 @@ class OneDevice(TorchDispatchMode):
         if len(devices) > 1:
             raise AssertionError(f"{function} mixes {devices}")
         return function(*args, **(kwargs or {}))
+
+
+class Repeatable(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot repeat: reading a number back, shapes that depend on data, masks as indices.
+    `seen` holds what was run: every operation with the shapes of its tensors and all other arguments."""
+
+    NAMES = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "profiler":
+            return function(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        self.seen.append((str(function), [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in leaves]))
+        name = function.__name__.partition(".")[0]
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        if name in self.NAMES or any(i is not None and i.dtype == torch.bool for i in indices):
+            raise AssertionError(f"{function} waits for the device")
+        return function(*args, **(kwargs or {}))
