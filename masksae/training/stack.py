@@ -24,14 +24,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from masksae.activations import between_pools
+from masksae.memory import MOST_STACKED
 from masksae.saes.config import SAEConfig
 from masksae.saes.loss import Outcome, dense_terms
 from masksae.saes.penalties import due, penalty_loss
 from masksae.saes.sae import SAE
 from masksae.training.step import EPS, Trainer, moments
-
-MOST = 8
-"""SAEs of a stack: launches are few from there on, and what a step holds grows with each."""
 
 WARM_UP = 3
 """Steps of a phase that are run as they are before it is captured: libraries make their work space in them."""
@@ -319,7 +317,7 @@ def own_stream(device: torch.device):
 
 
 def stacks(trainers: list[Trainer], views: list[int]) -> tuple[list[Stack], list[int]]:
-    """The trainers whose rules are `stacked` in stacks of at most `MOST`, and the numbers of the others."""
+    """The trainers whose rules are `stacked` in stacks of at most `MOST_STACKED`, and the numbers of the others."""
     alike: dict[SAEConfig, list[int]] = {}
     for i, trainer in enumerate(trainers):
         alike.setdefault(trainer.sae.config.alike, []).append(i)
@@ -328,7 +326,7 @@ def stacks(trainers: list[Trainer], views: list[int]) -> tuple[list[Stack], list
         if not config.selection.stacked:
             alone += numbers
             continue
-        for low in range(0, len(numbers), MOST):
-            part = numbers[low : low + MOST]
+        for low in range(0, len(numbers), MOST_STACKED):
+            part = numbers[low : low + MOST_STACKED]
             found.append(Stack([trainers[i] for i in part], [views[i] for i in part]))
     return found, alone

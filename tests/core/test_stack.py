@@ -13,9 +13,10 @@ from small_training import EVERY, D, F, run, same, sparse_world, stream, train_c
 import masksae
 from masksae import C2R, MATRYOSHKA, SAE, AuxK, BatchTopK, Gated, OrtSAE, ReLU, SAEConfig, TopK, TrainConfig
 from masksae.errors import DataError
+from masksae.memory import MOST_STACKED, training_bytes
 from masksae.training import group
 from masksae.training.group import load_snapshots
-from masksae.training.stack import MOST, Stack
+from masksae.training.stack import Stack
 from masksae.training.step import Trainer
 
 RULES = [*ALL_RULES, ReLU(0.1, target_l0=4.0), Gated(0.1, target_l0=4.0)]
@@ -214,10 +215,12 @@ def test_a_rule_that_cannot_be_stacked_trains_beside_the_others(stacked, monkeyp
 
 
 def test_stacks_are_of_one_architecture_and_not_too_large(stacked):
-    saes = [SAEConfig(D, F, TopK(2 + i % 2), seed=i, drop_masked=i % 3 == 0) for i in range(2 * MOST + 6)]
+    saes = [SAEConfig(D, F, TopK(2 + i % 2), seed=i, drop_masked=i % 3 == 0) for i in range(2 * MOST_STACKED + 6)]
     found = group.Group(saes, stream(), train_config(), "cpu")
-    assert [len(stack.members) for stack in found.stacks] == [MOST, 3, MOST, 3] and not found.alone
+    assert [len(stack.members) for stack in found.stacks] == [MOST_STACKED, 3, MOST_STACKED, 3] and not found.alone
     assert all(len({m.sae.config.alike for m in stack.members}) == 1 for stack in found.stacks)
+    one, all_of_them = (training_bytes(each, 200, sparse=False) for each in (saes[:1], saes))
+    assert one < all_of_them < len(saes) * one
 
 
 def test_an_exploding_loss_names_the_sae(stacked):
