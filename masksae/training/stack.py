@@ -148,7 +148,7 @@ class Stack(Trainer):
                 wanted = [pre, *leaves.values()]
                 grad_pre, *found = torch.autograd.grad(loss.sum(), wanted, allow_unused=True)
             for parameter, grad in zip(sae.parameters(), found):
-                parameter.grad = grad
+                parameter.grad = grad if grad is None else _laid_out(grad, parameter)
             self._encoder_gradients(xc, grad_pre)
         active = f.detach() > 0
         smallest = None
@@ -244,6 +244,11 @@ class Stacked(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
+
+
+def _laid_out(grad: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient with the strides of its parameter, as fused Adam wants it; hardly ever a copy."""
+    return grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

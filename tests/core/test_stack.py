@@ -177,6 +177,8 @@ def test_a_graph_could_repeat_every_step(rule, prefixes):
             stack.update(inputs, phase, step)
         assert seen.setdefault(phase, operations.seen) == operations.seen, step
         assert len(operations.seen) > 80
+        stack.gradients(inputs[0], step)
+        assert all(p.grad.stride() == p.stride() for p in stack.sae.parameters())
     assert {phase.dead_after for phase in seen} == {None, 500} and 8 <= len(seen) <= 16
 
 
