@@ -164,8 +164,7 @@ class Group:
 
     def run(self, config: TrainConfig, tick=lambda: None, folder: Path | None = None, log: Log | None = None) -> None:
         """Go on to the last step of `config`, with checkpoints and snapshots if there is a folder."""
-        for trainer in self.trainers:
-            trainer.config = config
+        self._follow(config)
         due = {} if folder is None else self._snapshots(config, folder)
         batches = self.stream.batches(self.views)
         while self.step < config.steps:
@@ -232,8 +231,8 @@ class Group:
                 _finish(copy.deepcopy(trainer.sae), self.scale).save(tmp / f"sae-{i:04d}")
         self.step = step
         self.stream.load_state_dict(position)
+        self._follow(config)
         for trainer, tensors, records in zip(self.trainers, trunk, history):
-            trainer.config = config
             trainer.load(tensors)
             trainer.sae.history = records
         self._look()
@@ -261,6 +260,10 @@ class Group:
                     f"SAE {i} ({trainer.sae.config}): the loss was NaN or above {EXPLODED:g} at step {step}. {kept} "
                     "was kept from before. Lower lr, or look at the activations."
                 )
+
+    def _follow(self, config: TrainConfig) -> None:
+        for each in (*self.trainers, *self.stacks):
+            each.config = config
 
     def _look(self) -> None:
         for stack in self.stacks:

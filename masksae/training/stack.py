@@ -29,7 +29,7 @@ from masksae.saes.config import SAEConfig
 from masksae.saes.loss import Outcome, dense_terms
 from masksae.saes.penalties import due, penalty_loss
 from masksae.saes.sae import SAE
-from masksae.training.step import EPS, Trainer, moments
+from masksae.training.step import EPS, Trainer, Update, moments
 
 WARM_UP = 3
 """Steps of a phase that are run as they are before it is captured: libraries make their work space in them."""
@@ -52,7 +52,7 @@ class Phase:
     """Whether it can be captured."""
 
 
-class Stack(Trainer):
+class Stack(Update):
     """SAEs that differ in their seed and their view of the stream only, as one trainer: every tensor of `sae` is [m,
     ...].
 
@@ -62,7 +62,7 @@ class Stack(Trainer):
 
     def __init__(self, members: list[Trainer], views: list[int]):
         sae, rule = members[0].sae, members[0].sae.config.selection
-        self.members, self.steps, self.sparse = members, members[0].steps, False
+        self.members, self.config, self.steps = members, members[0].config, members[0].steps
         self.sae = Stacked([member.sae for member in members])
         where = self.sae.device
         for name in ("coefficient", "failed"):
@@ -86,11 +86,6 @@ class Stack(Trainer):
             for i, member in enumerate(self.members):
                 parts = {key: value if key == "step" else value[i] for key, value in state.items()}
                 member.adam.state[getattr(member.sae, name)] = parts
-
-    @property
-    def config(self):
-        """The group's TrainConfig of the moment."""
-        return self.members[0].config
 
     def step(self, views: list[list[Tensor]], step: int, record: bool = False) -> None:
         """One update of every SAE. views: of each of `self.views` the scaled batch [B, d], and the target if there is

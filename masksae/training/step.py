@@ -8,6 +8,7 @@ logging cannot alter training. What differs between selection rules is asked of 
 import contextlib
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +38,84 @@ def moments(parameter: Tensor, adam: torch.optim.Adam) -> dict[str, Tensor]:
     return state | {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
 
 
-class Trainer:
-    """An SAE with its optimiser. `config` is the group's TrainConfig; `buffers` holds work space shared with other
-    trainers."""
+class Update:
+    """What every update shares, of one SAE or of a stack of them (`training/stack.py`), whose tensors have one more
+    dimension in front."""
+
+    sae: Any
+    config: Any
+    """The group's TrainConfig."""
+    adam: torch.optim.Adam
+    coefficient: Tensor
+    failed: Tensor
+    """Step at which the loss was out of bounds for the first time, or -1."""
+
+    def _autocast(self):
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.sae.device.type, dtype=torch.bfloat16)
+
+    def _ramp(self, step: int) -> float:
+        """Share of the sparsity coefficient that this step takes."""
+        warmup = self.config.sparsity_steps
+        return min(step / warmup, 1.0) if warmup else 1.0
+
+    def _estimates(self, step: int) -> bool:
+        """Whether the threshold follows this step."""
+        late = step > self.config.threshold_start or step == self.config.steps - 1
+        return late and self.sae.config.selection.estimates_threshold
+
+    def _controlled(self, step: int) -> bool:
+        """Whether the controller of the coefficient is at work."""
+        return self.sae.config.selection.controlled and step >= self.config.sparsity_steps
+
+    @torch.no_grad()
+    def _update_(self, outcome: Outcome, batch: int, step, controlled: bool) -> None:
+        """Counters, threshold, controller and the watch on the loss; the only place where they change."""
+        sae, config = self.sae, self.config
+        sae.tokens_since_fired.add_(batch).masked_fill_(outcome.fired, 0)
+        if outcome.smallest is not None:
+            smallest = outcome.smallest.to(sae.threshold.dtype)
+            mixed = config.threshold_ema * sae.threshold + (1 - config.threshold_ema) * smallest
+            mixed = torch.where(sae.threshold < 0, smallest, mixed)
+            sae.threshold.copy_(torch.where(smallest > 0, mixed, sae.threshold))
+        if controlled:
+            ratio = (outcome.l0 / sae.config.selection.goal).clamp(1e-6, 1e6)
+            self.coefficient.mul_(ratio.pow(GAIN).clamp(0.5, 2.0))
+        first = (self.failed < 0) & ~(outcome.loss.abs() < EXPLODED)
+        self.failed.copy_(torch.where(first, step, self.failed))
+
+    @torch.no_grad()
+    def _descend(self, lr) -> None:
+        """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1, the rule's own parameters to where
+        they make sense."""
+        sae, rule = self.sae, self.sae.config.selection
+        unit_rows = rule.unit_rows and not sae.config.frozen_decoder
+        if sae.config.frozen_decoder:
+            sae.W_dec.grad = None
+        if unit_rows:
+            sae.W_dec.grad.addcmul_(sae.W_dec, (sae.W_dec.grad * sae.W_dec).sum(-1, keepdim=True), value=-1)
+        if rule.clipped:
+            self._clip_()
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)  # gradients exist for one SAE of a group, or one stack, at a time
+        if unit_rows:
+            sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
+        self._project_()
+
+    def _clip_(self) -> None:
+        """Bring every SAE's gradient to the largest norm."""
+        raise NotImplementedError
+
+    def _project_(self) -> None:
+        """Bring the rule's own parameters back to where they make sense."""
+        raise NotImplementedError
+
+
+class Trainer(Update):
+    """An SAE with its optimiser. `buffers` holds work space shared with other trainers."""
 
     def __init__(self, sae: SAE, config, device="cpu", buffers: dict | None = None):
         self.sae, self.config = sae.to(device), config
@@ -95,11 +171,6 @@ class Trainer:
             self.buffers[key] = torch.empty(key[:2], dtype=sae.dtype)
         return torch.addmm(sae.b_enc, xc, sae.W_enc, out=self.buffers[key])
 
-    def _autocast(self):
-        if self.config.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.sae.device.type, dtype=torch.bfloat16)
-
     def _dead_after(self, batch: int, step: int) -> int | None:
         """Tokens without firing that make a latent dead; None where none can be dead: on a CPU by looking, elsewhere by
         the tokens seen, which needs no waiting."""
@@ -108,56 +179,6 @@ class Trainer:
         dead_after = self.sae.config.aux.dead_after(self.steps * batch)
         silent = self.sae.tokens_since_fired.max().item() if self.sparse else step * batch
         return dead_after if silent + batch >= dead_after else None
-
-    def _ramp(self, step: int) -> float:
-        """Share of the sparsity coefficient that this step takes."""
-        warmup = self.config.sparsity_steps
-        return min(step / warmup, 1.0) if warmup else 1.0
-
-    def _estimates(self, step: int) -> bool:
-        """Whether the threshold follows this step."""
-        late = step > self.config.threshold_start or step == self.config.steps - 1
-        return late and self.sae.config.selection.estimates_threshold
-
-    def _controlled(self, step: int) -> bool:
-        """Whether the controller of the coefficient is at work."""
-        return self.sae.config.selection.controlled and step >= self.config.sparsity_steps
-
-    @torch.no_grad()
-    def _update_(self, outcome: Outcome, batch: int, step, controlled: bool) -> None:
-        """Counters, threshold, controller and the watch on the loss; the only place where they change."""
-        sae, config = self.sae, self.config
-        sae.tokens_since_fired.add_(batch).masked_fill_(outcome.fired, 0)
-        if outcome.smallest is not None:
-            smallest = outcome.smallest.to(sae.threshold.dtype)
-            mixed = config.threshold_ema * sae.threshold + (1 - config.threshold_ema) * smallest
-            mixed = torch.where(sae.threshold < 0, smallest, mixed)
-            sae.threshold.copy_(torch.where(smallest > 0, mixed, sae.threshold))
-        if controlled:
-            ratio = (outcome.l0 / sae.config.selection.goal).clamp(1e-6, 1e6)
-            self.coefficient.mul_(ratio.pow(GAIN).clamp(0.5, 2.0))
-        first = (self.failed < 0) & ~(outcome.loss.abs() < EXPLODED)
-        self.failed.copy_(torch.where(first, step, self.failed))
-
-    @torch.no_grad()
-    def _descend(self, lr) -> None:
-        """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1, the rule's own parameters to where
-        they make sense."""
-        sae, rule = self.sae, self.sae.config.selection
-        unit_rows = rule.unit_rows and not sae.config.frozen_decoder
-        if sae.config.frozen_decoder:
-            sae.W_dec.grad = None
-        if unit_rows:
-            sae.W_dec.grad.addcmul_(sae.W_dec, (sae.W_dec.grad * sae.W_dec).sum(-1, keepdim=True), value=-1)
-        if rule.clipped:
-            self._clip_()
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)  # gradients exist for one SAE of a group, or one stack, at a time
-        if unit_rows:
-            sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
-        self._project_()
 
     def _project_(self) -> None:
         self.sae.config.selection.project_(self.sae)
