@@ -16,6 +16,7 @@ group of eight, a third of dictionary_learning's; forwards at 60 % of their prod
 
 import argparse
 import json
+import re
 import statistics
 import time
 from contextlib import nullcontext
@@ -51,6 +52,10 @@ from masksae.training.stack import Stack, own_stream
 from masksae.training.step import Trainer
 
 RECIPE = TrainConfig(steps=1_000_000, lr=1e-6, warmup=10, threshold_start=5)  # nothing moves
+
+
+CARDS = {"L4": r"\bL4$", "RTX 4090": "RTX 4090$", "A100 80GB": "A100.*80GB", "H100 SXM": "H100 80GB HBM3"}
+"""What the driver calls the GPUs whose data sheets a plan has."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,8 @@ def steps(sizes: Sizes, device, report) -> None:
                 used = memory(step, device)
                 actions = {"ours": step, "floor": floor(d, n, members, sizes.batch, precision, device)} | theirs
                 found = in_turns(actions, device, sizes)
+                if not {"ours", "floor"} <= found.keys():
+                    continue
                 one = found["ours"] / members
                 ratios = [f"{found[p] / one:.1f}" if p in found else "" for p in ("dictionary_learning", "SAELens")]
                 share = found["floor"] / found["ours"]
@@ -218,6 +225,8 @@ def graphs(sizes: Sizes, device, report) -> None:
     for name, config in cases.items():
         actions = {how: ours(config, members, "float32", x, how, device) for how in ("graph", "stacked", "alone")}
         found = in_turns(actions, device, sizes)
+        if len(found) < len(actions):
+            continue
         one = found["graph"] / members
         first = first or one
         times = [f"{found[how] / found['graph']:.1f}" for how in ("alone", "stacked")]
@@ -308,7 +317,7 @@ def pair(sizes: Sizes, device, report) -> None:
 def shares(report, device) -> None:
     """The line for `MEASURED` of masksae/app/plan.py."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    known = [gpu for gpu in GPUS if gpu.name.split()[0] in name]
+    known = [gpu for gpu in GPUS if re.search(CARDS[gpu.name], name)]
     if not known or not report["steps"] or not report["harvest"]:
         return
     [gpu] = known
