@@ -41,7 +41,8 @@ class Outcome:
 def reconstruction_loss(sae: SAE, x: Tensor, f: Tensor, w_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor]:
     """(sum_g w_g mean_b |e_g|^2, e_G [B, d]) with autograd."""
     error, total, sizes = b_dec - x, 0.0, sae.config.group_sizes
-    for f_g, rows, share in zip(f.split(sizes, 1), w_dec.split(sizes, 0), sae.config.prefix_shares):
+    groups = zip(f.split(sizes, 1), w_dec.split(sizes, 0)) if len(sizes) > 1 else [(f, w_dec)]  # a split is copied back
+    for (f_g, rows), share in zip(groups, sae.config.prefix_shares):
         error = error + f_g @ rows
         total = total + share * error.square().sum(1).mean()
     return total * sae.config.prefix_weight, error

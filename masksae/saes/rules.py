@@ -217,9 +217,8 @@ class TopK(Ranked):
         return torch.zeros_like(pre).scatter(-1, index, value)
 
     def dense(self, sae, pre, weight):
-        h = torch.relu(pre)
-        index = h.detach().topk(self.k, dim=1, sorted=False).indices
-        return h * torch.zeros_like(h, dtype=torch.bool).scatter(1, index, True), None, 0.0
+        value, index = pre.topk(self.k, dim=1, sorted=False)
+        return torch.zeros_like(pre).scatter(1, index, torch.relu(value)), None, 0.0  # few passes over [B, F]
 
     def support(self, sae, pre, most):
         if self.k * len(pre) > most:
@@ -268,10 +267,9 @@ class BatchTopK(Ranked):
             raise ConfigError(f"BatchTopK.k = {self.k:g} keeps no latent in a batch of {batch}. Raise k or batch_size.")
 
     def dense(self, sae, pre, weight):
-        h = torch.relu(pre)
-        flat = h.detach().reshape(-1)
-        index = flat.topk(min(round(self.k * len(pre)), len(flat)), sorted=False).indices
-        return h * torch.zeros_like(flat, dtype=torch.bool).scatter(0, index, True).view_as(h), None, 0.0
+        flat = pre.reshape(-1)
+        value, index = flat.topk(min(round(self.k * len(pre)), len(flat)), sorted=False)
+        return torch.zeros_like(flat).scatter(0, index, torch.relu(value)).view_as(pre), None, 0.0
 
     def support(self, sae, pre, most):
         count = round(self.k * len(pre))

@@ -157,6 +157,7 @@ def test_a_checkpoint_of_single_trainers_goes_on_in_a_stack(monkeypatch, tmp_pat
             assert [r["step"] for r in a.history] == [r["step"] for r in b.history]
 
 
+@pytest.mark.filterwarnings("error:There is a performance drop")  # vmap, of an operation that it repeats for each SAE
 @pytest.mark.parametrize("prefixes", [(), MATRYOSHKA], ids=["plain", "matryoshka"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_graph_could_repeat_every_step(rule, prefixes):
