@@ -40,7 +40,7 @@ def dictionary_learning_names(sae: SAE) -> dict[str, str]:
     }[rule]  # fmt: skip
 
 
-def dictionary_learning_trainer(sae: SAE, recipe: TrainConfig):
+def dictionary_learning_trainer(sae: SAE, recipe: TrainConfig, device="cpu"):
     """Their trainer at step 0 with our weights (give it steps from 1 on: at step 0 it resets b_dec)."""
     import dictionary_learning.trainers as trainers
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
@@ -50,7 +50,7 @@ def dictionary_learning_trainer(sae: SAE, recipe: TrainConfig):
     config, rule = sae.config, sae.config.selection
     common = dict(
         steps=recipe.steps, activation_dim=config.d_model, dict_size=config.n_latents, layer=0, lm_name="none",
-        lr=recipe.lr, warmup_steps=recipe.warmup, decay_start=None, device="cpu",
+        lr=recipe.lr, warmup_steps=recipe.warmup, decay_start=None, device=str(device),
     )  # fmt: skip
     top = dict(threshold_start_step=recipe.threshold_start, threshold_beta=recipe.threshold_ema)
     warm = dict(sparsity_warmup_steps=recipe.sparsity_steps)
@@ -65,7 +65,7 @@ def dictionary_learning_trainer(sae: SAE, recipe: TrainConfig):
         trainer = trainers.GatedSAETrainer(l1_penalty=rule.l1, **common, **warm)
     else:
         trainer = StandardTrainerAprilUpdate(l1_penalty=rule.l1, **common, **warm)
-    trainer.ae.to(sae.dtype)
+    trainer.ae.to(device, sae.dtype)
     if config.aux is not None and hasattr(trainer, "top_k_aux"):
         trainer.dead_feature_threshold = config.aux.dead_after_tokens
         trainer.num_tokens_since_fired.copy_(sae.tokens_since_fired)
@@ -73,12 +73,13 @@ def dictionary_learning_trainer(sae: SAE, recipe: TrainConfig):
     return trainer
 
 
-def saelens_sae(sae: SAE):
+def saelens_sae(sae: SAE, device="cpu"):
     """Their training SAE with our weights."""
     import sae_lens.saes as saes
 
     config, rule = sae.config, sae.config.selection
     common = dict(d_in=config.d_model, d_sae=config.n_latents, dtype=str(sae.dtype).removeprefix("torch."))
+    common["device"] = str(device)
     names, kind = dict(DIRECT), type(rule)
     if kind is BatchTopK and config.prefixes:
         widths = torch.tensor(config.group_sizes).cumsum(0).tolist()
@@ -104,17 +105,19 @@ def saelens_sae(sae: SAE):
     return theirs
 
 
-def saelens_trainer(sae: SAE, recipe: TrainConfig, batch_size: int):
+def saelens_trainer(sae: SAE, recipe: TrainConfig, batch_size: int, device="cpu", autocast: bool = False):
     """Their trainer; `step(batch)` is one update."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    theirs = saelens_sae(sae)
+    theirs = saelens_sae(sae, device)
     config = SAETrainerConfig(
         total_training_samples=recipe.steps * batch_size,
         train_batch_size_samples=batch_size,
         lr=recipe.lr,
         lr_end=recipe.lr,
+        device=str(device),
+        autocast=autocast,
     )
     return SAETrainer(config, theirs, iter(()))
 

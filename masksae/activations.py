@@ -40,14 +40,20 @@ Pool = tuple[Tensor, ...]
 reconstructed."""
 
 LARGEST_MOVED = 2**31
-"""A pool of more bytes stays on the device that it is on, and its batches are moved: a memory map is never copied to a
-GPU whole."""
+"""An array of more bytes stays where it is, and its batches are moved: a memory map is never copied to a GPU whole."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _loading = threading.RLock()
 _here = threading.local()
 """`_here.reads`: how many pools this thread is making, one inside another."""
+
+
+@contextlib.contextmanager
+def between_pools() -> Iterator[None]:
+    """Inside, no other thread of this process runs a language model for a stream."""
+    with _loading:
+        yield
 
 
 def _reads() -> int:
@@ -96,6 +102,8 @@ class ActivationStream:
         self._device = torch.device("cpu")
         self._held: tuple[int, Pool] | None = None
         self._ahead: _Ahead | None = None
+        self._beside: Any = None  # stream of a GPU in which pools are made ahead
+        self._largest = float("inf")  # pool, in bytes, that goes to another device whole
 
     @classmethod
     def from_array(cls, x, *, batch_size: int, seed: int, is_masked=None) -> "ActivationStream":
@@ -113,10 +121,12 @@ class ActivationStream:
             )
         is_masked = torch.zeros(len(x), dtype=torch.bool) if is_masked is None else _as_tensor("is_masked", is_masked)
         _check_pool((x, is_masked), tuple(x.shape), "of the array")
-        return cls(
+        stream = cls(
             lambda _: (x, is_masked), [len(x)], batch_size=batch_size, seed=seed, d_model=x.shape[1],
             identity=lambda: {"kind": "array"} | _content((x, is_masked)),
         )  # fmt: skip
+        stream._largest = LARGEST_MOVED
+        return stream
 
     @property
     def batches_per_epoch(self) -> int:
@@ -131,8 +141,8 @@ class ActivationStream:
         return self._d_model
 
     def to(self, device) -> "ActivationStream":
-        """Keep the pool in use on `device`: a GPU then gets it once, and no step waits for a copy. Of pools above
-        LARGEST_MOVED, see `from_array`."""
+        """Keep the pool in use on `device`: a GPU then gets it once, and no step waits for a copy. Of large arrays, see
+        `from_array`."""
         if torch.device(device) != self._device:
             self._drop_ahead()
             self._device, self._held = torch.device(device), None
@@ -163,11 +173,13 @@ class ActivationStream:
         def load(number: int) -> Pool:
             return (*self._load(self._number(number))[:2], clean._load(clean._number(number))[0])
 
-        return ActivationStream(
+        stream = ActivationStream(
             load, self._sizes, batch_size=self.batch_size, seed=self.seed, prefetch=self._prefetch,
             d_model=self._d_model, identity=lambda: self.identity() | {"targets": clean.identity()},
             fresh=self._fresh or clean._fresh,
         )  # fmt: skip
+        stream._largest = min(self._largest, clean._largest)
+        return stream
 
     def batches(self, views: list[tuple[int, bool]]) -> Iterator[list[Pool]]:
         """One batch per view (seed of the order, whether masked positions are dropped), again and again; moves the
@@ -196,14 +208,14 @@ class ActivationStream:
         if visit not in orders:
             orders.clear()
             found = [self._order(seed, self._pool, pool[1] if dropped else None) for seed, dropped in views]
-            orders[visit] = [order.to(pool[0].device) for order in found]
+            orders[visit] = [_moved(order, pool[0].device) for order in found]
         part = slice(self._batch * self.batch_size, (self._batch + 1) * self.batch_size)
         self._batch += 1
         return [self._given(pool, order[part]) for order in orders[visit]]
 
     def _given(self, pool: Pool, rows: Tensor) -> Pool:
         """A batch in single precision on the stream's device, where all but those of large pools are already."""
-        x, is_masked, *targets = (values[rows].to(self._device) for values in pool)
+        x, is_masked, *targets = (_moved(values[rows], self._device) for values in pool)
         return x.float(), is_masked, *(target.float() for target in targets)
 
     def scale(self, batches: int = 100) -> float:
@@ -285,13 +297,15 @@ class ActivationStream:
 
     def _read_beside(self, number: int) -> Pool:
         """`_read` in another thread; on a GPU in a stream of its own, or it would queue up behind the training
-        steps."""
+        steps. One stream for all pools: what is freed in one is not memory for another."""
         if self._device.type != "cuda":
             return self._read(number)
-        beside = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(beside):
+        if self._beside is None:
+            self._beside = torch.cuda.Stream(self._device)
+            self._beside.wait_stream(torch.cuda.default_stream(self._device))  # where the model was loaded
+        with torch.cuda.stream(self._beside):
             pool = self._read(number)
-        beside.synchronize()
+        self._beside.synchronize()  # this thread waits, not the one that trains
         return pool
 
     def _read(self, number: int) -> Pool:
@@ -300,7 +314,7 @@ class ActivationStream:
             with _loading:
                 pool = self._load(number)
             self._check_read(number, pool)
-            small = sum(values.numel() * values.element_size() for values in pool) <= LARGEST_MOVED
+            small = sum(values.numel() * values.element_size() for values in pool) <= self._largest
             return tuple(values.to(self._device if small else pool[0].device) for values in pool)
         finally:
             _here.reads -= 1
@@ -336,6 +350,14 @@ class _Ahead:
 
     def pool(self) -> Pool:
         return self._made.result()
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """values on a device; to a GPU from pinned memory, so that the copy takes its place in the stream and nobody
+    waits."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def _handed_over(pool: Pool) -> Pool:

@@ -2,6 +2,7 @@
 night."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -11,6 +12,9 @@ from masksae.saes.config import SAEConfig
 
 ADAM_AND_WEIGHTS = 3
 """Numbers kept per parameter: the weight and Adam's two moments. Gradients exist for one SAE at a time."""
+
+MOST_STACKED = 8
+"""SAEs that take a dense step together, at most: launches are few from there on, and memory grows with each."""
 
 CGROUP_FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -36,12 +40,14 @@ def parameters(config: SAEConfig) -> int:
 def training_bytes(configs: list[SAEConfig], batch_size: int, *, sparse: bool = True, branch: bool = False) -> int:
     """Peak memory of training these SAEs together, in bytes, without the activations themselves and the language model.
 
-    sparse  the step of `saes/sparse.py` with few active entries, else the dense one; rules that are not `always_sparse`
-            start dense
+    sparse  the step of `saes/sparse.py` with few active entries, else the dense one, in which SAEs of one architecture
+            are stacked; rules that are not `always_sparse` start dense
     branch  a second copy of all state, for snapshots with a branch
     """
     state = ADAM_AND_WEIGHTS * sum(parameters(c) for c in configs) * (2 if branch else 1)
-    return 4 * (state + max(_step(c, batch_size, sparse) for c in configs))
+    alike = Counter(config.alike for config in configs)
+    together = {c: 1 if sparse or not c.selection.stacked else min(n, MOST_STACKED) for c, n in alike.items()}
+    return 4 * (state + max(n * _step(c, batch_size, sparse) for c, n in together.items()))
 
 
 def _step(config: SAEConfig, batch: int, sparse: bool) -> int:

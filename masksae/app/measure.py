@@ -4,12 +4,16 @@ seconds."""
 import copy
 import time
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
 from masksae.app.plan import Plan, step_flop
+from masksae.memory import MOST_STACKED
 from masksae.saes.sae import SAE
 from masksae.tracing import activations
+from masksae.training.group import STACKED
+from masksae.training.stack import own_stream, stacks
 from masksae.training.step import Trainer
 
 BLOCKS = 2
@@ -21,7 +25,8 @@ def hours_here(plan: Plan, device: str) -> dict[str, float]:
     values."""
     harvest, training, _ = plan.work
     rate = forward_rate(plan, device)
-    steps = sum(count * step_seconds(plan, config, device) for config, count in _kinds(plan).items())
+    stacked = torch.device(device).type in STACKED
+    steps = sum(n * step_seconds(plan, *kind, device) for kind, n in _kinds(plan, stacked).items())
     seen = training.sae_flop / sum(map(step_flop, plan.saes)) / plan.profile.training.batch_size
     return {"activations": harvest.flop / rate / 3600, "training": seen * steps / 3600}
 
@@ -44,25 +49,37 @@ def forward_rate(plan: Plan, device: str) -> float:
     return plan.forward_flop(last, ids.numel()) / seconds
 
 
-def step_seconds(plan: Plan, config, device: str) -> float:
-    """Of one training step of one SAE."""
-    batch = plan.profile.training.batch_size
-    trainer = Trainer(SAE(config), plan.profile.training.config(max(plan.steps, 2)), device)
+def step_seconds(plan: Plan, config, size: int, device: str) -> float:
+    """Of one training step, for each of `size` SAEs that take it together (`training/stack.py`; on a CPU alone)."""
+    batch, recipe = plan.profile.training.batch_size, plan.profile.training.config(max(plan.steps, 2))
     x = torch.randn(batch, config.d_model, generator=torch.Generator().manual_seed(0)).to(device) / config.d_model**0.5
-    return _best(lambda: trainer.step(x, trainer.config.warmup), device)
+    with own_stream(torch.device(device)):
+        trainers = [Trainer(SAE(replace(config, seed=seed)), recipe, device) for seed in range(size)]
+        found, alone = stacks(trainers, [0] * size) if torch.device(device).type in STACKED else ([], range(size))
+
+        def step() -> None:
+            for stack in found:
+                stack.step([[x]], recipe.warmup)
+            for i in alone:
+                trainers[i].step(x, recipe.warmup)
+
+        return _best(step, device) / size
 
 
-def _kinds(plan: Plan) -> Counter:
-    """SAEs that differ in more than their seed, and how many there are of each."""
-    from dataclasses import replace
+def _kinds(plan: Plan, stacked: bool = False) -> Counter:
+    """(SAE, how many take their steps together) and how many SAEs of the plan do so."""
+    found: Counter = Counter()
+    for group in plan.groups:
+        for config, n in Counter(config.alike for config in group).items():
+            found[config, min(n, MOST_STACKED) if stacked else 1] += n
+    return found
 
-    return Counter(replace(config, seed=0) for config in plan.saes)
 
-
-def _best(act, device: str, times: int = 4) -> float:
-    """Seconds of the fastest of some calls, the first left out."""
+def _best(act, device: str) -> float:
+    """Seconds of the fastest of some calls, the first left out; on a GPU of those after the first steps too, which are
+    not captured yet."""
     found = []
-    for _ in range(times):
+    for _ in range(4 if torch.device(device).type == "cpu" else 12):
         start = time.perf_counter()
         act()
         if torch.device(device).type == "cuda":

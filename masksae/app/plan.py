@@ -2,8 +2,9 @@
 
 No weights are loaded: the language model is built on the `meta` device from its shape, which is known here, or stands
 in a folder or the hub's cache; else one small file is asked of the hub, and that is said. FLOP are exact counts of the
-matrix products; hours assume shares of a GPU's peak that `SHARE` states and that no one has measured on those GPUs.
-What can be measured is measured where the plan is made (`measure.py`): the same step on the same shapes, for a moment.
+matrix products; hours assume that a GPU reaches the share of its peak that `SHARE` states, where `MEASURED` holds none
+for it. What can be measured is measured where the plan is made (`measure.py`): the same step on the same shapes, for a
+moment.
 """
 
 import shutil
@@ -62,20 +63,24 @@ class GPU:
     half: float
     """TFLOP/s, dense bfloat16 products."""
     single: float
-    """TFLOP/s, float32 without TF32."""
+    """TFLOP/s, dense products of float32 in TF32, as `masksae.jobs.allow_tf32` has them."""
     bandwidth: float
     """TB/s."""
 
 
 GPUS = [
-    GPU("L4", 24, 121, 30.3, 0.30),
+    GPU("L4", 24, 121, 60, 0.30),
     GPU("RTX 4090", 24, 165, 82.6, 1.01),
-    GPU("A100 80GB", 80, 312, 19.5, 2.04),
-    GPU("H100 SXM", 80, 989, 67, 3.35),
+    GPU("A100 80GB", 80, 312, 156, 2.04),
+    GPU("H100 SXM", 80, 989, 494, 3.35),
 ]
 
 SHARE = 0.4
-"""Assumed share of a GPU's peak, in products and in bandwidth alike."""
+"""Assumed share of a GPU's peak, in products and in bandwidth alike, where nothing was measured."""
+
+MEASURED: dict[str, dict[str, float]] = {}
+"""The share that a stage reached on a GPU of `GPUS`, by its name there: {"H100 SXM": {"activations": .5, "training":
+.3}}. `benchmarks/gpu.py` prints the line for the card that it ran on."""
 
 TRAFFIC = 40
 """Assumed passes over the pre-activations [batch, latents] in single precision of one dense training step (selection
@@ -229,12 +234,16 @@ class Plan:
         looks = 3 * held + words * profile.absorption.splits + texts
         return Work("evaluation", once + spliced, sum(2 * MODES * looks * c.d_model * c.n_latents for c in scored))
 
-    def hours(self, work: Work, gpu: GPU) -> float:
-        """By arithmetic: products and other traffic one after the other, at `SHARE` of the data sheet."""
+    def seconds(self, work: Work, gpu: GPU) -> float:
+        """By arithmetic: products and other traffic one after the other, at the whole of the data sheet."""
         peak = {"bfloat16": 1e12 * gpu.half}
         seconds = work.flop / peak.get(self.profile.model.dtype, 1e12 * gpu.single)
         seconds += work.sae_flop / peak.get(self.profile.training.precision, 1e12 * gpu.single)
-        return (seconds + work.traffic / (1e12 * gpu.bandwidth)) / SHARE / 3600
+        return seconds + work.traffic / (1e12 * gpu.bandwidth)
+
+    def hours(self, work: Work, gpu: GPU) -> float:
+        """At the share of the data sheet that was measured for the stage, else at `SHARE`."""
+        return self.seconds(work, gpu) / MEASURED.get(gpu.name, {}).get(work.stage, SHARE) / 3600
 
     def memory(self, device: str = "cuda") -> dict[str, float]:
         """Peak bytes on the device while an arm trains, by part."""
@@ -249,11 +258,12 @@ class Plan:
         )
         most = max(self.groups, key=len)
         branch = bool(profile.training.snapshots)
-        pool = min(profile.training.pool_tokens, profile.text.train_tokens) * self.width * (size if on_gpu else 4)
+        pool = self.pool_tokens * self.width * (size if on_gpu else 4)
+        ahead = on_gpu and self.pool_tokens < profile.text.train_tokens  # the next pool is made beside the one in use
         found = {
             "language model": size * sum(p.numel() for p in self.model.parameters()),
             "its forward": size * sequences * inner,
-            "activations (two pools)" if on_gpu else "activations": pool * (2 if on_gpu else 1),
+            "activations (two pools)" if ahead else "activations": pool * (2 if ahead else 1),
             f"{len(most)} SAEs": training_bytes(most, profile.training.batch_size, sparse=not on_gpu, branch=branch),
         }
         return (
@@ -262,6 +272,11 @@ class Plan:
             else found
             | {"Python and its libraries": BASE, "scores beyond that": max(0.0, self.scores() - sum(found.values()))}
         )
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens of a pool of activations, the largest."""
+        return min(self.profile.training.pool_tokens, self.profile.text.train_tokens)
 
     def scores(self) -> float:
         """Bytes of ordinary memory while scores are taken: the latents of the first-letter words, for a few SAEs at a
@@ -289,10 +304,12 @@ class Plan:
         return found
 
     def host(self) -> float:
-        """Bytes of ordinary memory on a GPU machine: the model as it is loaded, or scores."""
+        """Bytes of ordinary memory on a GPU machine: the model as it is loaded, a pool on its way into scratch, or
+        scores."""
         size = 2 if self.profile.model.dtype == "bfloat16" else 4
         loaded = 2 * size * sum(p.numel() for p in self.model.parameters())
-        return BASE + max(loaded, self.scores())
+        pool = 6 * self.pool_tokens * self.width if self.profile.training.epochs > 1 else 0  # single and half precision
+        return BASE + max(loaded, pool, self.scores())
 
     def check(self, device: str, kept: float = 0.0) -> None:
         """Raise ConfigError, with the remedy, if the run cannot fit on the device, or on the disk beside the `kept`

@@ -1,7 +1,7 @@
 """A plan as text that fits 80 columns: `masksae plan paper`."""
 
 from masksae.app.amounts import amount, duration
-from masksae.app.plan import GPUS, SHARE, Plan, peers
+from masksae.app.plan import GPUS, MEASURED, SHARE, Plan, peers
 from masksae.errors import ConfigError
 from masksae.study.report.tables import to_text
 
@@ -56,8 +56,18 @@ def _times(plan: Plan, measured: dict[str, float] | None) -> str:
     total = [sum(plan.hours(work, gpu) for work in plan.work) for gpu in GPUS]
     work = amount(sum(w.flop + w.sae_flop for w in plan.work), "FLOP")
     rows.append(["all", work, *map(duration, total), *([""] if measured else [])])
-    title = f"Time on one GPU, by arithmetic at {SHARE:.0%} of its data sheet (not measured):"
-    return f"{title}\n{to_text(rows)}"
+    return "\n".join(
+        [f"Time on one GPU, by arithmetic at {SHARE:.0%} of its data sheet ({_measured()}):", to_text(rows)]
+    )
+
+
+def _measured() -> str:
+    """What of the shares was measured, and where."""
+    found = [
+        f"{name}: {', '.join(f'{stage} {share:.0%}' for stage, share in shares.items())}"
+        for name, shares in MEASURED.items()
+    ]
+    return "but as measured on " + "; ".join(found) if found else "not measured"
 
 
 def _peers(plan: Plan) -> str:

@@ -5,7 +5,7 @@ config.
 prefixes. Impossible combinations raise ConfigError here, so nothing that follows needs to check again.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from masksae.errors import ConfigError, nearest
@@ -171,6 +171,11 @@ class SAEConfig:
             return (self.n_latents,)
         sizes = [int(share * self.n_latents) for share in self.prefixes[:-1]]
         return (*sizes, self.n_latents - sum(sizes))
+
+    @property
+    def alike(self) -> "SAEConfig":
+        """The same for all SAEs that differ in their seed and in their view of the stream only."""
+        return replace(self, seed=0, own_order=False, drop_masked=False)
 
     @property
     def architecture(self) -> str:

@@ -1,5 +1,5 @@
-"""The training loss and its gradient as the definition has it: dense, by autograd. GPUs run this; CPUs mostly
-`saes/sparse.py`.
+"""The training loss and its gradient as the definition has it: dense, by autograd. GPUs run this, many SAEs at a time
+(`training/stack.py`); CPUs mostly `saes/sparse.py`.
 
 With B tokens, G prefix groups and e_g = x_hat_g - x the error of the reconstruction from groups 1..g,
 
@@ -41,7 +41,8 @@ class Outcome:
 def reconstruction_loss(sae: SAE, x: Tensor, f: Tensor, w_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor]:
     """(sum_g w_g mean_b |e_g|^2, e_G [B, d]) with autograd."""
     error, total, sizes = b_dec - x, 0.0, sae.config.group_sizes
-    for f_g, rows, share in zip(f.split(sizes, 1), w_dec.split(sizes, 0), sae.config.prefix_shares):
+    groups = zip(f.split(sizes, 1), w_dec.split(sizes, 0)) if len(sizes) > 1 else [(f, w_dec)]  # a split is copied back
+    for (f_g, rows), share in zip(groups, sae.config.prefix_shares):
         error = error + f_g @ rows
         total = total + share * error.square().sum(1).mean()
     return total * sae.config.prefix_weight, error
@@ -70,16 +71,15 @@ def dead_latents(sae: SAE, fired: Tensor, batch: int, dead_after: int) -> Tensor
     return (sae.tokens_since_fired + batch >= dead_after) & ~fired
 
 
-def dense_loss(
-    sae: SAE, x: Tensor, pre: Tensor, weight=0.0, dead_after: int | None = None, step: int | None = None
+def dense_terms(
+    sae: SAE, x: Tensor, pre: Tensor, weight=0.0, dead_after: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition: (loss, residual [B, d], f [B, F]) with autograd from `pre`, the pre-activations of x, and the
-    parameters.
+    """The definition without penalties: (loss, residual [B, d], f [B, F]), loss and f with autograd from `pre`, the
+    pre-activations of x, and the parameters.
 
     weight      sparsity coefficient
     dead_after  add AuxK for latents that have not fired for so many tokens: 0 without any, but a top-k over all
                 latents; None: do not
-    step        add the penalties that this step applies; None: none
     """
     f, gate, penalty = sae.config.selection.dense(sae, pre, weight)
     loss, error = reconstruction_loss(sae, x, f, sae.W_dec, sae.b_dec)
@@ -89,6 +89,14 @@ def dense_loss(
     residual = -error.detach()
     if dead_after is not None:
         loss = loss + aux_loss(sae, x, residual, dead_latents(sae, (f > 0).any(0), len(x), dead_after), pre)
+    return loss, residual, f
+
+
+def dense_loss(
+    sae: SAE, x: Tensor, pre: Tensor, weight=0.0, dead_after: int | None = None, step: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition: `dense_terms` and the penalties that this step applies (None: none); f without autograd."""
+    loss, residual, f = dense_terms(sae, x, pre, weight, dead_after)
     if due(sae.config, step):
         loss = loss + penalty_loss(sae, f.norm(dim=0, dtype=sae.dtype), step, len(x))
     return loss, residual, f.detach()

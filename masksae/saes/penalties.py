@@ -54,6 +54,11 @@ class Penalty:
     def check(self, config) -> None:
         """Raise ConfigError for an SAE that cannot be trained with it."""
 
+    def fixed(self, config) -> bool:
+        """Whether `value` is the same work at every step that applies it, none of it on the host: a GPU may then repeat
+        what it recorded once."""
+        return False
+
     def value(self, sae, norms: Tensor, step: int, batch: int) -> Tensor:
         """Scalar, the weight left out, with autograd from `sae.W_dec` and norms [F], those of f over a batch of so many
         tokens."""
@@ -78,6 +83,9 @@ class OfNearest(Penalty, base=True):
     def check(self, config):
         if config.n_latents < 2:
             raise ConfigError(f"{type(self).__name__} compares latents, found n_latents = 1. Leave the penalty out.")
+
+    def fixed(self, config):
+        return config.n_latents <= self.chunk  # chunks are drawn on the host
 
     def cosines(self, sae, step: int) -> tuple[Tensor, Tensor]:
         """(max(0, cosine) of each row and its nearest other [F], which one that is [F])."""

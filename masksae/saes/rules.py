@@ -83,6 +83,9 @@ class Selection:
 
     dense_copies: ClassVar[int] = 6
     """Tensors [B, F] that live at once in its dense step."""
+    stacked: ClassVar[bool] = False
+    """On a GPU SAEs of one architecture take their steps together, as a CUDA graph: `dense` and `smallest` work under
+    `torch.vmap` and never read a number back. Otherwise each takes its own, kernel by kernel."""
     always_sparse: ClassVar[bool] = False
     """`goal` bounds the active entries at every step, the first ones too, so on a CPU training needs no dense step."""
 
@@ -176,7 +179,7 @@ class Ranked(Selection, base=True):
     """The largest are kept, k per token on average. Without a penalty, gradients are those of what is kept."""
 
     k: float
-    ranked = estimates_threshold = median_start = revived = always_sparse = True
+    ranked = estimates_threshold = median_start = revived = stacked = always_sparse = True
 
     @property
     def goal(self) -> float:
@@ -214,9 +217,8 @@ class TopK(Ranked):
         return torch.zeros_like(pre).scatter(-1, index, value)
 
     def dense(self, sae, pre, weight):
-        h = torch.relu(pre)
-        index = h.detach().topk(self.k, dim=1, sorted=False).indices
-        return h * torch.zeros_like(h, dtype=torch.bool).scatter(1, index, True), None, 0.0
+        value, index = pre.topk(self.k, dim=1, sorted=False)
+        return torch.zeros_like(pre).scatter(1, index, torch.relu(value)), None, 0.0  # few passes over [B, F]
 
     def support(self, sae, pre, most):
         if self.k * len(pre) > most:
@@ -265,10 +267,9 @@ class BatchTopK(Ranked):
             raise ConfigError(f"BatchTopK.k = {self.k:g} keeps no latent in a batch of {batch}. Raise k or batch_size.")
 
     def dense(self, sae, pre, weight):
-        h = torch.relu(pre)
-        flat = h.detach().reshape(-1)
-        index = flat.topk(min(round(self.k * len(pre)), len(flat)), sorted=False).indices
-        return h * torch.zeros_like(flat, dtype=torch.bool).scatter(0, index, True).view_as(h), None, 0.0
+        flat = pre.reshape(-1)
+        value, index = flat.topk(min(round(self.k * len(pre)), len(flat)), sorted=False)
+        return torch.zeros_like(flat).scatter(0, index, torch.relu(value)).view_as(pre), None, 0.0
 
     def support(self, sae, pre, most):
         count = round(self.k * len(pre))
@@ -305,6 +306,7 @@ class JumpReLU(Selection):
 
     betas = (0.0, 0.999)
     centred = False
+    stacked = True
     scaled = ("thresholds",)
     saelens = Peer("jumprelu", DIRECT | {"threshold": "thresholds"})
     dictionary_learning = (Peer("JumpReluAutoEncoder", DIRECT | {"threshold": "thresholds"}, "JumpReluTrainer"),)
@@ -369,6 +371,7 @@ class Penalised(Selection, base=True):
 
     coefficient = "l1"
     stated = ("l1", "target_l0")
+    stacked = True
 
     def __post_init__(self):
         check_positive(self, *(name for name in ("l1", "target_l0") if getattr(self, name) is not None))
@@ -479,16 +482,22 @@ class Gated(Penalised):
 class _Jump(torch.autograd.Function):
     """(pre, thresholds, bandwidth) -> (f, mean number of active latents per token)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, pre, theta, width):
+    def forward(pre, theta, width):
         active = pre > theta
-        ctx.save_for_backward(pre, theta, active)
-        ctx.width = width
         return pre * active, active.sum(dtype=pre.dtype) / len(pre)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        pre, theta, ctx.width = inputs
+        ctx.save_for_backward(pre, theta)
+
+    @staticmethod
     def backward(ctx, grad_f, grad_l0):
-        (pre, theta, active), width = ctx.saved_tensors, ctx.width
+        (pre, theta), width = ctx.saved_tensors, ctx.width
+        active = pre > theta
         near = _window(pre - theta, width)
         grad_theta = -(theta / width) * torch.where(near, grad_f, 0).sum(0)
         near_f = (near & active).sum(0) + (~active).sum(0) * _window(theta, width)  # where f, 0 if silent, is near

@@ -59,7 +59,8 @@ class TrainConfig:
     `warmup`."""
     precision: str = "float32"
     """"bfloat16": products in half precision by autocast, weights and Adam in single; worth it on GPUs, slow on most
-    CPUs."""
+    CPUs. "float32" on a GPU is what PyTorch is told: TF32 in a run of the command line, else whole single precision
+    (`torch.set_float32_matmul_precision`)."""
     snapshots: tuple[int, ...] | str = ()
     """Steps n at which every SAE is also saved, each finished on a branch with a decay of its own: byte for byte the
     SAE of `branch(n)`, that is of `steps = n` with this run's other values. "log": `steps` and its halves, quarters,

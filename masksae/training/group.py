@@ -23,7 +23,12 @@ from masksae.saes.formats import SAE_FILES
 from masksae.saes.sae import SAE, read_tensors, seal
 from masksae.training.config import TrainConfig
 from masksae.training.logs import Log
+from masksae.training.stack import own_stream, stacks
 from masksae.training.step import EXPLODED, Trainer
+
+STACKED = {"cuda"}
+"""Kinds of devices on which SAEs of one architecture take their steps together; on CPUs the sparse step of each is
+faster."""
 
 SCHEMAS = (1, 2, 3)
 """Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the
@@ -65,6 +70,11 @@ def train(
     """
     folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir)
     device = torch.device(device or "cpu")
+    with own_stream(device):
+        return _train(sae_configs, stream, train_config, folder, device, progress, log)
+
+
+def _train(sae_configs, stream: ActivationStream, train_config: TrainConfig, folder, device, progress, log):
     stream.to(device)  # before anything asks for a pool
     _check(sae_configs, stream, train_config, folder)
     sparse = device.type == "cpu" and train_config.precision == "float32"
@@ -80,7 +90,7 @@ def train(
         stream.until(train_config.steps),
     ):
         group.run(train_config, bar.update, folder, log)
-    return [_finish(trainer.sae, group.scale) for trainer in group.trainers]
+    return group.finish()
 
 
 def load_snapshots(checkpoint_dir, *, device=None) -> dict[int, list[SAE]]:
@@ -124,6 +134,10 @@ class Group:
         self.stream, self.step, self.scale = stream.to(device), 0, 1.0
         self.saved: int | None = None
         self.views = list(dict.fromkeys(view_of(c, stream) for c in configs))
+        self.seen = [self.views.index(view_of(c, stream)) for c in configs]
+        self.stacks, self.alone = [], list(range(len(configs)))
+        if torch.device(device).type in STACKED:
+            self.stacks, self.alone = stacks(self.trainers, self.seen)
         self.identity: dict = {
             "saes": [c.to_dict() for c in configs],
             "train": config.identity(),
@@ -144,14 +158,13 @@ class Group:
         self.stream.load_state_dict(beginning)
         medians = [geometric_median(x / self.scale) for x, *_ in first]
         with torch.no_grad():
-            for trainer in self.trainers:
+            for trainer, view in zip(self.trainers, self.seen):
                 if trainer.sae.config.selection.median_start:
-                    trainer.sae.b_dec.copy_(medians[self.views.index(view_of(trainer.sae.config, self.stream))])
+                    trainer.sae.b_dec.copy_(medians[view])
 
     def run(self, config: TrainConfig, tick=lambda: None, folder: Path | None = None, log: Log | None = None) -> None:
         """Go on to the last step of `config`, with checkpoints and snapshots if there is a folder."""
-        for trainer in self.trainers:
-            trainer.config = config
+        self._follow(config)
         due = {} if folder is None else self._snapshots(config, folder)
         batches = self.stream.batches(self.views)
         while self.step < config.steps:
@@ -159,13 +172,16 @@ class Group:
                 self._snapshot(config, n, target)
             views = [[x / self.scale, *(t / self.scale for t in target)] for x, _, *target in next(batches)]
             record = self.step % config.log_every == 0 or self.step == config.steps - 1
-            for trainer in self.trainers:
-                x, *target = views[self.views.index(view_of(trainer.sae.config, self.stream))]
-                trainer.step(x, self.step, record, *target)
+            for stack in self.stacks:
+                stack.step([views[i] for i in stack.views], self.step, record)
+            for i in self.alone:
+                x, *target = views[self.seen[i]]
+                self.trainers[i].step(x, self.step, record, *target)
             self.step += 1
             tick()
             if record:
                 self.check()
+                self._look()
                 for i, trainer in enumerate(self.trainers if log else ()):
                     log(i, trainer.sae.history[-1])
             if folder is not None and (self.step % config.checkpoint_every == 0 or self.step == config.steps):
@@ -215,10 +231,11 @@ class Group:
                 _finish(copy.deepcopy(trainer.sae), self.scale).save(tmp / f"sae-{i:04d}")
         self.step = step
         self.stream.load_state_dict(position)
+        self._follow(config)
         for trainer, tensors, records in zip(self.trainers, trunk, history):
-            trainer.config = config
             trainer.load(tensors)
             trainer.sae.history = records
+        self._look()
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint, of a sane state only."""
@@ -244,6 +261,20 @@ class Group:
                     "was kept from before. Lower lr, or look at the activations."
                 )
 
+    def _follow(self, config: TrainConfig) -> None:
+        for each in (*self.trainers, *self.stacks):
+            each.config = config
+
+    def _look(self) -> None:
+        for stack in self.stacks:
+            stack.look(self.step)
+
+    def finish(self) -> list[SAE]:
+        """The SAEs, for raw activations."""
+        for stack in self.stacks:
+            stack.dissolve()
+        return [_finish(trainer.sae, self.scale) for trainer in self.trainers]
+
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it is damaged or of another configuration."""
         record, tensors = read_tensors(folder, "state.safetensors", "state.json", SCHEMAS)
@@ -267,6 +298,7 @@ class Group:
             trainer.sae.history = record["history"][i]
         self.step, self.scale = record["step"], record["scale"]
         self.saved = self.step
+        self._look()
         self.stream.load_state_dict(record["stream"])
 
 

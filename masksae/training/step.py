@@ -8,6 +8,7 @@ logging cannot alter training. What differs between selection rules is asked of 
 import contextlib
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,91 @@ GAIN = 0.02
 sparsity warm-up."""
 
 
-class Trainer:
-    """An SAE with its optimiser. `config` is the group's TrainConfig; `buffers` holds work space shared with other
-    trainers."""
+def moments(parameter: Tensor, adam: torch.optim.Adam) -> dict[str, Tensor]:
+    """Adam's state of a parameter before its first step."""
+    where = parameter.device if adam.param_groups[0]["fused"] else "cpu"  # as Adam itself makes it
+    state = {"step": torch.zeros((), dtype=torch.float32, device=where)}
+    return state | {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+
+
+class Update:
+    """What every update shares, of one SAE or of a stack of them (`training/stack.py`), whose tensors have one more
+    dimension in front."""
+
+    sae: Any
+    config: Any
+    """The group's TrainConfig."""
+    adam: torch.optim.Adam
+    coefficient: Tensor
+    failed: Tensor
+    """Step at which the loss was out of bounds for the first time, or -1."""
+
+    def _autocast(self):
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.sae.device.type, dtype=torch.bfloat16)
+
+    def _ramp(self, step: int) -> float:
+        """Share of the sparsity coefficient that this step takes."""
+        warmup = self.config.sparsity_steps
+        return min(step / warmup, 1.0) if warmup else 1.0
+
+    def _estimates(self, step: int) -> bool:
+        """Whether the threshold follows this step."""
+        late = step > self.config.threshold_start or step == self.config.steps - 1
+        return late and self.sae.config.selection.estimates_threshold
+
+    def _controlled(self, step: int) -> bool:
+        """Whether the controller of the coefficient is at work."""
+        return self.sae.config.selection.controlled and step >= self.config.sparsity_steps
+
+    @torch.no_grad()
+    def _update_(self, outcome: Outcome, batch: int, step, controlled: bool) -> None:
+        """Counters, threshold, controller and the watch on the loss; the only place where they change."""
+        sae, config = self.sae, self.config
+        sae.tokens_since_fired.add_(batch).masked_fill_(outcome.fired, 0)
+        if outcome.smallest is not None:
+            smallest = outcome.smallest.to(sae.threshold.dtype)
+            mixed = config.threshold_ema * sae.threshold + (1 - config.threshold_ema) * smallest
+            mixed = torch.where(sae.threshold < 0, smallest, mixed)
+            sae.threshold.copy_(torch.where(smallest > 0, mixed, sae.threshold))
+        if controlled:
+            ratio = (outcome.l0 / sae.config.selection.goal).clamp(1e-6, 1e6)
+            self.coefficient.mul_(ratio.pow(GAIN).clamp(0.5, 2.0))
+        first = (self.failed < 0) & ~(outcome.loss.abs() < EXPLODED)
+        self.failed.copy_(torch.where(first, step, self.failed))
+
+    @torch.no_grad()
+    def _descend(self, lr) -> None:
+        """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1, the rule's own parameters to where
+        they make sense."""
+        sae, rule = self.sae, self.sae.config.selection
+        unit_rows = rule.unit_rows and not sae.config.frozen_decoder
+        if sae.config.frozen_decoder:
+            sae.W_dec.grad = None
+        if unit_rows:
+            sae.W_dec.grad.addcmul_(sae.W_dec, (sae.W_dec.grad * sae.W_dec).sum(-1, keepdim=True), value=-1)
+        if rule.clipped:
+            self._clip_()
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)  # gradients exist for one SAE of a group, or one stack, at a time
+        if unit_rows:
+            sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
+        self._project_()
+
+    def _clip_(self) -> None:
+        """Bring every SAE's gradient to the largest norm."""
+        raise NotImplementedError
+
+    def _project_(self) -> None:
+        """Bring the rule's own parameters back to where they make sense."""
+        raise NotImplementedError
+
+
+class Trainer(Update):
+    """An SAE with its optimiser. `buffers` holds work space shared with other trainers."""
 
     def __init__(self, sae: SAE, config, device="cpu", buffers: dict | None = None):
         self.sae, self.config = sae.to(device), config
@@ -51,7 +134,7 @@ class Trainer:
         """One update on a scaled batch x [B, d], to be reconstructed or to be turned into `target`; `record` appends to
         the SAE's history."""
         outcome = self.gradients(x, step, target)
-        self._update_(outcome, len(x), step)
+        self._update_(outcome, len(x), step, self._controlled(step))
         self._descend(self.config.lr_at(step))
         if record:
             self._record(x if target is None else target, outcome, step)
@@ -60,10 +143,8 @@ class Trainer:
     def gradients(self, x: Tensor, step: int, target: Tensor | None = None) -> Outcome:
         """Fill every parameter's `.grad` and change nothing else."""
         sae, target = self.sae, x if target is None else target
-        rule = sae.config.selection
-        late = step > self.config.threshold_start or step == self.config.steps - 1
-        estimate = late and rule.estimates_threshold
-        dead_after, weight = self._dead_after(len(x), step), self._weight(step)
+        rule, estimate = sae.config.selection, self._estimates(step)
+        dead_after, weight = self._dead_after(len(x), step), self.coefficient * self._ramp(step)
         with self._autocast():
             xc = sae.encoder_input(x)
             pre = self._pre_activations(xc)
@@ -90,11 +171,6 @@ class Trainer:
             self.buffers[key] = torch.empty(key[:2], dtype=sae.dtype)
         return torch.addmm(sae.b_enc, xc, sae.W_enc, out=self.buffers[key])
 
-    def _autocast(self):
-        if self.config.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.sae.device.type, dtype=torch.bfloat16)
-
     def _dead_after(self, batch: int, step: int) -> int | None:
         """Tokens without firing that make a latent dead; None where none can be dead: on a CPU by looking, elsewhere by
         the tokens seen, which needs no waiting."""
@@ -104,47 +180,8 @@ class Trainer:
         silent = self.sae.tokens_since_fired.max().item() if self.sparse else step * batch
         return dead_after if silent + batch >= dead_after else None
 
-    def _weight(self, step: int):
-        """Sparsity coefficient of this step."""
-        warmup = self.config.sparsity_steps
-        return self.coefficient * (min(step / warmup, 1.0) if warmup else 1.0)
-
-    @torch.no_grad()
-    def _update_(self, outcome: Outcome, batch: int, step: int) -> None:
-        """Counters, threshold, controller and the watch on the loss; the only place where they change."""
-        sae, config = self.sae, self.config
-        sae.tokens_since_fired.add_(batch).masked_fill_(outcome.fired, 0)
-        if outcome.smallest is not None:
-            smallest = outcome.smallest.to(sae.threshold.dtype)
-            mixed = config.threshold_ema * sae.threshold + (1 - config.threshold_ema) * smallest
-            mixed = torch.where(sae.threshold < 0, smallest, mixed)
-            sae.threshold.copy_(torch.where(smallest > 0, mixed, sae.threshold))
-        rule = sae.config.selection
-        if rule.controlled and step >= config.sparsity_steps:
-            ratio = (outcome.l0 / rule.goal).clamp(1e-6, 1e6)
-            self.coefficient.mul_(ratio.pow(GAIN).clamp(0.5, 2.0))
-        first = (self.failed < 0) & ~(outcome.loss.abs() < EXPLODED)
-        self.failed.copy_(torch.where(first, step, self.failed))
-
-    @torch.no_grad()
-    def _descend(self, lr: float) -> None:
-        """Project the decoder's gradient, clip, Adam, decoder rows back to norm 1, the rule's own parameters to where
-        they make sense."""
-        sae, rule = self.sae, self.sae.config.selection
-        unit_rows = rule.unit_rows and not sae.config.frozen_decoder
-        if sae.config.frozen_decoder:
-            sae.W_dec.grad = None
-        if unit_rows:
-            sae.W_dec.grad.addcmul_(sae.W_dec, (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True), value=-1)
-        if rule.clipped:
-            self._clip_()
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)  # gradients exist for one SAE of a group at a time
-        if unit_rows:
-            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
-        rule.project_(sae)
+    def _project_(self) -> None:
+        self.sae.config.selection.project_(self.sae)
 
     def _clip_(self) -> None:
         """As `clip_grad_norm_`; where looking costs no waiting, what is short enough is not multiplied by 1."""
@@ -173,7 +210,8 @@ class Trainer:
         """Everything that must survive, by name."""
         result = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         for name, parameter in self.sae.named_parameters():
-            result |= {f"adam.{name}.{key}": value for key, value in self.adam.state[parameter].items()}
+            for key, value in self.adam.state[parameter].items():  # those of a stack count their steps together
+                result[f"adam.{name}.{key}"] = value.clone() if key == "step" else value
         return result | {"coefficient": self.coefficient}
 
     @torch.no_grad()
@@ -181,13 +219,13 @@ class Trainer:
         """Take over what `tensors` gave. Raises CheckpointError."""
         load_state(self.sae, {name[4:]: value for name, value in tensors.items() if name.startswith("sae.")}, folder)
         for name, parameter in self.sae.named_parameters():
-            if f"adam.{name}.step" not in tensors:  # a start, before the first step
-                self.adam.state.pop(parameter, None)
-                continue
-            where = parameter.device if self.adam.param_groups[0]["fused"] else "cpu"  # as Adam itself makes it
-            state = {"step": tensors[f"adam.{name}.step"].to(where, copy=True)}
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"adam.{name}.{key}"])
-            self.adam.state[parameter] = state
+            state = self.adam.state.get(parameter)
+            if state is None:
+                if f"adam.{name}.step" not in tensors:
+                    continue
+                state = self.adam.state[parameter] = moments(parameter, self.adam)
+            for key, value in state.items():  # in place: they may be a part of a stack's
+                given = tensors.get(f"adam.{name}.{key}")  # None: a start, before the first step
+                value.zero_() if given is None else value.copy_(given)
         if "coefficient" in tensors:  # schema 1 knew no coefficient
             self.coefficient.copy_(tensors["coefficient"])

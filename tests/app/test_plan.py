@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from masksae import SAEConfig, TrainConfig, load_profile
 from masksae.app import cli, measure, repro
-from masksae.app.plan import GPUS, Plan, peers, step_flop
+from masksae.app.plan import GPUS, MEASURED, Plan, peers, step_flop
 from masksae.app.plan_text import text
 from masksae.errors import ConfigError, SourceError
 from masksae.saes.sae import SAE
@@ -177,15 +177,17 @@ def test_a_local_models_shape_is_read_from_its_folder(project):
     )
 
 
-def test_a_fraction_is_measured_here(project):
+def test_a_fraction_is_measured_here(project, monkeypatch):
     plan = Plan(load_profile(profile(project)))
     hours = measure.hours_here(plan, "cpu")
     assert set(hours) == {"activations", "training"} and all(0 < value < 1 for value in hours.values())
     assert "here, measured" in text(plan, "cpu", measured=hours)
     assert sum(measure._kinds(plan).values()) == len(plan.saes) and len(measure._kinds(plan)) == 2
-    assert measure.step_seconds(plan, SAEConfig(16, 32, plan.saes[0].selection), "cpu") > 0
+    assert measure.step_seconds(plan, SAEConfig(16, 32, plan.saes[0].selection), 1, "cpu") > 0
+    monkeypatch.setattr(measure, "STACKED", {"cpu"})
+    assert measure.step_seconds(plan, SAEConfig(16, 32, plan.saes[0].selection), 2, "cpu") > 0
     plan.profile = plan.profile.model_copy(update={"training": Training(batch_size=64)})  # every number left out
-    assert measure.step_seconds(plan, SAEConfig(16, 32, plan.saes[0].selection), "cpu") > 0
+    assert measure.step_seconds(plan, SAEConfig(16, 32, plan.saes[0].selection), 1, "cpu") > 0
 
 
 def test_scratch_that_is_freed_is_not_counted(paper):
@@ -194,3 +196,25 @@ def test_scratch_that_is_freed_is_not_counted(paper):
     kept, all_of_them = Plan(overnight), Plan(overnight.model_copy(update={"keep_pairs": False}))
     assert kept.streams > all_of_them.kept_streams > 20 > 8 >= kept.kept_streams >= 5
     assert paper["laptop"].kept_streams == paper["laptop"].streams == 4
+
+
+def test_hours_take_the_shares_that_were_measured_and_say_so(paper, monkeypatch):
+    plan, h100 = paper["paper"], GPUS[-1]
+    harvest, training, _ = plan.work
+    assumed = [plan.hours(work, h100) for work in (harvest, training)]
+    assert "at 40% of its data sheet (not measured)" in text(plan, "cpu")
+    monkeypatch.setitem(MEASURED, "H100 SXM", {"activations": 0.8})
+    assert plan.hours(harvest, h100) == pytest.approx(assumed[0] / 2) and plan.hours(training, h100) == assumed[1]
+    assert "(but as measured on H100 SXM: activations 80%)" in text(plan, "cpu")
+
+
+def test_the_profile_of_a_gpu_is_what_it_says():
+    profile = load_profile("gpu")
+    plan = Plan(profile)
+    assert plan.steps * profile.training.batch_size == pytest.approx(5e8, rel=0.02)
+    widths = [sae.n_latents for sae in plan.saes]
+    assert (widths.count(4096), widths.count(16384)) == (40, 4) and profile.keep_pairs
+    assert profile.training.pool_tokens >= profile.text.train_tokens  # one pool, which stays on the card
+    h100 = GPUS[-1]
+    assert 1 < sum(plan.hours(work, h100) for work in plan.work) < 8
+    assert sum(plan.memory().values()) < 24e9 and sum(plan.disk().values()) < 50e9

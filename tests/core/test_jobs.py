@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_project import profile
 
 from masksae import Run, jobs
@@ -109,3 +110,15 @@ def test_submitit_is_asked_for_by_name(monkeypatch, here):
     monkeypatch.setenv("MASKSAE_EXECUTOR", "slurm:partition=gpu")
     with pytest.raises(ConfigError, match="needs submitit. Install it"):
         jobs.run_jobs([jobs.Job("a", "slurm_jobs:failing", ("x",))])
+
+
+def test_tf32_is_allowed_on_gpus_and_changes_nothing_on_a_cpu():
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    matmul, before = torch.backends.cuda.matmul, x @ x
+    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    kept = getattr(matmul, name)
+    try:
+        jobs.allow_tf32()
+        assert getattr(matmul, name) == value and torch.equal(x @ x, before)
+    finally:
+        setattr(matmul, name, kept)
