@@ -1,6 +1,6 @@
 # Two commands do everything on a bare machine with Python 3.11 or later and make:
 #
-#     make repro [PROFILE=smoke|laptop|gemma|overnight|paper|path/to/profile.yaml]
+#     make repro [PROFILE=smoke|laptop|gemma|overnight|gpu|paper|path/to/profile.yaml]
 #     make test
 
 PROFILE ?= laptop
