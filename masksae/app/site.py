@@ -32,7 +32,7 @@ ORDER = ("overnight", "laptop", "gemma", "paper", "smoke")
 DOCS = ("results", "method", "preregistration", "metrics", "pitfalls", "own", "own-model", "library", "synthetic")
 """Pages of docs/, likewise."""
 
-OTHER_PAGES = ("benchmarks/README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+OTHER_PAGES = ("REPRODUCE.md", "benchmarks/README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 EVERY_CLAIM = "09_paper"
 """The notebook that judges the claims; what else shows a claim is the notebook that saves its score."""

@@ -60,7 +60,8 @@ MANY = [
     *EVERY,
     SAEConfig(D, F, TopK(2), seed=5, drop_masked=True),
     SAEConfig(D, F, BatchTopK(3), (0.25, 0.75), seed=7, aux=AuxK(dead_after_tokens=3000)),
-    SAEConfig(D, F, TopK(2), seed=8, penalties=(OrtSAE(every=2), C2R(every=3)), frozen_decoder=True),
+    SAEConfig(D, F, TopK(2), seed=8, penalties=(OrtSAE(every=2), C2R(every=3))),
+    SAEConfig(D, F, TopK(2), seed=10, penalties=(C2R(every=3),), frozen_decoder=True),
     SAEConfig(D, F, TopK(2), seed=9, penalties=(OrtSAE(every=2, chunk=12),)),
 ]
 

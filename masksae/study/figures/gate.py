@@ -1,6 +1,6 @@
 """Picture of the gate: every row that was taken, beside the bounds."""
 
-from masksae.study.figures.style import COLOURS, GREY, OTHER_COLOURS
+from masksae.study.figures.style import FAMILY, GREY
 from masksae.study.gate import failed
 from masksae.study.profile import Profile
 
@@ -26,7 +26,7 @@ def draw_gate(profile: Profile, rows: list[dict]):
         "dense_absorbers": bounds.dense_absorbers,
     }
     kinds = dict.fromkeys(row["architecture"] for row in rows)
-    colours = dict(zip(kinds, (*COLOURS.values(), *OTHER_COLOURS)))
+    colours = dict(zip(kinds, FAMILY))
     figure, axes = plt.subplots(1, len(PANELS), figsize=(12.5, 1.2 + 0.24 * len(rows)), sharey=True)
     for axis, (key, title) in zip(axes, PANELS.items()):
         for place, row in enumerate(rows):
