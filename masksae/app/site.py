@@ -225,6 +225,8 @@ def _lay_out(root: Path, runs: list[_Run], source: Path) -> None:
     pages = [path.relative_to(root) for path in (*docs, *others)]
     for path in pages:
         write_text(source / path, _page(root / path, runs))
+    if (root / "REPRODUCE.md").exists():  # it leads to the numbers themselves
+        shutil.copytree(root / "results", source / "results", ignore=shutil.ignore_patterns("pairs", "variants"))
     if (root / "CITATION.cff").exists():
         shutil.copyfile(root / "CITATION.cff", source / "CITATION.cff")
     for run in runs:
