@@ -10,7 +10,7 @@ from masksae import progress
 from masksae.errors import ConfigError
 from masksae.saes.sae import SAE
 from masksae.study.run import Run
-from masksae.study.sections import Gate, Variant
+from masksae.study.sections import Variant
 from masksae.study.work import SCORES
 from masksae.training.step import Trainer
 
@@ -67,18 +67,6 @@ def seconds_per_step(run: Run, steps: int = 30) -> dict[str, float]:
             taken.append(time.perf_counter() - begun)
         found[name] = sorted(taken)[steps // 2]
     return found
-
-
-def failed(row: dict, bounds: Gate) -> list[str]:
-    """What a row of the gate does not reach, in words; nothing if it passes."""
-    dense = row["dense_absorbers"] or 0.0  # an SAE that absorbs nothing has none
-    misses = {
-        f"main F1 of letters {row['main_f1']:.2f}": row["main_f1"] < bounds.letters_f1,
-        f"main F1 of contexts {row['context_main_f1']:.2f}": row["context_main_f1"] < bounds.contexts_f1,
-        f"dense {dense:.2f}": dense > bounds.dense_absorbers,
-        f"dead {row['dead_in_training']}": row["dead_in_training"] > bounds.dead * row["latents"],
-    }
-    return [words for words, missed in misses.items() if missed]
 
 
 def _rows(part, variant: Variant) -> list[dict]:

@@ -232,13 +232,7 @@ class Stacked(nn.Module):
             for i, sae in enumerate(saes):
                 setattr(sae, name, whole[i])
 
-    @property
-    def device(self) -> torch.device:
-        return self.W_dec.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.W_dec.dtype
+    device, dtype = SAE.device, SAE.dtype
 
 
 def _laid_out(grad: Tensor, parameter: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_saes import ALL_RULES
-from small_training import EVERY, D, F, configs, run, same, sparse_world, stream, train_config
+from random_saes import ALL_RULES, WITH_TARGETS
+from small_training import EVERY, D, F, Killed, configs, killed, run, same, sparse_world, stream, train_config
 from tiny_project import tiny_model
 
 import masksae
@@ -18,9 +18,7 @@ from masksae import (
     MATRYOSHKA,
     AuxK,
     BatchTopK,
-    Gated,
     OrtSAE,
-    ReLU,
     SAEConfig,
     TopK,
     TrainConfig,
@@ -55,7 +53,6 @@ def test_a_gpu_agrees_with_the_cpu_to_rounding():
         assert ours.l0 == pytest.approx(theirs.l0, rel=0.05)
 
 
-RULES = [*ALL_RULES, ReLU(0.1, target_l0=4.0), Gated(0.1, target_l0=4.0)]
 MANY = [
     *EVERY,
     SAEConfig(D, F, TopK(2), seed=5, drop_masked=True),
@@ -75,7 +72,7 @@ def stack_of(config, recipe, graph: bool) -> Stack:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("prefixes", [(), MATRYOSHKA], ids=["plain", "matryoshka"])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", WITH_TARGETS, ids=str)
 def test_the_captured_graph_gives_the_bytes_of_the_step_that_it_repeats(rule, prefixes, precision):
     """Through every phase: AuxK from step 7 on, penalties, threshold, controller; each phase is met again after it was
     captured. Another size of batch is captured anew."""
@@ -107,23 +104,9 @@ def test_a_stack_agrees_with_single_trainers_to_rounding(monkeypatch):
         assert reconstruction(a, x).ev_centred == pytest.approx(reconstruction(b, x).ev_centred, abs=0.02)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("at", [1, 13, 35])
 def test_resuming_and_snapshots_change_no_byte(tmp_path, at):
-    source = stream()
-    take, left = source.batches, [at]
-
-    def failing(views):
-        for batch in take(views):
-            left[0] -= 1
-            if left[0] == 0:
-                raise Killed
-            yield batch
-
-    source.batches = failing
+    source = killed(stream(), at)
     config = train_config(snapshots="log")
     with pytest.raises(Killed):
         on_gpu(config=config, sae_configs=MANY, source=source, checkpoint_dir=tmp_path / "killed")

@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from one_device import OneDevice, Repeatable
-from random_saes import ALL_RULES, random_batch, random_sae
-from small_training import EVERY, D, F, run, same, sparse_world, stream, train_config
+from random_saes import WITH_TARGETS, random_batch, random_sae
+from small_training import EVERY, D, F, Killed, killed, poisoned, run, same, sparse_world, stream, train_config
 
-import masksae
-from masksae import C2R, MATRYOSHKA, SAE, AuxK, BatchTopK, Gated, OrtSAE, ReLU, SAEConfig, TopK, TrainConfig
+from masksae import C2R, MATRYOSHKA, SAE, AuxK, BatchTopK, OrtSAE, SAEConfig, TopK, TrainConfig
 from masksae.errors import DataError
 from masksae.memory import MOST_STACKED, training_bytes
 from masksae.training import group
@@ -19,7 +18,6 @@ from masksae.training.group import load_snapshots
 from masksae.training.stack import Stack
 from masksae.training.step import Trainer
 
-RULES = [*ALL_RULES, ReLU(0.1, target_l0=4.0), Gated(0.1, target_l0=4.0)]
 PENALTIES = (OrtSAE(every=2, chunk=40), C2R(every=3))
 
 MANY = [
@@ -56,7 +54,7 @@ def trainers(config: SAEConfig, recipe: TrainConfig, seeds=(0, 1, 2), aux_tokens
 
 
 @pytest.mark.parametrize("prefixes", [(), MATRYOSHKA], ids=["plain", "matryoshka"])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", WITH_TARGETS, ids=str)
 def test_the_updates_are_those_of_the_dense_step(rule, prefixes):
     """In double precision to rounding, for 8 steps: with AuxK from the first on, penalties on most of them, the
     threshold from the fourth, the controller from the fifth; targets on every second one."""
@@ -111,23 +109,9 @@ def test_an_sae_hardly_depends_on_who_is_in_its_stack(stacked):
         torch.testing.assert_close(alone.W_dec, sae.W_dec, rtol=1e-3, atol=1e-3)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("at", [1, 25])
 def test_resuming_changes_no_byte(stacked, tmp_path, at):
-    source, left = stream(), [at]
-    take = source.batches
-
-    def failing(views):
-        for batch in take(views):
-            left[0] -= 1
-            if left[0] == 0:
-                raise Killed
-            yield batch
-
-    source.batches = failing
+    source = killed(stream(), at)
     config, saes = train_config(30, snapshots=(16,)), [MANY[1], *MANY[6:]]
     with pytest.raises(Killed):
         run(config, saes, source, checkpoint_dir=tmp_path / "killed")
@@ -159,7 +143,7 @@ def test_a_checkpoint_of_single_trainers_goes_on_in_a_stack(monkeypatch, tmp_pat
 
 @pytest.mark.filterwarnings("error:There is a performance drop")  # vmap, of an operation that it repeats for each SAE
 @pytest.mark.parametrize("prefixes", [(), MATRYOSHKA], ids=["plain", "matryoshka"])
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", WITH_TARGETS, ids=str)
 def test_a_graph_could_repeat_every_step(rule, prefixes):
     """Nothing is read back, no shape depends on data, and what the host decides is in the phase: two steps of one phase
     run the same operations on the same shapes and numbers."""
@@ -227,18 +211,12 @@ def test_stacks_are_of_one_architecture_and_not_too_large(stacked):
 
 
 def test_an_exploding_loss_names_the_sae(stacked):
-    class Poisoned(masksae.ActivationStream):
-        def batches(self, views):
-            for i, batch in enumerate(super().batches(views)):
-                yield [(x * 1e6 if i == 24 else x, m) for x, m in batch]
-
-    source = stream()
-    source.__class__ = Poisoned
+    source = poisoned(stream())
     with pytest.raises(DataError, match=r"SAE 0 \(SAEConfig.*at step 24"):
         run(sae_configs=MANY[:2], source=source)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", WITH_TARGETS, ids=str)
 def test_no_step_mixes_devices(rule, monkeypatch):
     """On `meta`, but for Adam, which reads numbers there, and penalties, whose autocast does not know it."""
     config = SAEConfig(24, 96, rule, MATRYOSHKA, aux=AuxK(dead_after_tokens=100))

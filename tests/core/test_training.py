@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_training import EVERY, D, F, configs, run, same, sparse_world, stream, train_config
+from small_training import EVERY, D, F, configs, poisoned, run, same, sparse_world, stream, train_config
 
 import masksae
 from masksae import ActivationStream, AuxK, BatchTopK, Gated, SAEConfig, TopK, TrainConfig
@@ -193,13 +193,7 @@ def test_bad_input(act, error, words):
 def test_exploding_loss_stops_with_the_step_the_sae_and_the_last_checkpoint(tmp_path, log_every):
     """The culprit is named by the step at which it happened, however rarely the device is asked."""
 
-    class Poisoned(ActivationStream):
-        def batches(self, views):
-            for i, batch in enumerate(super().batches(views)):
-                yield [(x * 1e6 if i == 24 else x, m) for x, m in batch]
-
-    source = stream()
-    source.__class__ = Poisoned
+    source = poisoned(stream())
     with pytest.raises(DataError, match=r"SAE 0 \(SAEConfig.*at step 24\. The checkpoint of step 20 was kept"):
         run(train_config(log_every=log_every), source=source, checkpoint_dir=tmp_path)
     assert json.loads((tmp_path / "checkpoint/state.json").read_text())["step"] == 20

@@ -72,15 +72,15 @@ ROW = {
 
 
 def test_a_row_on_its_bounds_passes_and_one_beyond_says_which():
-    assert gate.failed(ROW, Gate()) == []
-    assert gate.failed(ROW | {"dense_absorbers": None}, Gate()) == []
+    assert report.failed(ROW, Gate()) == []
+    assert report.failed(ROW | {"dense_absorbers": None}, Gate()) == []
     for key, value, told in [
         ("main_f1", 0.49, "main F1 of letters 0.49"),
         ("context_main_f1", 0.59, "main F1 of contexts 0.59"),
         ("dense_absorbers", 0.11, "dense 0.11"),
         ("dead_in_training", 21, "dead 21"),
     ]:
-        assert gate.failed(ROW | {key: value}, Gate()) == [told]
+        assert report.failed(ROW | {key: value}, Gate()) == [told]
 
 
 def test_what_passes_is_listed_by_the_f1_of_letters_and_then_by_minutes():

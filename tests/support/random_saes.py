@@ -6,6 +6,9 @@ from masksae import SAE, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
 
 ALL_RULES = (TopK(4), BatchTopK(4), JumpReLU(6.0, bandwidth=0.2, initial_threshold=0.3), ReLU(0.02), Gated(0.03))
 
+WITH_TARGETS = (*ALL_RULES, ReLU(0.1, target_l0=4.0), Gated(0.1, target_l0=4.0))
+"""All, and those whose coefficient a controller moves."""
+
 
 def random_sae(rule=ALL_RULES[1], prefixes=(), weighting="1/G^2", d=24, n=96, aux=None, dtype=torch.float64) -> SAE:
     """An SAE of an architecture with random values in every parameter."""

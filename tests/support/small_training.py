@@ -67,6 +67,39 @@ def run(config=None, sae_configs=None, source=None, **options):
     )
 
 
+class Killed(Exception):
+    """What a `killed` stream ends a training with."""
+
+
+def killed(source: ActivationStream, at: int) -> ActivationStream:
+    """The stream, which raises Killed in place of its batch number `at`, counted from 1."""
+    take, left = source.batches, [at]
+
+    def failing(views):
+        for batch in take(views):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            yield batch
+
+    source.batches = failing
+    return source
+
+
+class Poisoned(ActivationStream):
+    """Batch 24 is a million times too large."""
+
+    def batches(self, views):
+        for i, batch in enumerate(super().batches(views)):
+            yield [(x * 1e6 if i == 24 else x, m) for x, m in batch]
+
+
+def poisoned(source: ActivationStream) -> ActivationStream:
+    """The stream as a `Poisoned` one."""
+    source.__class__ = Poisoned
+    return source
+
+
 def same(a: list[SAE], b: list[SAE]) -> bool:
     return all(
         torch.equal(x.state_dict()[k], y.state_dict()[k]) for x, y in zip(a, b, strict=True) for k in x.state_dict()

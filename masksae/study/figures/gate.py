@@ -1,8 +1,8 @@
 """Picture of the gate: every row that was taken, beside the bounds."""
 
 from masksae.study.figures.style import FAMILY, GREY
-from masksae.study.gate import failed
 from masksae.study.profile import Profile
+from masksae.study.report.gate import failed
 
 PANELS = {
     "ev_centred": "explained\nvariance",
@@ -27,12 +27,13 @@ def draw_gate(profile: Profile, rows: list[dict]):
     }
     kinds = dict.fromkeys(row["architecture"] for row in rows)
     colours = dict(zip(kinds, FAMILY))
+    passes = [not failed(row, bounds) for row in rows]
     figure, axes = plt.subplots(1, len(PANELS), figsize=(12.5, 1.2 + 0.24 * len(rows)), sharey=True)
     for axis, (key, title) in zip(axes, PANELS.items()):
         for place, row in enumerate(rows):
             colour = colours[row["architecture"]]
-            passes = not failed(row, bounds)
-            axis.scatter(row[key] or 0.0, place, s=28, edgecolors=colour, facecolors=colour if passes else "none")
+            filled = colour if passes[place] else "none"
+            axis.scatter(row[key] or 0.0, place, s=28, edgecolors=colour, facecolors=filled)
         if key in limits:
             axis.axvline(limits[key], color=GREY, linestyle=":", linewidth=1)
         for place in range(1, len(rows)):

@@ -6,7 +6,7 @@ from pathlib import Path
 from masksae.study.inputs import WRITES
 from masksae.study.report.results import present
 from masksae.study.report.tables import to_markdown
-from masksae.study.times import span, times
+from masksae.study.times import table, times
 
 PAGE = "REPRODUCE.md"
 
@@ -46,25 +46,24 @@ def part(root: Path, name: str) -> str:
         if machine
         else "Not timed."
     )
+    _, *stages = table(found)
+    taken = {stage: numbers for stage, *numbers in stages}
     rows = [["stage", "time", "memory", "results", "figures and tables"]]
     for stage in sorted({*WRITES, *(path.name for path in (root / "figures" / name).iterdir() if path.is_dir())}):
-        taken = found["stages"].get(stage)
         results = [key for key in WRITES.get(stage, ()) if (root / "results" / name / f"{key}.json").exists()]
         rows.append(
             [
                 stage,
-                span(taken["seconds"]) if taken else "–",
-                f"{taken['memory_gb']:.1f} GB" if taken else "–",
+                *taken.get(stage, ("–", "–")),
                 ", ".join(f"[{key}](results/{name}/{key}.json)" for key in results),
                 ", ".join(f"[{path.stem}]({path.relative_to(root)})" for path in shown(root, name, stage)),
             ]
         )
-    total = sum(taken["seconds"] for taken in found["stages"].values())
     return f"""## Profile `{name}`
 
     make repro PROFILE={name}
 
-{told} In all {span(total)}.
+{told} In all {taken["in all"][0]}.
 
 {to_markdown(rows)}
 """

@@ -12,7 +12,7 @@ import pandas as pd
 
 from masksae.study import stats
 from masksae.study.report.effects import Cell, baseline_arm, change, describe, effect, first_column, standing
-from masksae.study.sections import Decisions, Endpoint
+from masksae.study.sections import Decisions, Endpoint, Gate
 
 CLAIMS = {
     "C1": "Masking reduces feature absorption",
@@ -46,18 +46,26 @@ def gate(scores: pd.DataFrame, decisions: Decisions, latents: dict[str, int]) ->
         table = part.assign(dead=share)
         if (unmasked := table[table["arm"] == first]).empty:
             continue
-        checks = {
-            "F1 of main latents, first letters": _check(unmasked, "main_f1", bounds.letters_f1, least=True),
-            "F1 of main latents, contexts": _check(unmasked, "context_main_f1", bounds.contexts_f1, least=True),
-            "absorption credited to dense latents": _dense(unmasked, bounds.dense_absorbers),
-            "dead latents in training": _check(unmasked, "dead", bounds.dead, least=False),
-        }
+        checks = checked(unmasked, bounds)
         dead = {
             arm: _check(rows, "dead", bounds.dead_compared, least=False)
             for arm, rows in table.groupby("arm", sort=False)
         }
         found[grid] = {"passed": all(c["passed"] for c in checks.values()), "checks": checks, "dead": dead}
     return found
+
+
+def checked(unmasked: pd.DataFrame, bounds: Gate) -> dict[str, dict]:
+    """What the gate asks of unmasked SAEs: {name: value, bound, passed}.
+
+    unmasked  their scores, and in `dead` the share of latents that are dead at the end of training
+    """
+    return {
+        "F1 of main latents, first letters": _check(unmasked, "main_f1", bounds.letters_f1, least=True),
+        "F1 of main latents, contexts": _check(unmasked, "context_main_f1", bounds.contexts_f1, least=True),
+        "absorption credited to dense latents": _dense(unmasked, bounds.dense_absorbers),
+        "dead latents in training": _check(unmasked, "dead", bounds.dead, least=False),
+    }
 
 
 def _check(rows: pd.DataFrame, column: str, bound: float, *, least: bool) -> dict:

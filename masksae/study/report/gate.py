@@ -1,39 +1,54 @@
 """What makes the regime, on a page: docs/gate.md, out of results/gate/gate.json."""
 
-from masksae.study.gate import failed
+import pandas as pd
+
 from masksae.study.profile import Profile
-from masksae.study.report.tables import to_markdown
+from masksae.study.report.claims import checked
+from masksae.study.report.tables import number, to_markdown
+from masksae.study.sections import Gate
 
 PAGE = "docs/gate.md"
 
-COLUMNS = {
-    "EV": ("ev_centred", 3),
-    "dead": ("dead_in_training", 0),
-    "letters: absorption": ("mean_full", 3),
-    "specific": ("mean_specific", 3),
-    "dense absorbers": ("dense_absorbers", 2),
-    "main F1": ("main_f1", 2),
-    "recall": ("main_recall", 2),
-    "contexts: absorption": ("context_full", 3),
-    "specific ": ("context_specific", 3),
-    "main F1 ": ("context_main_f1", 2),
-    "recall ": ("context_main_recall", 2),
-    "minutes": ("minutes", 1),
-}
-"""Title: key of a row, digits."""
+COLUMNS = (
+    ("EV", "ev_centred", 3),
+    ("dead", "dead_in_training", 0),
+    ("letters: absorption", "mean_full", 3),
+    ("specific", "mean_specific", 3),
+    ("dense absorbers", "dense_absorbers", 2),
+    ("main F1", "main_f1", 2),
+    ("recall", "main_recall", 2),
+    ("contexts: absorption", "context_full", 3),
+    ("specific", "context_specific", 3),
+    ("main F1", "context_main_f1", 2),
+    ("recall", "context_main_recall", 2),
+    ("minutes", "minutes", 1),
+)
+"""Title, key of a row, digits."""
+
+
+def failed(row: dict, bounds: Gate) -> list[str]:
+    """What a row of `gate_rows` does not reach, in words; nothing if it passes."""
+    checks = checked(pd.DataFrame([row | {"dead": row["dead_in_training"] / row["latents"]}]), bounds)
+    words = (
+        f"main F1 of letters {row['main_f1']:.2f}",
+        f"main F1 of contexts {row['context_main_f1']:.2f}",
+        f"dense {row['dense_absorbers'] or 0.0:.2f}",
+        f"dead {row['dead_in_training']}",
+    )
+    return [told for told, check in zip(words, checks.values(), strict=True) if not check["passed"]]
 
 
 def page(profile: Profile, rows: list[dict]) -> str:
     """docs/gate.md: every row that was taken, what passes, and what is chosen by that. rows: of `gate_rows`."""
     bounds = profile.decisions.gate
-    table = [["what is changed", "SAE", "block", "batch", "steps", "seed", *COLUMNS, "gate"]]
+    table = [["what is changed", "SAE", "block", "batch", "steps", "seed", *(title for title, _, _ in COLUMNS), "gate"]]
     for row in rows:
         misses = failed(row, bounds)
-        values = [_number(row.get(key), digits) for key, digits in COLUMNS.values()]
+        values = [number(row.get(key), digits) for _, key, digits in COLUMNS]
         told = [
             row["variant"].replace("_", " "),
             row["grid"],
-            *(f"{row[k]:,}" for k in ("block", "batch", "steps", "seed")),
+            *(number(row[key]) for key in ("block", "batch", "steps", "seed")),
         ]
         table.append([*told, *values, "passes" if not misses else "; ".join(misses)])
     return f"""<!-- written by tools/pages.py; edit that -->
@@ -74,7 +89,7 @@ def choice(profile: Profile, rows: list[dict]) -> str:
         return f"**At L0 {k:g} no row passes.**"
     lines = [
         f"{place}. {row['variant'].replace('_', ' ')}, {row['grid']}, seed {row['seed']}: letters F1 "
-        f"{row['main_f1']:.2f}, contexts F1 {row['context_main_f1']:.2f}, {_number(row.get('minutes'), 1)} minutes"
+        f"{row['main_f1']:.2f}, contexts F1 {row['context_main_f1']:.2f}, {number(row.get('minutes'), 1)} minutes"
         for place, row in enumerate(found, 1)
     ]
     told = f"Rows that pass at L0 {k:g}, by the F1 of letters, then by minutes; the first is what the profiles use."
@@ -84,7 +99,7 @@ def choice(profile: Profile, rows: list[dict]) -> str:
 
 def _seeds(rows: list[dict]) -> str:
     """How far two seeds of the same thing are apart, as a sentence; "" without any."""
-    same: dict[tuple, list[float]] = {}
+    same: dict[tuple, list[dict]] = {}
     for row in rows:
         same.setdefault(tuple(row[key] for key in ("grid", "block", "batch", "steps")), []).append(row)
     pairs = [found for found in same.values() if len({row["seed"] for row in found}) > 1]
@@ -92,7 +107,3 @@ def _seeds(rows: list[dict]) -> str:
         return ""
     apart = [max(r["main_f1"] for r in found) - min(r["main_f1"] for r in found) for found in pairs]
     return f" Two seeds of the same SAE are up to {max(apart):.2f} apart: rows that are nearer are not told apart."
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

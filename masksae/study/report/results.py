@@ -1,5 +1,6 @@
 """What came out, on a page: docs/results.md and the first screen of the README, out of results/ alone."""
 
+from functools import partial
 from pathlib import Path
 
 from masksae.files import read_json
@@ -9,7 +10,7 @@ from masksae.study.report.claims import cell_table, verdict_table
 from masksae.study.report.controls import control_table, control_words
 from masksae.study.report.curves import effect_table
 from masksae.study.report.effects import change
-from masksae.study.report.tables import cells, number, to_markdown
+from masksae.study.report.tables import brief, cells, number, to_markdown
 from masksae.study.scores.curves import KINDS
 from masksae.study.scores.mechanism import effects as simulated
 from masksae.study.stats import Effect
@@ -77,11 +78,11 @@ def profile_part(root: Path, name: str) -> str:
         f"## Profile `{name}`\n\n{_scale(profile)}",
         preregistration.status(profile).strip(),
         "### Verdicts",
-        to_markdown(cells(_readable(verdict_table(claims)))).strip(),
+        _readable(verdict_table(claims)),
         f"`results/{name}/claims.json`. *Finds*: the smallest true difference that the rule finds four times of five.",
     ]
     if claims["C4"].get("cells"):
-        told += ["The cells of C4:", to_markdown(cells(_readable(cell_table(claims)))).strip()]
+        told += ["The cells of C4:", _readable(cell_table(claims))]
     told += [
         "### Along training",
         f"![Absorption of both kinds against steps and explained variance]({figures}/04_absorption/along.png)",
@@ -161,17 +162,10 @@ def _scale(profile: Profile) -> str:
     )
 
 
-def _readable(rows: list[dict]) -> list[dict]:
-    """Rows of verdicts with numbers as text, without columns that are empty in all."""
-    texts = [{key: value if isinstance(value, str) else _short(value) for key, value in row.items()} for row in rows]
-    used = [key for key in texts[0] if any(row[key] for row in texts)]
-    return [{key: row[key] for key in used} for row in texts]
-
-
-def _short(value) -> str:
-    if value is None:
-        return ""
-    return str(value) if isinstance(value, int) else f"{value:.3g}"
+def _readable(rows: list[dict]) -> str:
+    """Rows of verdicts as markdown, without columns that are empty in all."""
+    used = [key for key in rows[0] if any(row[key] not in (None, "") for row in rows)]
+    return to_markdown(cells(rows, used, partial(brief, digits=3))).strip()
 
 
 def _told(row: dict | None) -> str:
@@ -181,7 +175,7 @@ def _told(row: dict | None) -> str:
     effect = Effect.from_dict(row)
     if effect.low is None:
         return change(effect)
-    return change(effect, 3) + (" falls" if effect.high < 0 else " rises" if effect.low > 0 else " undecided")
+    return change(effect) + (" falls" if effect.high < 0 else " rises" if effect.low > 0 else " undecided")
 
 
 def _only(rows: list[dict], values: dict) -> dict | None:

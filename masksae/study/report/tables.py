@@ -21,15 +21,15 @@ def number(value, digits: int = 3) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
 
 
-def brief(value) -> str:
-    """A value to four digits; nothing for None and NaN.
+def brief(value, digits: int = 4) -> str:
+    """A value to so many digits; nothing for None and NaN.
 
     >>> brief(0.123456), brief(None), brief([1])
     ('0.1235', '', '[1]')
     """
     if value is None or value != value:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 def cells(table, columns: Sequence[str] | None = None, form: Callable[[object], str] = str) -> list[list[str]]:
