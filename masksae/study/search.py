@@ -53,9 +53,11 @@ def k_for_clean_l0(run: Run, arm: str, grid: str, pilot: int, *, within: float =
     if chosen.selection.config.keeps_k_per_token:
         raise ConfigError(f"{grid} keeps k latents of every token: its clean L0 is k, whatever the arm.")
 
+    others = [each.model_dump(mode="json") for each in run.profile.saes if each.name != grid]
+
     def clean_l0(k: float) -> float:
-        selection = {"rule": chosen.selection.rule, key: k}
-        return _score(run, {"saes": [chosen.model_dump(mode="json") | {"selection": selection}]}, arm, grid, pilot).l0
+        changed = chosen.model_dump(mode="json") | {"selection": {"rule": chosen.selection.rule, key: k}}
+        return _score(run, {"saes": [*others, changed]}, arm, grid, pilot).l0
 
     trials = secant(clean_l0, wanted, wanted, 0.7 * wanted, within)
     return {"what": "k", "arm": arm, "grid": grid, "pilot": pilot, "wanted": wanted, "trials": trials}
