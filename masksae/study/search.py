@@ -53,11 +53,9 @@ def k_for_clean_l0(run: Run, arm: str, grid: str, pilot: int, *, within: float =
     if chosen.selection.config.keeps_k_per_token:
         raise ConfigError(f"{grid} keeps k latents of every token: its clean L0 is k, whatever the arm.")
 
-    others = [each.model_dump(mode="json") for each in run.profile.saes if each.name != grid]
-
     def clean_l0(k: float) -> float:
-        changed = chosen.model_dump(mode="json") | {"selection": {"rule": chosen.selection.rule, key: k}}
-        return _score(run, {"saes": [*others, changed]}, arm, grid, pilot).l0
+        selection = {"rule": chosen.selection.rule, key: k}
+        return _score(run, {"saes": [chosen.model_dump(mode="json") | {"selection": selection}]}, arm, grid, pilot).l0
 
     trials = secant(clean_l0, wanted, wanted, 0.7 * wanted, within)
     return {"what": "k", "arm": arm, "grid": grid, "pilot": pilot, "wanted": wanted, "trials": trials}
@@ -83,7 +81,8 @@ def _score(run: Run, changes: dict, arm: str, grid: str, pilot: int):
     """Reconstruction of clean held-out text by one SAE of a changed profile, as trained."""
     arms = [run.profile.baseline_arm.name] + ([arm] if arm != run.profile.baseline_arm.name else [])
     blocks = [{"name": "pilot", "arms": arms, "saes": [grid], "pairs": [pilot], "snapshots": False}]
-    changed = Run(run.profile.changed(Variant(name="pilot", changes=changes | {"blocks": blocks})))
+    changes = changes | {"blocks": blocks, "decisions": {"cells": []}}  # which name grids that are not here
+    changed = Run(run.profile.changed(Variant(name="pilot", changes=changes)))
     changed.build = run.build / "pilot"
     group = next(g for g in changed.profile.groups if any(m.arm.name == arm for m in g.members))
     member = next(m for m in group.members if m.arm.name == arm)
