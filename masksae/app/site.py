@@ -42,6 +42,9 @@ SILENT = {"injected-parameters", "setup"}
 
 HEADLINE = ("04_absorption", "along.svg")
 
+ALONE = "10_explore/latents.html"
+"""Among the figures of a profile, a page with a script of its own: it is taken over as it is."""
+
 CONFIG = {
     "project": "masksae",
     "extensions": ["myst_nb", "sphinx.ext.autodoc"],
@@ -58,6 +61,7 @@ CONFIG = {
     "html_static_path": ["_static"],
     "html_css_files": ["masksae.css"],
     "html_favicon": "_static/masksae.svg",
+    "html_extra_path": ["_extra"],
     "html_copy_source": False,
     "html_show_sphinx": False,
     "html_show_copyright": False,
@@ -159,6 +163,11 @@ class _Run:
     def claims_of(self, notebook: str) -> list[str]:
         return [claim for claim in self.claims if notebook in self.shown_by(claim)]
 
+    @property
+    def latents(self) -> str:
+        """Where the site has its page of latents, "" where the run has none."""
+        return f"figures/{self.name}/{ALONE}" if (self.figures / ALONE).exists() else ""
+
     def verdicts(self) -> str:
         """Markdown table of the verdicts, "" where there are none."""
         rows = [["", "claim", "verdict", "unmasked → masked"]]
@@ -229,8 +238,11 @@ def _lay_out(root: Path, runs: list[_Run], source: Path) -> None:
         shutil.copytree(root / "results", source / "results", ignore=shutil.ignore_patterns("pairs", "variants"))
     if (root / "CITATION.cff").exists():
         shutil.copyfile(root / "CITATION.cff", source / "CITATION.cff")
+    (source / "_extra").mkdir()
     for run in runs:
         _profile(run, source / run.name)
+        if run.latents:
+            write_text(source / "_extra" / run.latents, (run.figures / ALONE).read_text(encoding="utf-8"))
     write_text(source / "claims.md", _claims(runs))
     modules = _api(source / "api")
     write_text(
@@ -318,7 +330,12 @@ def _profile(run: _Run, target: Path) -> None:
         target / "parameters.md",
         f"# {_text(run.source.name)}\n\n```{{literalinclude}} {run.source.name}\n:language: yaml\n```\n",
     )
-    parts = [f"# {_text(run.name)}\n\n{_text(run.profile.description)}\n\n[Parameters](parameters.md)\n"]
+    parts = [f"# {_text(run.name)}\n\n{_text(run.profile.description)}\n\n[Parameters](parameters.md)"]
+    if run.latents:
+        parts.append(
+            f'<a href="../{run.latents}">Latents of all arms, side by side</a>: each letter and context, to click.'
+        )
+    parts.append("")
     parts.append(run.verdicts())
     for stem, notebook in run.notebooks.items():
         tables = [path.read_text(encoding="utf-8") for path in sorted((run.figures / stem).glob("*.md"))]

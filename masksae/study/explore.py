@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from masksae.errors import ConfigError, nearest
-from masksae.metrics.absorption import AbsorptionResult, LetterResult, absorbed, first_letter
+from masksae.metrics.absorption import LetterResult, absorbed, first_letter
 from masksae.metrics.contexts import context_absorption
 from masksae.metrics.probes import first_letters
 from masksae.parallel import once
@@ -43,43 +43,89 @@ class Story:
     """Decoder cosine of the first main latent with the parent's direction."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """A place in held-out text where a latent fires."""
+
+    tokens: tuple[str, ...]
+    """The token that fires most, and those around it."""
+    strengths: tuple[float, ...]
+    """Of each token, in shares of the strongest that the latent ever fires."""
+    at: int
+    """Which of them fires most."""
+
+
 class Explorer:
     """Looks at SAEs of a run's model; what does not depend on the SAE is computed once."""
 
     def __init__(self, run: Inputs):
         self.run = run
 
+    def letters(self, sae: SAE, threshold: float | None = None) -> dict[str, Story]:
+        """The parents "starts with LETTER" by letter, on words in the prompts of the first-letter task; those that pass
+        the probe gate."""
+        return self._letters(sae, threshold)[0]
+
     def letter(self, sae: SAE, letter: str, threshold: float | None = None) -> Story:
-        """The parent "starts with `letter`", on words in the prompts of the first-letter task."""
+        """One of `letters`. Raises ConfigError for one that does not pass the probe gate."""
+        stories, excluded = self._letters(sae, threshold)
+        return _passed(stories, letter.lower(), excluded)
+
+    def _letters(self, sae: SAE, threshold: float | None) -> tuple[dict[str, Story], tuple[str, ...]]:
         words, x, probe = letter_task(self.run)
-        [number] = first_letters([letter])
         metric = first_letter(sae, x, words, probe=probe, threshold=threshold, min_letters=1)
-        sample = (x, words, first_letters(words) == number, probe.is_test, probe.weight[number])
-        return _story(f"starts with {letter.upper()}", sae, _of(metric, letter.lower()), *sample, threshold=threshold)
+        stories, first, f = {}, first_letters(words), sae.latents(x, threshold)
+        for found in metric.letters:
+            [number] = first_letters([found.letter])
+            sample = (x, f, words, first == number, probe.is_test, probe.weight[number])
+            stories[found.letter] = _story(f"starts with {found.letter.upper()}", sae, found, *sample)
+        return stories, metric.excluded
+
+    def contexts(self, sae: SAE, threshold: float | None = None) -> dict[str, Story]:
+        """The parents "follows PARENT" by parent, on words of held-out text; those that have a probe and pass its
+        gate."""
+        return self._stories_of_contexts(sae, [probe.name for probe in self._contexts[1]], threshold)[0]
 
     def context(self, sae: SAE, parent: str, threshold: float | None = None) -> Story:
-        """The parent "follows `parent`", on words of held-out text. Raises ConfigError for a parent without a probe."""
-        x, probes, texts = self._contexts
-        probe = next((probe for probe in probes if probe.name == parent), None)
-        if probe is None:
-            raise ConfigError(f"There is no parent {parent!r} here.{nearest(parent, [probe.name for probe in probes])}")
-        metric = context_absorption(sae, x, [probe], among=[parent], min_parents=1, threshold=threshold)
-        names = [texts[i] for i in probe.rows.tolist()]
-        sample = (x[probe.rows], names, probe.positive, probe.is_test, probe.weight)
-        return _story(f"follows {parent}", sae, _of(metric, parent), *sample, threshold=threshold)
+        """One of `contexts`. Raises ConfigError for a parent without a probe, or one that does not pass its gate."""
+        known = [probe.name for probe in self._contexts[1]]
+        if parent not in known:
+            raise ConfigError(f"There is no parent {parent!r} here.{nearest(parent, known)}")
+        stories, excluded = self._stories_of_contexts(sae, [parent], threshold)
+        return _passed(stories, parent, excluded)
 
-    def top_contexts(self, sae: SAE, latent: int, n: int = 5, threshold: float | None = None) -> str:
-        """HTML: the places in held-out text where a latent fires most, at most one a block, tokens shaded by how
-        strongly it fires."""
+    def _stories_of_contexts(self, sae: SAE, parents: list[str], threshold: float | None):
+        x, probes, texts = self._contexts
+        stories, excluded = {}, ()
+        for probe in probes:
+            if probe.name in parents:
+                metric = context_absorption(sae, x, [probe], among=[probe.name], min_parents=1, threshold=threshold)
+                names, mine = [texts[i] for i in probe.rows.tolist()], x[probe.rows]
+                sample = (mine, sae.latents(mine, threshold), names, probe.positive, probe.is_test, probe.weight)
+                excluded += metric.excluded
+                stories |= {each.letter: _story(f"follows {probe.name}", sae, each, *sample) for each in metric.letters}
+        return stories, excluded
+
+    def places(
+        self, sae: SAE, latents: list[int], n: int = 5, threshold: float | None = None
+    ) -> dict[int, list[Place]]:
+        """By latent, the `n` places in held-out text where it fires most, at most one a block, the strongest first."""
         ids = self.run.ids("held_out")[:, len(self.run.start) :]
         fires = torch.cat(
-            [sae.encode(part.to(sae.device), threshold)[:, latent].cpu() for part in self.run.held_out.split(4096)]
-        ).view(ids.shape)
+            [sae.encode(part.to(sae.device), threshold)[:, latents].cpu() for part in self.run.held_out.split(4096)]
+        ).view(*ids.shape, len(latents))
         best, where = fires.max(1)
-        lines = []
-        for block in best.argsort(descending=True)[:n].tolist():
-            if best[block] > 0:
-                lines.append(_line(self._texts, ids[block], fires[block] / best.max(), int(where[block])))
+        found: dict[int, list[Place]] = {latent: [] for latent in latents}
+        for i, latent in enumerate(latents):
+            for block in best[:, i].argsort(descending=True, stable=True)[:n].tolist():
+                if best[block, i] > 0:
+                    strength = fires[block, :, i] / best[:, i].max()
+                    found[latent].append(_place(self._texts, ids[block], strength, int(where[block, i])))
+        return found
+
+    def top_contexts(self, sae: SAE, latent: int, n: int = 5, threshold: float | None = None) -> str:
+        """HTML of a latent's `places`, tokens shaded by how strongly it fires."""
+        lines = [_line(place) for place in self.places(sae, [latent], n, threshold)[latent]]
         return "".join(lines) or "<p>It fires nowhere in the held-out text.</p>"
 
     @once
@@ -95,20 +141,18 @@ class Explorer:
         return x, probes, shown
 
 
-def _of(result: AbsorptionResult, name: str) -> LetterResult:
-    """One parent of a result. Raises ConfigError if it did not pass the probe gate."""
-    passed = next((letter for letter in result.letters if letter.letter == name), None)
-    if passed is None:
-        raise ConfigError(f"{name!r} does not pass the probe gate here. Left out: {', '.join(result.excluded)}.")
-    return passed
+def _passed(stories: dict[str, Story], name: str, excluded: tuple[str, ...]) -> Story:
+    if name not in stories:
+        raise ConfigError(f"{name!r} does not pass the probe gate here. Left out: {', '.join(excluded)}.")
+    return stories[name]
 
 
 @torch.no_grad()
 def _story(
-    parent: str, sae: SAE, metric: LetterResult, x: Tensor, words: list[str], positive: Tensor, is_test: Tensor,
-    direction: Tensor, *, threshold: float | None,
+    parent: str, sae: SAE, metric: LetterResult, x: Tensor, f: Tensor, words: list[str], positive: Tensor,
+    is_test: Tensor, direction: Tensor,
 ) -> Story:  # fmt: skip
-    f, w_dec = sae.latents(x, threshold), at_least_single(sae.W_dec.cpu())
+    w_dec = at_least_single(sae.W_dec.cpu())
     rows, direction = torch.nn.functional.normalize(w_dec, dim=1), direction / direction.norm()
     mine = (is_test & positive).nonzero().squeeze(1)
     full, _ = absorbed(x[mine], f[mine], w_dec, direction, metric.main)
@@ -130,13 +174,19 @@ def _story(
     return Story(parent, metric.main, metric.f1, tested, missed, (main @ direction).item())
 
 
-def _line(texts: list[str], ids: Tensor, strength: Tensor, at: int) -> str:
-    """One context, the strongest token framed."""
+def _place(texts: list[str], ids: Tensor, strength: Tensor, at: int) -> Place:
+    first, last = max(0, at - BEFORE), min(len(ids), at + AFTER + 1)
+    tokens = tuple(texts[i] for i in ids[first:last].tolist())
+    return Place(tokens, tuple(strength[first:last].tolist()), at - first)
+
+
+def _line(place: Place) -> str:
+    """One place, the strongest token framed."""
     parts = []
-    for i in range(max(0, at - BEFORE), min(len(ids), at + AFTER + 1)):
-        text = html.escape(texts[int(ids[i])]).replace("\n", "↵")
-        frame = "outline:1px solid #d55e00;" if i == at else ""
-        parts.append(f'<span style="background:rgba(213,94,0,{0.6 * strength[i]:.2f});{frame}">{text}</span>')
+    for i, (token, strength) in enumerate(zip(place.tokens, place.strengths)):
+        text = html.escape(token).replace("\n", "↵")
+        frame = "outline:1px solid #d55e00;" if i == place.at else ""
+        parts.append(f'<span style="background:rgba(213,94,0,{0.6 * strength:.2f});{frame}">{text}</span>')
     return f'<div style="white-space:pre-wrap;line-height:1.6">… {"".join(parts)} …</div>'
 
 

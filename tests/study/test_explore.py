@@ -41,7 +41,7 @@ def test_a_story_names_the_missed_word_and_its_absorber():
     x, words, positive, is_test = planted()
     direction = torch.tensor([2.0, 0.0, 0.0])
     metric = SimpleNamespace(main=(0,), f1=0.9)
-    story = explore._story("p", sae, metric, x, words, positive, is_test, direction, threshold=None)
+    story = explore._story("p", sae, metric, x, sae.latents(x), words, positive, is_test, direction)
     assert story.main == (0,) and story.tested == 5 and story.main_cosine == pytest.approx(1.0)
     [missed] = story.missed
     assert missed["word"] == "word0" and missed["absorber"] == 1
@@ -66,7 +66,8 @@ def test_top_contexts_frame_the_token_that_fires_most(look):
     silent = int(fires.sum(0).argmin())
     if fires[:, silent].sum() == 0:
         assert "fires nowhere" in explorer.top_contexts(sae, silent)
-    assert "&lt;" in explore._line(["<b>", "x"], torch.tensor([0, 1]), torch.tensor([0.1, 0.9]), 1)
+    place = explore._place(["<b>", "x"], torch.tensor([0, 1]), torch.tensor([0.1, 0.9]), 1)
+    assert "&lt;" in explore._line(place) and place.tokens == ("<b>", "x") and place.at == 1
 
 
 def test_an_unknown_parent_is_named(look):
