@@ -330,12 +330,10 @@ def _profile(run: _Run, target: Path) -> None:
         target / "parameters.md",
         f"# {_text(run.source.name)}\n\n```{{literalinclude}} {run.source.name}\n:language: yaml\n```\n",
     )
-    parts = [f"# {_text(run.name)}\n\n{_text(run.profile.description)}\n\n[Parameters](parameters.md)"]
+    links = "[Parameters](parameters.md)"
     if run.latents:
-        parts.append(
-            f'<a href="../{run.latents}">Latents of all arms, side by side</a>: each letter and context, to click.'
-        )
-    parts.append("")
+        links += f' · <a href="../{run.latents}">Latents of all arms, side by side</a>'
+    parts = [f"# {_text(run.name)}\n\n{_text(run.profile.description)}\n\n{links}\n"]
     parts.append(run.verdicts())
     for stem, notebook in run.notebooks.items():
         tables = [path.read_text(encoding="utf-8") for path in sorted((run.figures / stem).glob("*.md"))]

@@ -42,6 +42,10 @@ class Story:
     main_cosine: float
     """Decoder cosine of the first main latent with the parent's direction."""
 
+    def clearest(self, n: int) -> list[dict]:
+        """Of `missed`, the `n` words on which the absorber carries most, those first."""
+        return sorted(self.missed, key=lambda row: row["share"], reverse=True)[:n]
+
 
 @dataclass(frozen=True)
 class Place:
@@ -94,17 +98,18 @@ class Explorer:
         stories, excluded = self._stories_of_contexts(sae, [parent], threshold)
         return _passed(stories, parent, excluded)
 
-    def _stories_of_contexts(self, sae: SAE, parents: list[str], threshold: float | None):
+    def _stories_of_contexts(
+        self, sae: SAE, parents: list[str], threshold: float | None
+    ) -> tuple[dict[str, Story], tuple[str, ...]]:
         x, probes, texts = self._contexts
-        stories, excluded = {}, ()
-        for probe in probes:
-            if probe.name in parents:
-                metric = context_absorption(sae, x, [probe], among=[probe.name], min_parents=1, threshold=threshold)
-                names, mine = [texts[i] for i in probe.rows.tolist()], x[probe.rows]
-                sample = (mine, sae.latents(mine, threshold), names, probe.positive, probe.is_test, probe.weight)
-                excluded += metric.excluded
-                stories |= {each.letter: _story(f"follows {probe.name}", sae, each, *sample) for each in metric.letters}
-        return stories, excluded
+        metric = context_absorption(sae, x, probes, among=parents, min_parents=1, threshold=threshold)
+        stories, by_name = {}, {probe.name: probe for probe in probes}
+        for found in metric.letters:
+            probe = by_name[found.letter]
+            names, mine = [texts[i] for i in probe.rows.tolist()], x[probe.rows]
+            sample = (mine, sae.latents(mine, threshold), names, probe.positive, probe.is_test, probe.weight)
+            stories[probe.name] = _story(f"follows {probe.name}", sae, found, *sample)
+        return stories, metric.excluded
 
     def places(
         self, sae: SAE, latents: list[int], n: int = 5, threshold: float | None = None
@@ -206,8 +211,7 @@ def story_html(story: Story, rows: int = 8) -> str:
     head = f"<p>{html.escape(story.parent)}: {main}; {missed}</p>"
     if not story.missed:
         return head
-    table = sorted(story.missed, key=lambda row: row["share"], reverse=True)[:rows]
-    return head + to_html(cells(table, form=_two_digits))
+    return head + to_html(cells(story.clearest(rows), form=_two_digits))
 
 
 def _two_digits(value) -> str:

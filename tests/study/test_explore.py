@@ -8,8 +8,9 @@ import torch
 from tiny_project import profile
 
 from masksae import Run
-from masksae.errors import ConfigError
+from masksae.errors import ConfigError, DataError
 from masksae.metrics.absorption import absorbed
+from masksae.metrics.contexts import ContextProbe
 from masksae.study import explore
 from masksae.study.figures import absorption, style
 
@@ -68,6 +69,22 @@ def test_top_contexts_frame_the_token_that_fires_most(look):
         assert "fires nowhere" in explorer.top_contexts(sae, silent)
     place = explore._place(["<b>", "x"], torch.tensor([0, 1]), torch.tensor([0.1, 0.9]), 1)
     assert "&lt;" in explore._line(place) and place.tokens == ("<b>", "x") and place.at == 1
+
+
+def test_contexts_are_those_that_pass_the_probe_gate():
+    from masksae import SAE, BatchTopK, SAEConfig
+
+    sae = SAE(SAEConfig(3, 3, BatchTopK(2)))
+    x, words, positive, is_test = planted()
+    sample = (torch.arange(20), positive, is_test, torch.tensor([2.0, 0.0, 0.0]), torch.tensor(-1.0))
+    looker = explore.Explorer(None)
+    probes = [ContextProbe("the", *sample, 0.9), ContextProbe("of", *sample, 0.5)]
+    looker.__dict__["_contexts"] = (x, probes, words)
+    stories = looker.contexts(sae)
+    assert list(stories) == ["the"] and stories["the"].tested == 5
+    assert looker.context(sae, "the") == stories["the"]
+    with pytest.raises(DataError, match="of 0.50"):
+        looker.context(sae, "of")
 
 
 def test_an_unknown_parent_is_named(look):

@@ -14,19 +14,15 @@ WORD = "</script><b>s"
 
 
 def story(parent, main, absorber, words):
-    rows = [
-        {"word": word, "absorber": absorber, "share": 0.4 + i / 100, "cosine with parent": 0.3, "cosine with main": 0.1, "fires on": 0.02}
-        for i, word in enumerate(words)
-    ]  # fmt: skip
+    same = {"cosine with parent": 0.3, "cosine with main": 0.1, "fires on": 0.02}
+    rows = [{"word": word, "absorber": absorber, "share": 0.4 + i / 100} | same for i, word in enumerate(words)]
     return Story(parent, (main,), 0.75, 40, rows, 0.5)
 
 
 @pytest.fixture(scope="module")
 def text():
-    letters = {
-        "unmasked": {"s": story("starts with S", 3, 7, [WORD, *map(str, range(14))]), "t": story("starts with T", 4, 7, ["tea"])},
-        "kept": {"s": story("starts with S", 5, 9, [])},
-    }  # fmt: skip
+    s, t = story("starts with S", 3, 7, [WORD, *map(str, range(14))]), story("starts with T", 4, 7, ["tea"])
+    letters = {"unmasked": {"s": s, "t": t}, "kept": {"s": story("starts with S", 5, 9, [])}}
     contexts = {name: {"the": story("follows the", 6, 8, ["a cat"])} for name in letters}
     places = {name: {latent: [Place((" of", WORD), (0.1, 1.0), 1)] for latent in (3, 5)} for name in letters}
     return latents.render({"first letter": letters, "what came before": contexts}, places, "A note <here>.")

@@ -115,7 +115,7 @@ def test_a_gate_is_for_unmasked_saes_of_some_variants(project):
 
 
 def test_the_k_at_which_an_arm_has_the_wanted_clean_l0(project):
-    run = Run(profile(project))
+    run = Run(profile(project, decisions={"cells": ["matryoshka"]}))  # which the pilot's profile cannot name
     found = search.k_for_clean_l0(run, "masked", "matryoshka", pilot=9, within=0.02)
     k, reached = found["trials"][-1].values()
     assert abs(reached / 4 - 1) <= 0.02 and k != 4 and found["trials"][0]["at"] == 4

@@ -112,7 +112,7 @@ def profile(folder, name="tiny", **changes):
         "simulation": {"seeds": 2, "qs": [1.0], "ks": [2], "ps": [0.3], "steps": 60},
     }
     for key, value in changes.items():
-        values[key] = values[key] | value if isinstance(value, dict) else value
+        values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

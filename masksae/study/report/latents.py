@@ -46,18 +46,14 @@ def render(kinds: dict[str, dict[str, dict[str, Story]]], places: dict[str, dict
 def _latents(kinds: dict[str, dict[str, dict[str, Story]]], sae: str) -> list[int]:
     """All that the page names of an SAE."""
     stories = chain.from_iterable(by_sae[sae].values() for by_sae in kinds.values())
-    return sorted(
-        {latent for story in stories for latent in (*story.main, *(row["absorber"] for row in _shown(story)))}
-    )
-
-
-def _shown(story: Story) -> list[dict]:
-    return sorted(story.missed, key=lambda row: row["share"], reverse=True)[:MISSED]
+    named = ((*story.main, *(row["absorber"] for row in story.clearest(MISSED))) for story in stories)
+    return sorted(set(chain.from_iterable(named)))
 
 
 def _story(story: Story) -> dict:
     rows = [
-        [value if isinstance(value, str | int) else round(value, 3) for value in row.values()] for row in _shown(story)
+        [round(value, 3) if isinstance(value, float) else value for value in row.values()]
+        for row in story.clearest(MISSED)
     ]
     return {
         "parent": story.parent,
