@@ -124,6 +124,21 @@ def test_the_ranking_probe_reaches_its_optimum_on_hard_samples():
             assert w[3] == w[5] == 0  # the bias is not penalised
 
 
+@pytest.mark.parametrize("seed", [140, 144])
+def test_the_ranking_probe_reaches_its_optimum_soon_where_newtons_step_does_not_descend(seed, monkeypatch):
+    """60 words, 600 latents of very different sizes, most of which fire on one or two of the words."""
+    monkeypatch.setattr(probes, "MAX_STEPS", 100)
+    draw = np.random.default_rng(seed)
+    often, f = draw.random(600) ** 3, np.zeros((60, 600))
+    for row in f:
+        row[draw.choice(600, 12, replace=False, p=often / often.sum())] = draw.gamma(3, 1, 12) * 10 ** draw.uniform(
+            -0.5, 0.5
+        )
+    y = np.isin(np.arange(60), draw.choice(60, 20, replace=False))
+    weight, bias = probes.l1_logistic(sparse.csr_array(f), torch.from_numpy(y[:, None]), l1=0.01)
+    assert max(kkt_violation(f, y, 0.01, weight[0].numpy(), bias.item())) <= 1.001e-3 * 0.01
+
+
 def test_the_ranking_probe_by_hand():
     """One latent of value a on half of the positives and on no other row. Positives without it and negatives hold the
     bias; at the optimum the latent's rows pull with exactly the penalty: (1 - p) a / 4 = l1, for n = 2 positives."""
@@ -134,6 +149,13 @@ def test_the_ranking_probe_by_hand():
     assert (1 - fires) * 3 / 4 == pytest.approx(l1, rel=1e-6)
     assert (1 - fires) + (1 - silent) - 2 * silent == pytest.approx(0, abs=1e-6)
     assert probes.l1_logistic(f, y, l1=0.375)[0].item() == 0 < probes.l1_logistic(f, y, l1=0.374)[0].item()  # a / 8
+
+
+def test_the_ranking_probe_refuses_latents_that_are_not_finite():
+    f, y = rare_and_dense(0)
+    f[2, 3] = np.nan
+    with pytest.raises(DataError, match="not finite"):
+        probes.l1_logistic(sparse.csr_array(f), torch.from_numpy(y), l1=0.01)
 
 
 def test_only_positive_weights_are_ranked():
