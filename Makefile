@@ -30,8 +30,8 @@ plan: setup  ## what PROFILE costs: work, hours, memory, disk; MEASURE=1 times a
 verify: setup  ## published numbers of the paper's models beside those of PROFILE=paper or paper-gemma
 	@python -m masksae verify "$(if $(filter laptop,$(PROFILE)),paper,$(PROFILE))"
 
-share: setup  ## SAEs of PROFILE for the hub: build/PROFILE/hub; TO=owner/name pushes them
-	@python -m masksae share "$(PROFILE)" $(if $(TO),--to "$(TO)")
+share: setup  ## SAEs of PROFILE for the hub: build/PROFILE/hub; TO=owner/name pushes them, RELEASE=1 makes archives
+	@python -m masksae share "$(PROFILE)" $(if $(TO),--to "$(TO)") $(if $(RELEASE),--release)
 
 test-slurm: setup  ## jobs on a real SLURM of one node, started and stopped here (Debian, as root)
 	@command -v slurmctld munged >/dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge >/dev/null; }

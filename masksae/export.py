@@ -1,6 +1,7 @@
 """SAEs from and for other libraries: read in the forms of SAELens and dictionary_learning (`saes/formats.py`), written
 in them, and as what SAEBench evaluates."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from masksae.data.releases import PREFIX, unpack
 from masksae.errors import CheckpointError, ConfigError, readable
 from masksae.saes.formats import Read, read_dictionary_learning, read_saelens
 from masksae.saes.sae import SAE
@@ -122,8 +124,9 @@ def load_dictionary_learning(folder, *, device=None) -> SAE:
 
 
 def load_sae(folder) -> SAE:
-    """Read an SAE in the form of SAELens, dictionary_learning or masksae, told by its files. Raises ConfigError,
-    CheckpointError.
+    """Read an SAE in the form of SAELens, dictionary_learning or masksae, told by its files. "release:PROFILE/SAE" is
+    one that was published with this version: downloaded on first use, checked, kept in the cache. Raises ConfigError,
+    CheckpointError; SourceError for a release that cannot be had.
 
     >>> import tempfile
     >>> from masksae import SAEConfig, TopK
@@ -131,6 +134,9 @@ def load_sae(folder) -> SAE:
     ...     load_sae(SAE(SAEConfig(4, 16, TopK(2))).to_saelens(f"{folder}/sae")).config.n_latents
     16
     """
+    if str(folder).startswith(PREFIX):
+        with tempfile.TemporaryDirectory() as place:
+            return load_sae(unpack(str(folder).removeprefix(PREFIX), place))
     folder = Path(folder)
     readers = {"sae_weights.safetensors": load_saelens, "ae.pt": load_dictionary_learning, "sae.safetensors": SAE.load}
     for file, read in readers.items():

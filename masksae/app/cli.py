@@ -48,7 +48,8 @@ EXAMPLES = {
     "check": "masksae check\nmasksae check laptop --json",
     "verify": "masksae verify paper\nmasksae verify paper-gemma --json",
     "reliability": "masksae reliability laptop",
-    "share": "masksae share laptop                the folder, build/laptop/hub\nmasksae share laptop --to OWNER/NAME",
+    "share": "masksae share laptop                the folder, build/laptop/hub\n"
+    "masksae share overnight --release   archives, build/overnight/release\nmasksae share laptop --to OWNER/NAME",
     "site": "masksae site",
     "guide": "masksae guide",
     "run": "masksae run 03_reconstruction laptop",
@@ -124,7 +125,9 @@ def _add_study(add) -> None:
         "reliability", "Which scores of a finished profile can be trusted: a table.", print_reliability, DEFAULT
     )
     share = add("share", "SAEs of a profile for the hub, in SAELens' form, with a card.", share_saes, DEFAULT)
-    share.add_argument("--to", metavar="OWNER/NAME", help="push them to this repository of the hub")
+    to = share.add_mutually_exclusive_group()
+    to.add_argument("--to", metavar="OWNER/NAME", help="push them to this repository of the hub")
+    to.add_argument("--release", action="store_true", help="archives of the first block's, for masksae.load_sae")
     site = add("site", "Static pages of all that was run: build/site/index.html.", build_site)
     _add_json(plan, fetch_, train_, gate, match, checked, verify, noise, share, site)
 
@@ -341,12 +344,13 @@ def print_reliability(options) -> None:
 
 
 def share_saes(options) -> None:
-    """The folder for the hub; pushed, if a repository is named."""
+    """The folder for the hub, pushed if a repository is named; or archives for a release."""
     from masksae.app import upload
     from masksae.study.run import Run
 
     run = Run(options.profile)
-    place = upload.upload(run, options.to) if options.to else str(upload.build(run))
+    make = upload.release if options.release else upload.build
+    place = upload.upload(run, options.to) if options.to else str(make(run))
     _show(options, {"address" if options.to else "folder": place}, place)
 
 

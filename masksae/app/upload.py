@@ -1,33 +1,83 @@
-"""The SAEs of a run as a repository for the hub: one folder each in SAELens' form, and a model card made from the run's
-own results."""
+"""The SAEs of a run for others, in SAELens' form with a model card made from the run's own results: as a repository for
+the hub, one folder each, or as a release, one archive each."""
 
+import shutil
+import zipfile
 from pathlib import Path
 
+from masksae.data import releases
 from masksae.errors import ConfigError, DataError, SourceError
 from masksae.export import to_saelens
-from masksae.files import ANYTHING, atomic_dir
+from masksae.files import ANYTHING, atomic_dir, read_json, sha256, write_json
 from masksae.study.report import labels
 from masksae.study.report.tables import number, to_markdown
-from masksae.study.run import Run
+from masksae.study.run import Run, RunPart
 from masksae.tracing import hook_point
 
 SHOWN = ("l0", "ev_centred", "ce_score", "mean_full", "context_full")
 """Columns of the card, of the results that are there; at matched clean L0."""
 
+HOW_TO_LOAD = {
+    "hub": """from sae_lens import SAE
+sae = SAE.load_from_disk("{sae}")  # after downloading this repository""",
+    "release": """import masksae
+sae = masksae.load_sae("release:{profile}/{sae}")  # or SAELens, from the folder in an archive""",
+}
+
 
 def build(run: Run) -> Path:
     """Write build/PROFILE/hub/ and return it; trains the SAEs that are missing."""
-    saes, target = run.saes, run.build / "hub"
-    model = run.profile.model
-    hook, name = hook_point(run.language_model.model, model.block), model.source.removeprefix("hub:")
+    target = run.build / "hub"
     with atomic_dir(target, ANYTHING) as tmp:
-        for row in run.table:
-            to_saelens(
-                saes[row["sae"]], tmp / row["sae"], model_name=name, hook_name=model.hook_name,
-                context_size=run.profile.text.block_length, dataset_path=", ".join(run.profile.text.sources),
-                transformers_hook=hook, mask_probability=row["p"], seed=row["seed"],
-            )  # fmt: skip
+        for part in run.parts:
+            _export(run, part, tmp)
         (tmp / "README.md").write_text(card(run), encoding="utf-8")
+    return target
+
+
+def release(run: Run, register: Path = releases.REGISTER) -> Path:
+    """Write build/PROFILE/release/ and return it: an archive of each SAE of the profile's first block, which are those
+    of its main question, their card and their checksums. `register` learns their names and sha256, so that
+    `masksae.load_sae("release:PROFILE/SAE")` finds them where the release lies. Trains the SAEs that are missing."""
+    target, sums = run.build / "release", {}
+    with atomic_dir(target, ANYTHING) as tmp:
+        for part in run.parts:
+            if part.part.block is run.profile.parts[0].block:
+                for folder in _export(run, part, tmp):
+                    name = f"{run.profile.name}/{folder.name}"
+                    archive = _archive(folder, tmp / releases.archive_name(name))
+                    sums[name] = sha256(archive)
+        (tmp / "README.md").write_text(card(run, released=True), encoding="utf-8")
+        lines = [f"{value}  {releases.archive_name(name)}\n" for name, value in sums.items()]
+        (tmp / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    known = read_json(register)
+    others = {name: value for name, value in known["sha256"].items() if not name.startswith(f"{run.profile.name}/")}
+    write_json(register, known | {"sha256": others | sums})
+    return target
+
+
+def _export(run: Run, part: RunPart, target: Path) -> list[Path]:
+    """The folders of a part's SAEs, written into `target`."""
+    model, saes = run.profile.model, part.load_saes()
+    hook, name = hook_point(run.language_model.model, model.block), model.source.removeprefix("hub:")
+    return [
+        to_saelens(
+            saes[row["sae"]], target / row["sae"], model_name=name, hook_name=model.hook_name,
+            context_size=run.profile.text.block_length, dataset_path=", ".join(run.profile.text.sources),
+            transformers_hook=hook, mask_probability=row["p"], seed=row["seed"],
+        )
+        for row in part.table
+    ]  # fmt: skip
+
+
+def _archive(folder: Path, target: Path) -> Path:
+    """Move the files of a folder into an archive; the same files give the same bytes."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.iterdir()):
+            info = zipfile.ZipInfo(file.name)  # of 1980, whenever it is made
+            info.external_attr, info.compress_type = 0o644 << 16, zipfile.ZIP_DEFLATED
+            archive.writestr(info, file.read_bytes())
+    shutil.rmtree(folder)
     return target
 
 
@@ -54,8 +104,10 @@ def upload(run: Run, repository: str) -> str:
         ) from error
 
 
-def card(run: Run) -> str:
+def card(run: Run, released: bool = False) -> str:
     """The model card: where the SAEs come from, how to load them, what they score."""
+    first = run.table[0]["sae"]
+    load = HOW_TO_LOAD["release" if released else "hub"].format(profile=run.profile.name, sae=first)
     profile, model, training = run.profile, run.profile.model, run.profile.training
     arms = [f"* `{arm.name}`: {_masking(arm, arm.token or model.mask_token)}" for arm in profile.arms]
     base = f"base_model: {model.source.removeprefix('hub:')}\n" if model.source.startswith("hub:") else ""
@@ -82,8 +134,7 @@ All scores are taken
 on clean text. Compare arms at matched L0: masking moves the inference threshold.
 
 ```python
-from sae_lens import SAE
-sae = SAE.load_from_disk("{run.table[0]["sae"]}")  # after downloading this repository
+{load}
 ```
 
 {_scores(run)}
