@@ -16,7 +16,7 @@ decided is decided on this one.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -241,9 +241,24 @@ def context_probes(x: Tensor, labels: Tensor, block: Tensor, *, positives: int, 
 
 
 @torch.no_grad()
+def probe_latents(
+    sae: SAE, x: Tensor, probes: Iterable[ContextProbe], threshold: float | None = None
+) -> dict[str, sparse.csr_array]:
+    """Latents [n, F] of the occurrences of each probe by its name; what several probes share is encoded once.
+
+    x          [m, d]: activations at all occurrences
+    threshold  takes the place of the SAE's own
+    """
+    rows = {probe.name: probe.rows for probe in probes}
+    used, index = torch.cat(list(rows.values())).unique(return_inverse=True)
+    f = sparse_latents(sae, x[used], threshold)
+    return {name: f[mine.numpy()] for name, mine in zip(rows, index.split([len(r) for r in rows.values()]))}
+
+
+@torch.no_grad()
 def context_absorption(
     sae: SAE, x: Tensor, probes: list[ContextProbe], *, among: Collection[str] = PARENTS, min_parents: int = 5,
-    threshold: float | None = None, counted: Tensor | None = None,
+    threshold: float | None = None, counted: Tensor | None = None, latents: dict[str, sparse.csr_array] | None = None,
 ) -> AbsorptionResult:  # fmt: skip
     """Mean absorption over parents that pass the probe gate (test F1 above .6); `letters` of the result are parents.
 
@@ -251,6 +266,7 @@ def context_absorption(
     among      names of the parents that are asked for; the other probes are not looked at
     threshold  takes the place of the SAE's own
     counted    bool [m]: test occurrences that count; None: all
+    latents    of `probe_latents`, where they are there already
 
     Raises DataError if fewer than `min_parents` pass.
     """
@@ -263,8 +279,8 @@ def context_absorption(
             f"Only {len(passed)} parents have a probe with test F1 above {PROBE_GATE}, {min_parents} are needed "
             f"(F1: {seen}). Give more text (contexts.tokens), a later block, or a lower contexts.min_parents."
         )
-    latents = {probe.name: sparse_latents(sae, x[probe.rows], threshold) for probe in passed}
-    density = torch.stack([firing_shares(f) for f in latents.values()]).mean(0)
+    latents = probe_latents(sae, x, passed, threshold) if latents is None else latents
+    density = torch.stack([firing_shares(latents[probe.name]) for probe in passed]).mean(0)
     w_dec, found, left_out = sae.W_dec.cpu(), [], 0
     for probe in passed:
         mine, f = x[probe.rows], latents[probe.name]

@@ -44,6 +44,7 @@ def lay(root):
     write_text(figures / "along.txt", "A caption with <brackets>, *stars* and a_b_.\n")
     write_text(figures / "old.svg", PIXEL)
     write_text(figures / "along.md", "| a | b |\n| --- | --- |\n| 1 | 2 |\n")
+    write_text(root / "figures/smoke/10_explore/latents.html", "<!doctype html><title>Latents</title><p>s and t")
     write_text(root / "build/mine/04_absorption.failed.ipynb", "{}")
     (root / "figures/p.png").write_bytes(bytes.fromhex(PNG))
     write_text(root / "README.md", README)
@@ -98,6 +99,12 @@ def test_links_of_the_pages_hold_inside_the_site(project, pages):
     assert 'href="other.html#there"' in own and 'href="../index.html"' in pages["docs/other.html"]
     assert 'href="../figures/smoke/04_absorption/along.html"' in own
     assert dead_links(project / "build/site") == []
+
+
+def test_the_page_of_latents_is_taken_over_as_it_is_and_linked(project, pages):
+    name = "figures/smoke/10_explore/latents.html"
+    assert pages[name] == (project / name).read_text(encoding="utf-8")
+    assert f'href="../{name}"' in pages["smoke/index.html"]
 
 
 def test_nothing_comes_from_a_network(project, pages):

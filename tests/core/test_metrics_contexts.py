@@ -209,6 +209,22 @@ def test_the_two_sets_are_scored_apart():
         context_absorption(sae, x, probes, min_parents=2)  # the other set does not count
 
 
+def test_an_occurrence_of_several_probes_is_encoded_once(monkeypatch):
+    x, labels, block, directions, _ = sample()
+    labels[:, 1] = labels[:, 0]  # the same occurrences, of which others are drawn
+    probes, sae = context_probes(x, labels, block, positives=2000), planted(directions, True)
+    encoded = []
+    latents = sae.latents
+    monkeypatch.setattr(sae, "latents", lambda part, threshold: encoded.append(len(part)) or latents(part, threshold))
+    found = contexts.probe_latents(sae, x, probes)
+    used = torch.cat([probe.rows for probe in probes])
+    assert sum(encoded) == len(used.unique()) < len(used)
+    for probe in probes:
+        assert torch.allclose(torch.from_numpy(found[probe.name].toarray()), latents(x[probe.rows], None), atol=1e-5)
+    one_by_one = context_absorption(sae, x, probes, min_parents=1)
+    assert context_absorption(sae, x, probes, min_parents=1, latents=found) == one_by_one
+
+
 def test_an_sae_in_half_precision_on_activations_in_double():
     x, labels, block, directions, _ = sample()
     probes, sae = context_probes(x, labels, block, positives=2000), planted(directions, True)

@@ -10,8 +10,8 @@ from masksae.study.times import table, times
 
 PAGE = "REPRODUCE.md"
 
-SUFFIXES = (".png", ".md")
-"""Of figures and of tables; a figure's .svg and its caption, .txt, stand beside it."""
+SUFFIXES = (".png", ".md", ".html")
+"""Of figures, tables and pages; a figure's .svg and its caption, .txt, stand beside it."""
 
 
 def page(root: Path) -> str:

@@ -73,14 +73,16 @@ def context_scores(run: Scored) -> list[dict]:
 
     def make() -> list[dict]:
         measure = context_score(run)
-        _, probes, _ = run.shared("contexts", lambda: context_probes(run))
-        explored = any(probe.name in contexts.EXPLORATORY and probe.f1 > PROBE_GATE for probe in probes)
+        x, probes, _ = run.shared("contexts", lambda: context_probes(run))
+        passed = [probe for probe in probes if probe.f1 > PROBE_GATE]
+        explored = any(probe.name in contexts.EXPLORATORY for probe in passed)
 
         def score(sae, threshold) -> dict:
-            row = _context_row(measure(sae, threshold))
+            latents = contexts.probe_latents(sae, x, passed, threshold)
+            row = _context_row(measure(sae, threshold, latents=latents))
             if not explored:
                 return row | {"exploratory_full": None, "exploratory_parents": []}
-            shown = measure(sae, threshold, among=contexts.EXPLORATORY, min_parents=1).to_dict()
+            shown = measure(sae, threshold, latents=latents, among=contexts.EXPLORATORY, min_parents=1).to_dict()
             return row | {"exploratory_full": shown["mean_full"], "exploratory_parents": shown["letters"]}
 
         return score_saes(run, "absorption by context", score)
