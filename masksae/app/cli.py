@@ -46,6 +46,8 @@ EXAMPLES = {
     "match": "masksae match overnight --arm kept --grid matryoshka_clean --pilot 99\n"
     "masksae match overnight --arm noise --like kept --grid topk20 --pilot 99",
     "check": "masksae check\nmasksae check laptop --json",
+    "compare": "masksae compare laptop              after `make repro`: with what was committed\n"
+    "masksae compare laptop --with ../other/results/laptop",
     "verify": "masksae verify paper\nmasksae verify paper-gemma --json",
     "reliability": "masksae reliability laptop",
     "share": "masksae share laptop                the folder, build/laptop/hub\n"
@@ -120,6 +122,14 @@ def _add_study(add) -> None:
     )
     checked = add("check", "Which results are of this profile and code, unrun; status 1 if some are not.", print_states)
     checked.add_argument("profiles", nargs="*", help="names or YAML files (default: all shipped ones with results)")
+    again = add("compare", "Do a run's effects and verdicts come again? Status 1 if not.", print_comparison, DEFAULT)
+    again.add_argument(
+        "--with",
+        dest="folder",
+        metavar="FOLDER",
+        help="results of another run (default: this one's, with the last commit's)",
+    )
+    again.add_argument("--save", metavar="NAME", help="keep it in results/PROFILE/reproduced.json, for REPRODUCE.md")
     verify = add("verify", "Published numbers beside a profile's; status 1 if some differ.", print_checks, "paper")
     noise = add(
         "reliability", "Which scores of a finished profile can be trusted: a table.", print_reliability, DEFAULT
@@ -129,7 +139,7 @@ def _add_study(add) -> None:
     to.add_argument("--to", metavar="OWNER/NAME", help="push them to this repository of the hub")
     to.add_argument("--release", action="store_true", help="archives of the first block's, for masksae.load_sae")
     site = add("site", "Static pages of all that was run: build/site/index.html.", build_site)
-    _add_json(plan, fetch_, train_, gate, match, checked, verify, noise, share, site)
+    _add_json(plan, fetch_, train_, gate, match, checked, again, verify, noise, share, site)
 
 
 def _add_sae(add) -> None:
@@ -319,6 +329,25 @@ def print_states(options) -> int:
         told.append(f"{name}\n{to_text(summary(found))}\n  {preregistration.status(run.profile).splitlines()[0]}")
     _show(options, rows, "\n\n".join(told))
     return int(any(row["state"] != STATES[0] for row in rows))
+
+
+def print_comparison(options) -> int:
+    """Effects and verdicts of two runs of a profile; 1 if some are not the same."""
+    from masksae.files import repository
+    from masksae.study import compare
+    from masksae.study.profile import load_profile
+    from masksae.study.report.tables import to_text
+    from masksae.study.times import times
+
+    name = load_profile(options.profile).name
+    results = repository() / "results" / name
+    other = Path(options.folder) if options.folder else results
+    there = compare.claims_of(results) if options.folder else compare.committed(repository(), name)
+    rows = compare.compared(there, compare.claims_of(other))
+    if options.save:
+        compare.note(results, options.save, times(other)["machine"], rows)
+    _show(options, rows, to_text(compare.table(rows)))
+    return int(not all(row["same"] for row in rows))
 
 
 def print_checks(options) -> int:

@@ -51,7 +51,7 @@ def peak_memory() -> float:
 
 @functools.cache
 def machine() -> dict:
-    """Cores, the speed of a product of float32 matrices (GFLOP/s, all cores), and versions."""
+    """Cores, their vector instructions, the speed of a float32 product (GFLOP/s, all cores), and versions."""
     a = torch.ones(1024, 1024)
     seconds = []
     for _ in range(5):
@@ -60,7 +60,13 @@ def machine() -> dict:
         seconds.append(time.perf_counter() - begun)
     speed = 2 * 1024**3 / min(seconds) / 1e9
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cores": cores, "gflops": round(speed), "python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "cores": cores,
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "gflops": round(speed),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def table(found: dict) -> list[list[str]]:

@@ -18,8 +18,8 @@ from masksae.app import cli
 from masksae.errors import ConfigError
 
 COMMANDS = (
-    "repro", "status", "plan", "fetch", "train", "pairs", "gate", "match", "check", "verify", "reliability", "share",
-    "site", "evaluate", "explore", "export", "guide", "run", "project",
+    "repro", "status", "plan", "fetch", "train", "pairs", "gate", "match", "check", "compare", "verify", "reliability",
+    "share", "site", "evaluate", "explore", "export", "guide", "run", "project",
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,6 +3,8 @@ the file that holds it."""
 
 from pathlib import Path
 
+from masksae.files import read_json
+from masksae.study.compare import FILE
 from masksae.study.inputs import WRITES
 from masksae.study.report.results import present
 from masksae.study.report.tables import to_markdown
@@ -23,6 +25,11 @@ def page(root: Path) -> str:
 Every figure, table and number that this repository shows: the command, the time and the memory of its stage on the
 machine that is named, and the file. A command brings all of its profile up to date and runs nothing twice.
 `masksae check` says which committed results are of this profile and this code, without running them.
+
+**Tolerance.** The same code on the same kind of machine gives the same bytes. Elsewhere products of matrices are summed
+in another order, and SAEs drift apart as they train: an effect has come again if it lies in the interval that is
+committed, with the same verdict. `masksae compare PROFILE`, after `make repro`, says so endpoint by endpoint; what it
+said elsewhere stands below each profile.
 
 The README's first screen is the profile `{first}`: its verdicts are `results/{first}/claims.json`, its figure is
 `figures/{first}/04_absorption/along.png`.
@@ -66,7 +73,28 @@ def part(root: Path, name: str) -> str:
 {told} In all {taken["in all"][0]}.
 
 {to_markdown(rows)}
-"""
+{again(root / "results" / name)}"""
+
+
+def again(results: Path) -> str:
+    """How far the effects of a profile move on other machines, as far as that was tried: `masksae compare --save`."""
+    if not (results / FILE).exists():
+        return ""
+    told = [["run again on", "endpoints", "same verdict", "inside the interval", "largest shift of an effect"]]
+    for name, run in read_json(results / FILE).items():
+        rows, machine = run["rows"], run["machine"]
+        shift = max(rows, key=lambda row: abs(row["here"] - row["there"]))
+        on = f" ({machine['cores']} cores, {machine['vectors']}, {machine['gflops']} GFLOP/s)" if machine else ""
+        told.append(
+            [
+                name + on,
+                str(len(rows)),
+                str(sum(row["verdict_there"] == row["verdict_here"] for row in rows)),
+                str(sum(row["low"] <= row["here"] <= row["high"] for row in rows)),
+                f"{abs(shift['here'] - shift['there']):.4f} ({shift['endpoint']})",
+            ]
+        )
+    return f"{to_markdown(told)}\n"
 
 
 def shown(root: Path, name: str, stage: str) -> list[Path]:

@@ -1,0 +1,80 @@
+"""Two runs of one profile beside each other: do the effects and verdicts of one come again in the other?
+
+On one kind of machine they come again to the last bit. Elsewhere products of matrices are summed in another order, SAEs
+drift apart as they train, and an effect may move; it has come again if it lies in the interval that was committed.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+from masksae.errors import DataError, SourceError
+from masksae.files import read_json, write_json
+
+FILE = "reproduced.json"
+
+
+def compared(there: dict, here: dict) -> list[dict]:
+    """A row for each endpoint that both have an effect of: claim, endpoint; effect and verdict there and here; the
+    interval there (low, high); `same`: the verdicts are equal and the effect here lies in that interval, or both are
+    the same number.
+
+    there, here  of claims.json
+    """
+    rows, others = [], dict(_endpoints(here))
+    for key, old in _endpoints(there):
+        if key in others:
+            new = others[key]
+            within = old["low"] <= new["difference"] <= old["high"] or new["difference"] == old["difference"]
+            rows.append(
+                dict(zip(("claim", "endpoint"), key))
+                | {"there": old["difference"], "low": old["low"], "high": old["high"], "here": new["difference"]}
+                | {"verdict_there": old["verdict"], "verdict_here": new["verdict"]}
+                | {"same": within and old["verdict"] == new["verdict"]}
+            )
+    return rows
+
+
+def _endpoints(claims: dict):
+    """((claim, endpoint), record) of each that was measured."""
+    for claim, record in claims.items():
+        for name, each in ({record.get("endpoint", claim): record} | record.get("endpoints", {})).items():
+            if each.get("difference") is not None:
+                yield (claim, name), each
+
+
+def committed(root: Path, profile: str) -> dict:
+    """claims.json of a profile as the last commit of the repository `root` has it. Raises SourceError."""
+    name = f"results/{profile}/claims.json"
+    try:
+        told = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=root, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise SourceError("There is no git here to ask for the committed results. Give a folder: --with.") from error
+    if told.returncode:
+        raise SourceError(f"The last commit has no {name}: {told.stderr.strip()}. Give a folder: --with.")
+    return json.loads(told.stdout)
+
+
+def claims_of(results: Path) -> dict:
+    """claims.json in a folder of results. Raises DataError."""
+    if not (results / "claims.json").exists():
+        raise DataError(f"{results} holds no claims.json. Give results/PROFILE of a run that is finished.")
+    return read_json(results / "claims.json")
+
+
+def note(results: Path, name: str, machine: dict, rows: list[dict]) -> None:
+    """Write a comparison beside the results that it was made with, in the place of an older one of that name."""
+    known = read_json(results / FILE) if (results / FILE).exists() else {}
+    write_json(results / FILE, known | {name: {"machine": machine, "rows": rows}})
+
+
+def table(rows: list[dict]) -> list[list[str]]:
+    """Rows for a reader."""
+    lines = [["claim", "endpoint", "committed", "its interval", "here", "verdict", "same"]]
+    for row in rows:
+        verdicts = dict.fromkeys((row["verdict_there"], row["verdict_here"]))
+        lines.append(
+            [row["claim"], row["endpoint"], f"{row['there']:+.4f}", f"{row['low']:+.4f} to {row['high']:+.4f}"]
+            + [f"{row['here']:+.4f}", " → ".join(verdicts), "yes" if row["same"] else "no"]
+        )
+    return lines
