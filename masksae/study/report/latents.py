@@ -13,6 +13,8 @@ from masksae.study.report.page import page
 TEMPLATE = Path(__file__).with_name("latents.html")
 MISSED, PLACES = 10, 4
 """Shown of each: missed words of a parent, those first on which the absorber carries most; places of a latent."""
+COLUMNS = ("word", "absorber", "share", "cosine with parent", "fires on")
+"""Of a missed word, in the order in which the script takes them."""
 
 
 def write(look: Explorer, saes: dict[str, SAE], file: Path, note: str) -> Path:
@@ -52,7 +54,7 @@ def _latents(kinds: dict[str, dict[str, dict[str, Story]]], sae: str) -> list[in
 
 def _story(story: Story) -> dict:
     rows = [
-        [round(value, 3) if isinstance(value, float) else value for value in row.values()]
+        [round(row[key], 3) if isinstance(row[key], float) else row[key] for key in COLUMNS]
         for row in story.clearest(MISSED)
     ]
     return {
