@@ -5,7 +5,7 @@ are compared against steps and against clean explained variance, at snapshots th
 matched clean L0. Only a part of a run has snapshots.
 """
 
-from masksae.metrics.reconstruction import reconstruction
+from masksae.metrics.reconstruction import active_counts, reconstruction
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
 from masksae.study.run import RunPart
@@ -45,7 +45,7 @@ def _scores(run: RunPart, sae: SAE, k: float, letter_score, context_score) -> di
     clean = reconstruction(sae, run.held_out, threshold=threshold)
     letters, contexts = letter_score(sae, threshold), context_score(sae, threshold)
     return {
-        "l0_as_trained": reconstruction(sae, run.held_out).l0 if sae.threshold >= 0 else None,  # not estimated yet
+        "l0_as_trained": clean.l0 if threshold is None else _l0_as_trained(run, sae),
         "l0": clean.l0,
         "ev_centred": clean.ev_centred,
         "dead_latents": clean.dead_latents,
@@ -61,3 +61,8 @@ def _scores(run: RunPart, sae: SAE, k: float, letter_score, context_score) -> di
         "contexts_items": {r.letter: r.full for r in contexts.letters},
         "contexts_f1": {r.letter: r.probe_f1 for r in contexts.letters},
     }
+
+
+def _l0_as_trained(run: RunPart, sae: SAE) -> float | None:
+    """Clean L0 at the SAE's own threshold; None before that is estimated."""
+    return active_counts(sae, run.held_out).sum().item() / len(run.held_out) if sae.threshold >= 0 else None
