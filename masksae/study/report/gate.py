@@ -74,7 +74,7 @@ that was taken stands here, with the threshold that the SAE was trained with.
 {to_markdown(table)}
 *Minutes*: steps times the median of a step of one SAE on 2 cores, timed after all else one after the other, without the
 language model's forwards. *Dead*: latents that no longer fired at the end of training, of
-{max(row["latents"] for row in rows):,}. *Specific*: credited to a latent that fires on less than a tenth of the words.
+{" or ".join(f"{n:,}" for n in sorted({row["latents"] for row in rows}))}. *Specific*: credited to a latent that fires on less than a tenth of the words.
 """
 
 
