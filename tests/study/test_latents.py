@@ -43,7 +43,7 @@ def test_the_page_holds_what_it_was_given(text):
     [
         (
             "",
-            ["starts with S", "15 of 40 test words absorbed (38 %); the first 10:", "Latent 5 fires most at:"],
+            ["starts with S", "15 of 40 test words absorbed (38&nbsp;%); the first 10:", "Latent 5 fires most at:"],
             ["tea"],
         ),
         ("#first%20letter/t", ["starts with T", ">tea<", "does not pass its gate"], ["15 of 40"]),
