@@ -36,15 +36,16 @@ class Story:
     tested: int
     """Test words with the parent."""
     missed: list[dict]
-    """Fully absorbed test words: the word, its absorber, the share of the parent's direction that the absorber carries,
-    the absorber's decoder cosine with that direction and with the first main latent, and on which share of all words it
-    fires."""
+    """Fully absorbed test words: the word, its absorber, how much of the parent's direction that carries ("carried", in
+    units of the activations) and which share of what the word needs, the absorber's decoder cosine with that direction
+    and with the first main latent, and on which share of all words it fires."""
     main_cosine: float
     """Decoder cosine of the first main latent with the parent's direction."""
 
     def clearest(self, n: int) -> list[dict]:
-        """Of `missed`, the `n` words on which the absorber carries most, those first."""
-        return sorted(self.missed, key=lambda row: row["share"], reverse=True)[:n]
+        """Of `missed`, the `n` words on which the absorber carries most, those first. Not by its share: that is largest
+        where there is hardly anything to carry."""
+        return sorted(self.missed, key=lambda row: row["carried"], reverse=True)[:n]
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,13 @@ def _story(
         {
             "word": words[word].strip(),
             "absorber": latent,
+            "carried": amount,
             "share": share,
             "cosine with parent": (rows[latent] @ direction).item(),
             "cosine with main": (rows[latent] @ main).item(),
             "fires on": (f[:, latent] > 0).double().mean().item(),
         }
-        for word, latent, share in zip(mine.tolist(), by.tolist(), shares.tolist())
+        for word, latent, amount, share in zip(mine.tolist(), by.tolist(), carried.tolist(), shares.tolist())
     ]
     tested = int((is_test & positive).sum())
     return Story(parent, metric.main, metric.f1, tested, missed, (main @ direction).item())

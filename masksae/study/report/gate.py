@@ -51,6 +51,7 @@ def page(profile: Profile, rows: list[dict]) -> str:
             *(number(row[key]) for key in ("block", "batch", "steps", "seed")),
         ]
         table.append([*told, *values, "passes" if not misses else "; ".join(misses)])
+    widths = " or ".join(f"{n:,}" for n in sorted({row["latents"] for row in rows}))
     return f"""<!-- written by tools/pages.py; edit that -->
 # What makes absorption measurable
 
@@ -73,8 +74,8 @@ that was taken stands here, with the threshold that the SAE was trained with.
 
 {to_markdown(table)}
 *Minutes*: steps times the median of a step of one SAE on 2 cores, timed after all else one after the other, without the
-language model's forwards. *Dead*: latents that no longer fired at the end of training, of
-{" or ".join(f"{n:,}" for n in sorted({row["latents"] for row in rows}))}. *Specific*: credited to a latent that fires on less than a tenth of the words.
+language model's forwards. *Dead*: latents that no longer fired at the end of training, of {widths}. *Specific*:
+credited to a latent that fires on less than a tenth of the words.
 """
 
 
