@@ -123,13 +123,11 @@ def _add_study(add) -> None:
     checked = add("check", "Which results are of this profile and code, unrun; status 1 if some are not.", print_states)
     checked.add_argument("profiles", nargs="*", help="names or YAML files (default: all shipped ones with results)")
     again = add("compare", "Do a run's effects and verdicts come again? Status 1 if not.", print_comparison, DEFAULT)
+    other = "results of another run (default: this one's, with the last commit's)"
+    again.add_argument("--with", dest="folder", metavar="DIR", help=other)
     again.add_argument(
-        "--with",
-        dest="folder",
-        metavar="FOLDER",
-        help="results of another run (default: this one's, with the last commit's)",
+        "--save", dest="kept_as", metavar="NAME", help="keep it in results/PROFILE/reproduced.json, for REPRODUCE.md"
     )
-    again.add_argument("--save", metavar="NAME", help="keep it in results/PROFILE/reproduced.json, for REPRODUCE.md")
     verify = add("verify", "Published numbers beside a profile's; status 1 if some differ.", print_checks, "paper")
     noise = add(
         "reliability", "Which scores of a finished profile can be trusted: a table.", print_reliability, DEFAULT
@@ -344,8 +342,8 @@ def print_comparison(options) -> int:
     other = Path(options.folder) if options.folder else results
     there = compare.claims_of(results) if options.folder else compare.committed(repository(), name)
     rows = compare.compared(there, compare.claims_of(other))
-    if options.save:
-        compare.note(results, options.save, times(other)["machine"], rows)
+    if options.kept_as:
+        compare.note(results, options.kept_as, times(other)["machine"], rows)
     _show(options, rows, to_text(compare.table(rows)))
     return int(not all(row["same"] for row in rows))
 

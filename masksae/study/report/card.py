@@ -80,7 +80,8 @@ def again(results: Path) -> str:
     """How far the effects of a profile move on other machines, as far as that was tried: `masksae compare --save`."""
     if not (results / FILE).exists():
         return ""
-    told = [["run again on", "endpoints", "same verdict", "inside the interval", "largest shift of an effect"]]
+    source = f"[run again](results/{results.name}/{FILE}) on"
+    told = [[source, "endpoints", "same verdict", "inside the interval", "largest shift of an effect"]]
     for name, run in read_json(results / FILE).items():
         rows, machine = run["rows"], run["machine"]
         shift = max(rows, key=lambda row: abs(row["here"] - row["there"]))
