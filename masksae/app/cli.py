@@ -46,7 +46,7 @@ EXAMPLES = {
     "match": "masksae match overnight --arm kept --grid matryoshka_clean --pilot 99\n"
     "masksae match overnight --arm noise --like kept --grid topk20 --pilot 99",
     "check": "masksae check\nmasksae check laptop --json",
-    "compare": "masksae compare laptop              after `make repro`: with what was committed\n"
+    "compare": "masksae compare laptop              after `make repro`: with the last commit\n"
     "masksae compare laptop --with ../other/results/laptop",
     "verify": "masksae verify paper\nmasksae verify paper-gemma --json",
     "reliability": "masksae reliability laptop",
