@@ -3,6 +3,7 @@ the hub, one folder each, or as a release, one archive each."""
 
 import shutil
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 from masksae.data import releases
@@ -41,13 +42,11 @@ def release(run: Run, register: Path = releases.REGISTER) -> Path:
     `masksae.load_sae("release:PROFILE/SAE")` finds them where the release lies. Trains the SAEs that are missing."""
     target, sums = run.build / "release", {}
     with atomic_dir(target, ANYTHING) as tmp:
-        for part in run.parts:
-            if part.part.block is run.profile.parts[0].block:
-                for folder in _export(run, part, tmp):
-                    name = f"{run.profile.name}/{folder.name}"
-                    archive = _archive(folder, tmp / releases.archive_name(name))
-                    sums[name] = sha256(archive)
-        (tmp / "README.md").write_text(card(run, released=True), encoding="utf-8")
+        first = (part for part in run.parts if part.part.block is run.profile.blocks[0])
+        for folder in chain.from_iterable(_export(run, part, tmp) for part in first):
+            name = f"{run.profile.name}/{folder.name}"
+            sums[name] = sha256(_archive(folder, tmp / releases.archive_name(name)))
+        (tmp / "README.md").write_text(card(run, "release"), encoding="utf-8")
         lines = [f"{value}  {releases.archive_name(name)}\n" for name, value in sums.items()]
         (tmp / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
     known = read_json(register)
@@ -72,7 +71,7 @@ def _export(run: Run, part: RunPart, target: Path) -> list[Path]:
 
 def _archive(folder: Path, target: Path) -> Path:
     """Move the files of a folder into an archive; the same files give the same bytes."""
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(target, "w") as archive:
         for file in sorted(folder.iterdir()):
             info = zipfile.ZipInfo(file.name)  # of 1980, whenever it is made
             info.external_attr, info.compress_type = 0o644 << 16, zipfile.ZIP_DEFLATED
@@ -104,10 +103,9 @@ def upload(run: Run, repository: str) -> str:
         ) from error
 
 
-def card(run: Run, released: bool = False) -> str:
-    """The model card: where the SAEs come from, how to load them, what they score."""
-    first = run.table[0]["sae"]
-    load = HOW_TO_LOAD["release" if released else "hub"].format(profile=run.profile.name, sae=first)
+def card(run: Run, form: str = "hub") -> str:
+    """The model card: where the SAEs come from, how to load them out of a `form` of HOW_TO_LOAD, what they score."""
+    load = HOW_TO_LOAD[form].format(profile=run.profile.name, sae=run.table[0]["sae"])
     profile, model, training = run.profile, run.profile.model, run.profile.training
     arms = [f"* `{arm.name}`: {_masking(arm, arm.token or model.mask_token)}" for arm in profile.arms]
     base = f"base_model: {model.source.removeprefix('hub:')}\n" if model.source.startswith("hub:") else ""

@@ -124,8 +124,8 @@ def l1_logistic(f: sparse.sparray, y: Tensor, *, l1: float, tolerance: float = 1
     A Newton step inside the orthant of the signs, on the latents that are not zero or ought not to be (after Andrew &
     Gao 2007, OWL-QN, with the true Hessian); its system is solved by conjugate gradients, so no matrix of latents x
     latents is made. A latent that would change its sign stops at zero. Where that doesn't descend, coordinate descent
-    on the model of second order takes its place. At 12,800 words x 2,048 latents, 20
-    active on a word, 5 to 8 steps and 30 ms a letter; dense latents need more, since they resemble each other.
+    on the model of second order takes its place. At 12,800 words x 2,048 latents, 20 active on a word, 5 to 8 steps and
+    30 ms a letter; dense latents need more, since they resemble each other.
     """
     if not (y.bool().any(0) & ~y.bool().all(0)).all():
         raise DataError("A ranking probe needs rows with and without its parent. Give more words or text.")
@@ -153,7 +153,7 @@ def _l1_logistic(f: sparse.csc_array, y: np.ndarray, l1: float, tolerance: float
         p = special.expit(z)
         gradient = f.T @ (share * (p - y))
         sign = np.where(w != 0, np.sign(w), -np.sign(gradient))
-        violation = np.where(w != 0, np.abs(gradient + penalty * sign), np.maximum(np.abs(gradient) - penalty, 0))
+        violation = _violation(w, gradient, penalty)
         worst = violation.max()
         if worst <= tolerance * l1:
             return w
@@ -171,6 +171,11 @@ def _l1_logistic(f: sparse.csc_array, y: np.ndarray, l1: float, tolerance: float
     raise DataError(
         f"The ranking probe of {f.shape[0]} words is not at its optimum after {MAX_STEPS} steps. Give more words."
     )
+
+
+def _violation(w, gradient, penalty) -> np.ndarray:
+    """Size of each component of the smallest subgradient at `w`, `gradient` being that of the part without penalty."""
+    return np.where(w != 0, np.abs(gradient + penalty * np.sign(w)), np.maximum(np.abs(gradient) - penalty, 0))
 
 
 def _steps(part, curvature, at, gradient, sign, force, off: float) -> Iterator[np.ndarray]:
@@ -194,8 +199,7 @@ def _descent(part, curvature, at, gradient, force, tolerance: float) -> np.ndarr
             best = np.sign(best) * max(abs(best) - force[i] / size, 0)
             slope += (best - new[i]) * hessian[i]
             new[i] = best
-        off = np.where(new != 0, np.abs(slope + force * np.sign(new)), np.maximum(np.abs(slope) - force, 0))
-        if off.max() <= tolerance * force.max():
+        if _violation(new, slope, force).max() <= tolerance * force.max():
             break
     return new - at
 

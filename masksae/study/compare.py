@@ -64,8 +64,12 @@ def claims_of(results: Path) -> dict:
 
 def note(results: Path, name: str, machine: dict, rows: list[dict]) -> None:
     """Write a comparison beside the results that it was made with, in the place of an older one of that name."""
-    known = read_json(results / FILE) if (results / FILE).exists() else {}
-    write_json(results / FILE, known | {name: {"machine": machine, "rows": rows}})
+    write_json(results / FILE, noted(results) | {name: {"machine": machine, "rows": rows}})
+
+
+def noted(results: Path) -> dict[str, dict]:
+    """By name, the machine and the rows of each comparison that was kept."""
+    return read_json(results / FILE) if (results / FILE).exists() else {}
 
 
 def table(rows: list[dict]) -> list[list[str]]:

@@ -3,8 +3,7 @@ the file that holds it."""
 
 from pathlib import Path
 
-from masksae.files import read_json
-from masksae.study.compare import FILE
+from masksae.study.compare import FILE, noted
 from masksae.study.inputs import WRITES
 from masksae.study.report.results import present
 from masksae.study.report.tables import to_markdown
@@ -78,11 +77,11 @@ def part(root: Path, name: str) -> str:
 
 def again(results: Path) -> str:
     """How far the effects of a profile move on other machines, as far as that was tried: `masksae compare --save`."""
-    if not (results / FILE).exists():
+    if not (found := noted(results)):
         return ""
     source = f"[run again](results/{results.name}/{FILE}) on"
     told = [[source, "endpoints", "same verdict", "inside the interval", "largest shift of an effect"]]
-    for name, run in read_json(results / FILE).items():
+    for name, run in found.items():
         rows, machine = run["rows"], run["machine"]
         shift = max(rows, key=lambda row: abs(row["here"] - row["there"]))
         on = f" ({machine['cores']} cores, {machine['vectors']}, {machine['gflops']} GFLOP/s)" if machine else ""
