@@ -10,6 +10,7 @@ from pathlib import Path
 
 from masksae.errors import DataError, SourceError
 from masksae.files import read_json, write_json
+from masksae.study.report.claims import endpoints
 
 FILE = "reproduced.json"
 
@@ -21,8 +22,8 @@ def compared(there: dict, here: dict) -> list[dict]:
 
     there, here  of claims.json
     """
-    rows, others = [], dict(_endpoints(here))
-    for key, old in _endpoints(there):
+    rows, others = [], _measured(here)
+    for key, old in _measured(there).items():
         if key in others:
             new = others[key]
             within = old["low"] <= new["difference"] <= old["high"] or new["difference"] == old["difference"]
@@ -35,12 +36,9 @@ def compared(there: dict, here: dict) -> list[dict]:
     return rows
 
 
-def _endpoints(claims: dict):
-    """((claim, endpoint), record) of each that was measured."""
-    for claim, record in claims.items():
-        for name, each in ({record.get("endpoint", claim): record} | record.get("endpoints", {})).items():
-            if each.get("difference") is not None:
-                yield (claim, name), each
+def _measured(claims: dict) -> dict[tuple[str, str], dict]:
+    """(claim, endpoint) -> its row, of each that has an effect."""
+    return {(claim, name): row for claim, name, row in endpoints(claims) if row.get("difference") is not None}
 
 
 def committed(root: Path, profile: str) -> dict:

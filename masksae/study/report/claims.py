@@ -6,7 +6,7 @@ inside the verdicts. Equivalence is two one-sided tests inside the endpoint's ma
 what is controlled over all endpoints is that any is called supported or contradicted without a cause.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pandas as pd
 
@@ -250,11 +250,14 @@ def _unmeasured(reason: str) -> dict:
 
 def verdict_table(found: dict[str, dict]) -> list[dict]:
     """Rows for a reader, one per endpoint: claim, endpoint, verdict, effect, corrected p-value; C4 in one row."""
-    return [
-        _told(key, name, row)
-        for key, claim in found.items()
-        for name, row in [(claim.get("endpoint", ""), claim), *claim.get("endpoints", {}).items()]
-    ]
+    return [_told(*each) for each in endpoints(found)]
+
+
+def endpoints(found: dict[str, dict]) -> Iterator[tuple[str, str, dict]]:
+    """(claim, endpoint, its row) of all in claims.json; a claim without endpoints, such as C4, has one named ""."""
+    for key, claim in found.items():
+        for name, row in [(claim.get("endpoint", ""), claim), *claim.get("endpoints", {}).items()]:
+            yield key, name, row
 
 
 def cell_table(found: dict[str, dict]) -> list[dict]:
