@@ -72,6 +72,8 @@ class ActivationStream:
                 give the same in another epoch; still the same for the same number
     prefetch    call `load` for the next pool in a thread while the current one is used; memory for two pools
     d_model     width of the activations; None: found out by loading a pool
+    sinks       leave out rows with more than so many times the median norm of their pool (`is_sink`), above 1: others
+                of the pool come twice in their place. None: none is left out
     identity    says what the stream is made of, as JSON (see `identity()`); None: what the first pool holds
 
     >>> stream = ActivationStream.from_array(torch.arange(6.0)[:, None], batch_size=2, seed=0)
@@ -83,7 +85,9 @@ class ActivationStream:
     def __init__(
         self, load: Callable[[int], Pool], pool_sizes: list[int], *, batch_size: int, seed: int, prefetch: bool = False,
         d_model: int | None = None, identity: Callable[[], dict] | None = None, fresh: bool = False,
+        sinks: float | None = None,
     ):  # fmt: skip
+        _check_sinks(sinks)
         check_natural("batch_size", batch_size)
         check_natural("seed", seed)
         if batch_size < 1:
@@ -96,7 +100,7 @@ class ActivationStream:
                 "batch_size."
             )
         self.batch_size, self.seed = int(batch_size), int(seed)
-        self._d_model, self._made_of = d_model, identity or self._first_pool
+        self._d_model, self._made_of, self._sinks = d_model, identity or self._first_pool, sinks
         self._pool, self._batch = 0, 0
         self._end: int | None = None
         self._device = torch.device("cpu")
@@ -106,11 +110,14 @@ class ActivationStream:
         self._largest = float("inf")  # pool, in bytes, that goes to another device whole
 
     @classmethod
-    def from_array(cls, x, *, batch_size: int, seed: int, is_masked=None) -> "ActivationStream":
+    def from_array(
+        cls, x, *, batch_size: int, seed: int, is_masked=None, sinks: float | None = None
+    ) -> "ActivationStream":
         """Stream over an array or memory map `x` [n, d] of floats; one pool. On another device than the array's, what
         is larger than LARGEST_MOVED stays where it is and is moved batch by batch, in the same order.
 
         is_masked  bool [n]
+        sinks      as above
 
         Raises DataError for another type or shape, and for NaN or infinity when the first batch is taken.
         """
@@ -122,7 +129,7 @@ class ActivationStream:
         is_masked = torch.zeros(len(x), dtype=torch.bool) if is_masked is None else _as_tensor("is_masked", is_masked)
         _check_pool((x, is_masked), tuple(x.shape), "of the array")
         stream = cls(
-            lambda _: (x, is_masked), [len(x)], batch_size=batch_size, seed=seed, d_model=x.shape[1],
+            lambda _: (x, is_masked), [len(x)], batch_size=batch_size, seed=seed, d_model=x.shape[1], sinks=sinks,
             identity=lambda: {"kind": "array"} | _content((x, is_masked)),
         )  # fmt: skip
         stream._largest = LARGEST_MOVED
@@ -157,7 +164,7 @@ class ActivationStream:
         model it reads evenly spaced ones (is_masked wholly). A change between them goes unnoticed, one of everything
         does not.
         """
-        return self._made_of()
+        return self._made_of() | ({"sinks": float(self._sinks)} if self._sinks else {})
 
     def __iter__(self) -> Iterator[Pool]:
         return (views[0][:2] for views in self.batches([(self.seed, False)]))
@@ -175,8 +182,8 @@ class ActivationStream:
 
         stream = ActivationStream(
             load, self._sizes, batch_size=self.batch_size, seed=self.seed, prefetch=self._prefetch,
-            d_model=self._d_model, identity=lambda: self.identity() | {"targets": clean.identity()},
-            fresh=self._fresh or clean._fresh,
+            d_model=self._d_model, identity=lambda: self._made_of() | {"targets": clean._made_of()},
+            fresh=self._fresh or clean._fresh, sinks=self._sinks,
         )  # fmt: skip
         stream._largest = min(self._largest, clean._largest)
         return stream
@@ -314,6 +321,8 @@ class ActivationStream:
             with _loading:
                 pool = self._load(number)
             self._check_read(number, pool)
+            if self._sinks:
+                pool = _without_sinks(pool, self._sinks)
             small = sum(values.numel() * values.element_size() for values in pool) <= self._largest
             return tuple(values.to(self._device if small else pool[0].device) for values in pool)
         finally:
@@ -335,6 +344,34 @@ class ActivationStream:
 
     def _first_pool(self) -> dict:
         return {"kind": "pools", "sizes": run_id(self._sizes)} | _content(self._hold(0))
+
+
+def is_sink(x: Tensor, times: float) -> Tensor:
+    """bool [n]: rows of x [n, d] with more than so many times the median norm: attention sinks, and other tokens whose
+    activations are massive and alike whatever the text says (arXiv 2402.17762).
+
+    >>> is_sink(torch.tensor([[1.0], [1.1], [0.9], [7.0]]), times=3)
+    tensor([False, False, False,  True])
+    """
+    norm = torch.cat([part.float().norm(dim=1) for part in x.split(8192)])
+    return norm > times * norm.median()
+
+
+def _without_sinks(pool: Pool, times: float) -> Pool:
+    """A pool without its sinks; other rows are repeated in their place."""
+    rows = (~is_sink(pool[0], times)).nonzero().squeeze(1)
+    size = len(pool[0])
+    if len(rows) == size:
+        return pool
+    rows = rows.repeat(2)[:size]  # half of them at least are no more than the median
+    return tuple(values[rows.to(values.device)] for values in pool)
+
+
+def _check_sinks(times) -> None:
+    if times is not None and (
+        isinstance(times, bool) or not isinstance(times, (int, float, np.number)) or not 1 < times < float("inf")
+    ):
+        raise ConfigError(f"sinks is in medians of the norm and must be a finite number above 1, found {times!r}.")
 
 
 class _Ahead:
@@ -431,7 +468,7 @@ def from_model(
     language_model, blocks, *, block: int, p: float, token_id: int, mask_seed: int, bos_id: int | None,
     batch_size: int, seed: int, pool_tokens: int = 131_072, scratch: Path | None = None, sequences: int | None = None,
     progress: bool = True, replacements: Tensor | None = None, share: float = 1.0, overlap: bool | None = None,
-    fresh_masks: bool = False, noise: float = 0.0,
+    fresh_masks: bool = False, noise: float = 0.0, sinks: float | None = None,
 ) -> ActivationStream:  # fmt: skip
     """Stream of the activations after `block` on token blocks [n, s] (a tensor, or `data.blocks.Blocks`) that are
     masked on the way in.
@@ -454,6 +491,7 @@ def from_model(
                   distance of the first pool's activations from their mean: noise^2 is the ratio of the two variances.
                   It is drawn per block from mask_seed, like the masks and independently of them, and added after
                   scratch is read, which is that of the stream without noise
+    sinks         as in `ActivationStream`; scratch is that of all tokens
 
     Raises ConfigError, DataError, OutputError.
     """
@@ -483,7 +521,8 @@ def from_model(
 
     @cache
     def deviation() -> float:
-        return noise * _deviation(pools(0)[0])  # of the whole text's first pool: a share gets the same noise
+        x = pools(0)[0]  # of the whole text: a share gets the same noise
+        return noise * _deviation(x[~is_sink(x, sinks)] if sinks else x)
 
     def load(number: int) -> Pool:
         epoch, number = divmod(number, len(sizes))
@@ -497,7 +536,7 @@ def from_model(
     made_of |= {"fresh_masks": True} if fresh else {}
     return ActivationStream(
         load, sizes, batch_size=batch_size, seed=seed, prefetch=ahead, d_model=width, fresh=fresh,
-        identity=lambda: pools.identity() | made_of,
+        identity=lambda: pools.identity() | made_of, sinks=sinks,
     )  # fmt: skip
 
 

@@ -205,16 +205,6 @@ def _tokens(texts: Sequence[str], test) -> Tensor:
     return torch.tensor([bool(test(text)) for text in texts])
 
 
-def sinks(x: Tensor) -> Tensor:
-    """bool [m]: rows of x [m, d] with an outlying norm, more than 3 times the median.
-
-    >>> sinks(torch.tensor([[1.0], [1.1], [0.9], [7.0]]))
-    tensor([False, False, False,  True])
-    """
-    norm = x.norm(dim=1)
-    return norm > SINK * norm.median()
-
-
 def context_probes(x: Tensor, labels: Tensor, block: Tensor, *, positives: int, seed: int = 0) -> list[ContextProbe]:
     """A probe for each parent with at least 50 occurrences.
 

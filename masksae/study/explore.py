@@ -118,7 +118,7 @@ class Explorer:
         """By latent, the `n` places in held-out text where it fires most, at most one a block, the strongest first."""
         ids = self.run.ids("held_out")[:, len(self.run.start) :]
         fires = torch.cat(
-            [sae.encode(part.to(sae.device), threshold)[:, latents].cpu() for part in self.run.held_out.split(4096)]
+            [sae.encode(part.to(sae.device), threshold)[:, latents].cpu() for part in self.run.held_out_all.split(4096)]
         ).view(*ids.shape, len(latents))
         best, where = fires.max(1)
         found: dict[int, list[Place]] = {latent: [] for latent in latents}

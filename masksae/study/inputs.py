@@ -5,6 +5,7 @@ Each part is made on first use and kept in the user's cache under an id that cov
 the files that the profile names, and the code that makes it, so a notebook may be run alone, again, or after a crash.
 """
 
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -187,6 +188,7 @@ class Inputs:
             pool_tokens=training.pool_tokens,
             scratch=scratch,
             share=arm.tokens,
+            sinks=self.profile.model.sinks,
             **self.replacement(arm),
         )
         return stream.with_targets(self.stream(Arm(name="clean", p=0, tokens=arm.tokens))) if arm.denoise else stream
@@ -204,7 +206,20 @@ class Inputs:
 
     @once
     def held_out(self) -> Tensor:
-        """Clean held-out activations [tokens, d]: every score of every arm is taken on these."""
+        """Clean held-out activations [tokens, d] but for sinks (`model.sinks`): every score of every arm is taken on
+        these."""
+        x = self.held_out_all
+        return x[x.norm(dim=1) <= self.most_norm] if self.profile.model.sinks else x
+
+    @once
+    def most_norm(self) -> float:
+        """Norm above which a token is a sink; infinite where the profile leaves none out."""
+        times = self.profile.model.sinks
+        return times * self.held_out_all.norm(dim=1).median().item() if times else math.inf
+
+    @once
+    def held_out_all(self) -> Tensor:
+        """Clean held-out activations [tokens, d], in the order of the text."""
         key = [self.identity(self.profile.text), self.profile.contexts.tokens]
         return self.scratch("held_out", key, self._held_out)["x"]
 

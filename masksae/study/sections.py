@@ -50,6 +50,9 @@ class Model(Section):
     CPUs."""
     bos_token: str | None = None
     """Text of the token that starts every block; its own activations are never used. None: no such token."""
+    sinks: Annotated[float, Field(gt=1)] | None = Field(default=None, exclude_if=lambda times: times is None)
+    """Tokens with more than so many times the median norm (3: attention sinks beside BOS) are not trained on, not among
+    the held-out activations, and keep their own activations where an SAE's output stands in. None: all tokens alike."""
 
     @property
     def named_data(self) -> list[str]:

@@ -202,6 +202,28 @@ def test_targets_travel_with_their_rows():
         noisy.with_targets(ActivationStream.from_array(x[:30], batch_size=7, seed=3))
 
 
+def test_sinks_are_left_out_and_others_come_in_their_place():
+    x = torch.ones(40, 3) + torch.arange(40.0)[:, None] / 100
+    massive = torch.arange(40) % 8 == 5
+    x[massive] *= 50
+    whole = ActivationStream.from_array(x, batch_size=10, seed=3)
+    stream = ActivationStream.from_array(x, batch_size=10, seed=3, is_masked=massive, sinks=3)
+    seen = torch.cat([batch for batch, _ in islice(stream, 4)])
+    assert len(seen) == 40 and set(seen[:, 0].tolist()) == set(x[~massive][:, 0].tolist())
+    assert not any(masked.any() for _, masked in islice(stream, 4))  # flags go with their rows
+    assert stream.scale() < 3 < whole.scale()
+    assert stream.batches_per_epoch == whole.batches_per_epoch
+    assert stream.identity() | {"sinks": 3.0} == stream.identity() and "sinks" not in whole.identity()
+
+    targets = stream.with_targets(ActivationStream.from_array(x + 1000, batch_size=10, seed=3))
+    for [(batch, _, target)] in islice(targets.batches([(3, False)]), 4):
+        assert torch.allclose(batch + 1000, target) and batch.max() < 3
+    assert targets.identity()["sinks"] == 3.0
+
+    same = ActivationStream.from_array(x, batch_size=10, seed=3, sinks=1000)  # none is that large
+    assert all(torch.equal(a, b) for (a, _), (b, _) in islice(zip(whole, same), 4))
+
+
 def test_a_share_of_the_blocks_uses_the_scratch_of_the_whole(language_model, ids, tmp_path):
     options = dict(block=1, p=0.3, token_id=0, mask_seed=0, bos_id=None, batch_size=4, seed=0, pool_tokens=45)
     whole = from_model(language_model, ids, scratch=tmp_path, progress=False, **options)

@@ -253,13 +253,6 @@ def test_lists_of_words_have_no_overlap_that_would_make_a_parent_trivial():
     assert not set(contexts.PREPOSITIONS.split()) & set(contexts.DETERMINERS.split())
 
 
-def test_sinks_are_rows_of_outlying_norm():
-    x = torch.ones(100, 4)
-    x[7] *= 3.5
-    x[8] *= 2.5
-    assert contexts.sinks(x).nonzero().tolist() == [[7]]
-
-
 def test_occurrences_that_do_not_count_leave_the_means():
     x, labels, block, directions, word = sample()
     probes, sae = context_probes(x, labels, block, positives=2000), planted(directions, True)

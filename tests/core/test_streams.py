@@ -246,6 +246,7 @@ def changed(x, row):
         (lambda: array(sparse_world(n=5999)[0]), "rows"),
         (lambda: array(sparse_world()[0].double()), "dtype"),
         (lambda: array(is_masked=torch.arange(6000) == 5), "is_masked"),
+        (lambda: array(sinks=3.0), "sinks"),
         (lambda: array().with_targets(array(sparse_world(seed=1)[0])), "targets"),
     ],
 )
@@ -431,6 +432,8 @@ def test_seeds_that_cannot_be_are_refused(ids, seed):
         ({"blocks": torch.zeros(0, 9, dtype=torch.int64)}, DataError, "0 activations do not fill"),
         ({"share": 0.0}, ConfigError, "share"),
         ({"share": 1.5}, ConfigError, "share"),
+        ({"sinks": 1}, ConfigError, "sinks is in medians of the norm .* above 1, found 1"),
+        ({"sinks": float("nan")}, ConfigError, "sinks is in medians"),
         ({"pool_tokens": 0}, ConfigError, "pool_tokens"),
         ({"sequences": 0}, ConfigError, "sequences"),
         ({"batch_size": 2.5}, ConfigError, "batch_size"),

@@ -11,7 +11,7 @@ from tiny_project import tiny_model
 
 import masksae
 from masksae import BatchTopK, SAEConfig, mask_tokens
-from masksae.activations import from_model
+from masksae.activations import from_model, is_sink
 from masksae.errors import CheckpointError, ConfigError
 from masksae.tracing import activations
 
@@ -203,3 +203,13 @@ def test_clean_targets_stay_clean(make, changes):
 def test_noise_that_cannot_be_is_refused(make, noise):
     with pytest.raises(ConfigError, match="noise is the standard deviation .* a finite number from 0, found"):
         make(**OPTIONS | {"noise": noise})
+
+
+def test_noise_is_sized_by_what_is_no_sink(make):
+    options = OPTIONS | {"p": 0.0, "pool_tokens": 999, "sinks": 1.1}
+    x, noisy = (make(**options | changes)._load(0)[0] for changes in ({}, NOISY))
+    ordinary = x[~is_sink(x, 1.1)]
+    assert 20 < len(ordinary) < len(x) - 5
+    wanted = 0.5 * (ordinary - ordinary.mean(0)).square().mean().sqrt()
+    whole = 0.5 * (x - x.mean(0)).square().mean().sqrt()
+    assert (noisy - x).std().item() == pytest.approx(wanted.item(), rel=0.05) and abs(whole / wanted - 1) > 0.05

@@ -211,6 +211,26 @@ def test_activations_are_freed_that_no_later_part_is_trained_on(project):
     assert not masked[0].exists() and not unmasked.exists()
 
 
+def test_sinks_are_neither_trained_on_nor_scored(project):
+    whole = Run(profile(project))
+    norm = whole.held_out.norm(dim=1)
+    times = 0.5 * (1 + norm.max().item() / norm.median().item())  # of some tokens
+    run = Run(profile(project, model=whole.profile.model.model_dump() | {"sinks": times}))
+    most = run.most_norm
+    assert 0 < (norm > most).sum() < len(norm) / 2
+    assert torch.equal(run.held_out, whole.held_out[norm <= most])
+    assert torch.equal(run.held_out_all, whole.held_out_all)
+    x = next(iter(run.stream(run.profile.arms[0])))[0]
+    assert x.norm(dim=1).max() < 1.1 * most < norm.max() * 1.1
+    assert whole.stream_recipe(whole.profile.arms[0]) != run.stream_recipe(run.profile.arms[0])
+    assert "sinks" not in whole.profile.model.model_dump()  # what was made before keeps its id
+
+    replace = reconstruction._splice(next(iter(whole.saes.values())), None, most)
+    new, massive = replace(whole.held_out), norm > most
+    assert torch.equal(new[massive], whole.held_out[massive]) and not torch.equal(new, whole.held_out)
+    assert whole.most_norm == float("inf")
+
+
 def test_every_kind_of_replacement(project):
     arms = [
         {"name": "unmasked", "p": 0.0},

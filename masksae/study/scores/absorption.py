@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from masksae.activations import is_sink
 from masksae.errors import DataError
 from masksae.metrics import contexts
 from masksae.metrics.absorption import PROBE_GATE, AbsorptionResult, first_letter, icl_prefixes, single_token_words
@@ -36,7 +37,7 @@ def context_sample(run: Scored) -> tuple[Tensor, Tensor, Tensor]:
         return {"x": run.activations(ids, label="activations of the context text")[rows]}
 
     x = run.scratch("contexts", [run.identity(run.profile.text), run.profile.contexts.tokens], make)["x"]
-    kept = ~contexts.sinks(x)
+    kept = ~is_sink(x, contexts.SINK)
     return x[kept], labels[kept], where[kept]
 
 

@@ -6,6 +6,9 @@ SAE latents for corrupted text. So the two are counted apart, and the same text 
 with tokens replaced, by the masks of the profile's first masked arm.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from masksae.metrics.reconstruction import active_counts, ce_score, kl_score, reconstruction, silent_latents
@@ -40,7 +43,7 @@ def clean_scores(run: Scored) -> list[dict]:
 
 def _reconstruction_scores(run: Scored) -> list[dict]:
     saes, rows = run.load_saes(), clean_scores(run)
-    spliced = {(row["sae"], row["threshold"]): _splice(saes[row["sae"]], row["threshold"]) for row in rows}
+    spliced = {(row["sae"], row["threshold"]): _splice(saes[row["sae"]], row["threshold"], run.most_norm) for row in rows}
     ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
     options = dict(block=run.profile.model.block, keep_first=run.bos_id is not None, label="CE and KL with all SAEs")
     losses = spliced_losses(run.language_model.model, ids, spliced, **options)
@@ -52,9 +55,13 @@ def _reconstruction_scores(run: Scored) -> list[dict]:
     return rows
 
 
-def _splice(sae, threshold):
-    """What stands in an activation's place."""
-    return lambda x: sae.decode(sae.encode(x, threshold))
+def _splice(sae: SAE, threshold: float | None, most_norm: float) -> Callable[[Tensor], Tensor]:
+    """What stands in activations' places: sinks keep their own."""
+
+    def replace(x: Tensor) -> Tensor:
+        return torch.where(x.norm(dim=-1, keepdim=True) > most_norm, x, sae.decode(sae.encode(x, threshold)))
+
+    return replace
 
 
 def corrupted_text(run: Scored, arm: Arm, pair: int) -> dict[str, Tensor]:
