@@ -108,6 +108,7 @@ def card(run: Run, form: str = "hub") -> str:
     load = HOW_TO_LOAD[form].format(profile=run.profile.name, sae=run.table[0]["sae"])
     profile, model, training = run.profile, run.profile.model, run.profile.training
     arms = [f"* `{arm.name}`: {_masking(arm, arm.token or model.mask_token)}" for arm in profile.arms]
+    sinks = f", tokens of more than {model.sinks:g} times the median norm too" if model.sinks else ""
     base = f"base_model: {model.source.removeprefix('hub:')}\n" if model.source.startswith("hub:") else ""
     return f"""---
 library_name: saelens
@@ -119,7 +120,7 @@ tags: [saelens, sparse-autoencoder, masked-regularization]
 {profile.description}. Trained by [masksae](https://arxiv.org/abs/2604.06495)'s open companion.
 
 * Model: `{model.source}`, {model.place} (blocks counted from 0), \
-blocks of {profile.text.block_length} tokens, BOS left out
+blocks of {profile.text.block_length} tokens, BOS left out{sinks}
 * Text: {", ".join(f"`{source}`" for source in profile.text.sources)}, \
 {profile.text.train_tokens:,} tokens an arm, {training.epochs} epoch(s)
 * Recipe: Adam {training.lr:g}, batches of {training.batch_size:,} tokens, \

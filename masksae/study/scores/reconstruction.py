@@ -43,7 +43,9 @@ def clean_scores(run: Scored) -> list[dict]:
 
 def _reconstruction_scores(run: Scored) -> list[dict]:
     saes, rows = run.load_saes(), clean_scores(run)
-    spliced = {(row["sae"], row["threshold"]): _splice(saes[row["sae"]], row["threshold"], run.most_norm) for row in rows}
+    spliced = {
+        (row["sae"], row["threshold"]): _splice(saes[row["sae"]], row["threshold"], run.most_norm) for row in rows
+    }
     ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
     options = dict(block=run.profile.model.block, keep_first=run.bos_id is not None, label="CE and KL with all SAEs")
     losses = spliced_losses(run.language_model.model, ids, spliced, **options)
