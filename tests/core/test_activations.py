@@ -8,8 +8,9 @@ import torch
 
 import masksae
 from masksae import ActivationStream
-from masksae.activations import from_model
+from masksae.activations import from_model, is_sink
 from masksae.errors import ConfigError, DataError
+from masksae.metrics import contexts
 
 
 def rows(n, d=3):
@@ -200,6 +201,13 @@ def test_targets_travel_with_their_rows():
     assert all(torch.equal(a[0], b[0]) for a, b in islice(zip(stream, noisy), 5))
     with pytest.raises(DataError, match="in pools of"):
         noisy.with_targets(ActivationStream.from_array(x[:30], batch_size=7, seed=3))
+
+
+def test_sinks_are_rows_of_outlying_norm():
+    x = torch.ones(100, 4)
+    x[7] *= 3.5
+    x[8] *= 2.5
+    assert is_sink(x, contexts.SINK).nonzero().tolist() == [[7]]
 
 
 def test_sinks_are_left_out_and_others_come_in_their_place():
