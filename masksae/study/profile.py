@@ -151,7 +151,7 @@ class Profile(Section):
         """What is worked off one after the other; every SAE is in one of them."""
         seen, parts = set(), []
         for block in self.blocks:
-            for pair in block.pairs:
+            for pair in block.pairs if not block.skipped else []:
                 grids = self._grids_of(block)
                 members = [Member(arm, grid, pair) for arm in self._arms_of(block) for grid in grids]
                 new = tuple(member for member in members if member.name not in seen)
@@ -228,6 +228,10 @@ class Profile(Section):
         grids = [grid.name for grid in self.saes]
         for block in self.blocks:
             self._check_block(block, grids)
+        if self.blocks[0].skipped:
+            raise ValueError(
+                f"blocks.{self.blocks[0].name}.skipped: the first block decides. Skip others, from the end."
+            )
         for grid in self.saes:
             if grid.against is not None and grid.against not in grids:
                 raise ValueError(

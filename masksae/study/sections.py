@@ -4,6 +4,7 @@ how it is scored.
 Unknown keys and wrong types are refused; `masksae.study.profile` turns the refusals into one line each.
 """
 
+import operator
 import re
 from dataclasses import MISSING, fields
 from typing import Annotated, Any, Literal, get_type_hints
@@ -345,6 +346,8 @@ class Block(Section):
     nothing but the text."""
     snapshots: bool = True
     """Whether the SAEs are also kept at `training.snapshots`."""
+    skipped: bool = Field(default=False, exclude_if=operator.not_)
+    """Never worked off, for want of hours: what is decided stays as it was, and the page of results says so."""
 
 
 class Variant(Section):

@@ -10,6 +10,7 @@ from masksae import load_profile
 from masksae.errors import ConfigError
 from masksae.files import PROFILES, read_json, repository
 from masksae.study.profile import RESERVED, Profile
+from masksae.study.report import preregistration
 
 RESULTS = repository() / "results"
 SMOKE = yaml.safe_load((PROFILES / "smoke.yaml").read_text())
@@ -87,6 +88,7 @@ MISTAKES = {
         "dropped-topk20-s7 is compared with unmasked-topk20",
         "no pair 7",
     ),
+    "no block that decides": (put("blocks", 0, "skipped", value=True), "blocks.main.skipped", "first block decides"),
     "a grid against nothing": (
         put("saes", -1, "against", value="topk21"),
         "saes.frozen20.against",
@@ -207,6 +209,15 @@ def test_sizes_that_are_left_out_follow_the_training_text(tmp_path):
     again = Profile.model_validate(profile.model_dump(mode="json"))
     assert again == profile
     assert load_profile("laptop").text.held_out_share == 0.05 and load_profile("laptop").shipped
+
+
+def test_a_skipped_block_has_no_saes_and_what_was_decided_stays(tmp_path):
+    whole = load_profile(written(tmp_path))
+    less = load_profile(written(tmp_path, put("blocks", -1, "skipped", value=True)))
+    assert {part.block.name for part in whole.parts} - {part.block.name for part in less.parts} == {"controls"}
+    assert {member.arm.name for member in less.members} == {"unmasked", "kept"} and len(less.members) == 10
+    assert preregistration.digest(less) == preregistration.digest(whole)
+    assert "skipped" in str(less.model_dump()) and "skipped" not in str(whole.model_dump())
 
 
 def test_nobody_writes_into_the_folders_of_another_profile(tmp_path):

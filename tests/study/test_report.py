@@ -82,7 +82,9 @@ def test_other_cells_are_asked_without_the_first():
             if p > min(p_values.values())
         }
     )
-    assert list(judged(*more, cells=["one"])["C4"]["grids"]) == ["one"]
+    assert list(judged(*more, cells=["one"])["C4"]["grids"]) == ["one"] and "reason" not in judged(*more)["C4"]
+    skipped = judged(*more, cells=["one", "two"])["C4"]
+    assert skipped["grids"]["two"] == {"C1 letters": "not measured"} and skipped["reason"] == "Not measured: two."
 
 
 def test_a_fall_is_slight_only_within_its_bound():

@@ -231,8 +231,11 @@ def everywhere(
     family = {(grid, e.name): (grid, e) for grid in grids for e in asked}
     rows = decide(scores, decisions, arm, gates, family)
     found = {"verdict": stats.combine([row["verdict"] for row in rows.values()])}
+    lacking = [grid for grid in grids if all(rows[grid, e.name]["verdict"] == "not measured" for e in asked)]
     if not grids:
         found["reason"] = f"No other grid has SAEs of {arm} and unmasked ones."
+    elif lacking:
+        found["reason"] = f"Not measured: {', '.join(lacking)}."
     found["grids"] = {grid: {f"{e.claim} {e.name}": rows[grid, e.name]["verdict"] for e in asked} for grid in grids}
     found["cells"] = {grid: {e.name: rows[grid, e.name] for e in asked} for grid in grids}
     return found

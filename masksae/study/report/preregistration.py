@@ -80,7 +80,9 @@ def text(profile: Profile) -> str:
     ]
     cells = ", ".join(decisions.cells) or "every other one that has SAEs of both arms and is no rival's or control's"
     arm = decisions.arm or profile.arms[min(1, len(profile.arms) - 1)].name
-    trained = {key: value for key, value in profile.model_dump(mode="json").items() if key not in ASIDE}
+    trained = profile.model_dump(
+        mode="json", exclude={"blocks": {"__all__": {"skipped"}}, **dict.fromkeys(ASIDE, True)}
+    )
     return f"""## Profile `{profile.name}`
 
 Treated arm: {arm}. Scores: {decisions.mode.replace("_", " ")}.

@@ -77,6 +77,7 @@ def profile_part(root: Path, name: str) -> str:
     told = [
         f"## Profile `{name}`\n\n{_scale(profile)}",
         preregistration.status(profile).strip(),
+        *([f"Not run, for want of hours: {', '.join(skipped)}."] if (skipped := _skipped(profile)) else []),
         "### Verdicts",
         _readable(verdict_table(claims)),
         f"`results/{name}/claims.json`. *Finds*: the smallest true difference that the rule finds four times of five.",
@@ -160,6 +161,12 @@ def _scale(profile: Profile) -> str:
         f"{profile.model.source}, {profile.model.place}, {tokens}; {main.architecture} with {main.n_latents:,} latents "
         f"at L0 {main.l0:g}, {pairs} pairs of SAEs (profile `{profile.name}`)."
     )
+
+
+def _skipped(profile: Profile) -> list[str]:
+    """Blocks that were decided on and not worked off: name and size."""
+    blocks = [block for block in profile.blocks if block.skipped]
+    return [f"`{b.name}` ({', '.join(b.saes)}; {', '.join(b.arms)}; {len(b.pairs)} pairs)" for b in blocks]
 
 
 def _readable(rows: list[dict]) -> str:
