@@ -18,18 +18,24 @@ SCORES = {"training": training_scores, **SCORERS, "along": along_scores, "contro
 
 def work_off(run: Run, scores: tuple[str, ...] = tuple(SCORES)) -> None:
     """Train and score every part of a run that is not finished, in the profile's order, with a line for each that says
-    how long it took and how long the rest may take."""
-    begun, done = time.monotonic(), 0
-    total = sum(len(part.members) for part in run.parts)
+    how long it took and how long the rest may take. A part that was finished before says nothing of either."""
+    spent, done, left = 0.0, 0, sum(len(part.members) for part in run.parts)
     for number, part in enumerate(run.parts, 1):
         progress.say(f"part {number} of {len(run.parts)}, {part.name}: {len(part.members)} SAEs")
+        before, told = _written(part), "it was"
         seconds = work_off_part(part, scores)
         run.free(part)
-        done += len(part.members)
-        spent = time.monotonic() - begun
-        if told := ", ".join(f"{name} {span(value)}" for name, value in seconds.items() if value >= 1):
+        left -= len(part.members)
+        if _written(part) != before:
             note(run.results, part.name, sum(seconds.values()))
-        progress.say(f"{part.name} is there ({told or 'it was'}); about {span(spent / done * (total - done))} left")
+            spent, done = spent + sum(seconds.values()), done + len(part.members)
+            told = ", ".join(f"{name} {span(value)}" for name, value in seconds.items() if value >= 1)
+        progress.say(f"{part.name} is there ({told}); about {span(spent / done * left) if done else '?'} left")
+
+
+def _written(part: RunPart) -> int | None:
+    """When the part's rows were last written."""
+    return part.file.stat().st_mtime_ns if part.file.exists() else None
 
 
 def work_off_part(part: RunPart, scores: tuple[str, ...] = tuple(SCORES)) -> dict[str, float]:

@@ -35,7 +35,7 @@ def test_the_page_holds_what_it_was_given(text):
     data = json.loads(re.search(r'(?s)<script type="application/json" id="data">(.*?)</script>', text)[1])
     told = data["kinds"]["first letter"]["unmasked"]["s"]
     assert told["missed"] == 15 and told["tested"] == 40 and len(told["rows"]) == latents.MISSED
-    assert told["rows"][0] == ["13", 7, 0.76, 0.3, 0.02]  # the one that carries most comes first
+    assert told["rows"][0] == ["13", 7, 14, 0.3, 0.02]  # the one that carries most comes first
     assert data["places"]["kept"]["5"] == [[[" of", WORD], [0.1, 1.0], 1]]
     assert WORD not in text and text.count("</script>") == 2 and "http" not in text
 

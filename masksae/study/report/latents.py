@@ -13,7 +13,7 @@ from masksae.study.report.page import page
 TEMPLATE = Path(__file__).with_name("latents.html")
 MISSED, PLACES = 10, 4
 """Shown of each: missed words of a parent, those first on which the absorber carries most; places of a latent."""
-COLUMNS = ("word", "absorber", "share", "cosine with parent", "fires on")
+COLUMNS = ("word", "absorber", "carried", "cosine with parent", "fires on")
 """Of a missed word, in the order in which the script takes them."""
 
 
