@@ -30,6 +30,13 @@ def test_every_table_is_filled(report):
     assert min(numbers) > 0 and "shares" not in report
 
 
+def test_compiled_gradients_are_the_gradients_or_not_timed(report):
+    x = torch.randn(32, 16)
+    for rule, names in ((gpu.TopK(8), []), (gpu.JumpReLU(8.0), ["thresholds"])):
+        assert gpu.lost(gpu.SAEConfig(16, 64, rule, aux=gpu.AuxK(dead_after_tokens=1)), x) == names
+    assert [row["architecture"] for row in report["graphs"] if "compiled" not in row] == ["JumpReLU"]
+
+
 def test_the_line_for_the_plan_is_a_share_of_the_data_sheet(report, monkeypatch, capsys):
     """A step at a third of what the sheet allows has the share .333; forwards likewise."""
     h100 = GPUS[-1]
