@@ -77,7 +77,11 @@ def profile_part(root: Path, name: str) -> str:
     told = [
         f"## Profile `{name}`\n\n{_scale(profile)}",
         preregistration.status(profile).strip(),
-        *([f"Not run, for want of hours: {', '.join(skipped)}."] if (skipped := _skipped(profile)) else []),
+        *(
+            [f"Decided on and not run so far, for want of hours: {', '.join(skipped)}."]
+            if (skipped := _skipped(profile))
+            else []
+        ),
         "### Verdicts",
         _readable(verdict_table(claims)),
         f"`results/{name}/claims.json`. *Finds*: the smallest true difference that the rule finds four times of five.",
