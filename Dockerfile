@@ -9,7 +9,8 @@
 
 FROM python:3.11-slim AS tools
 RUN apt-get update && apt-get install -y --no-install-recommends git make && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home reader && mkdir /home/reader/.cache && chown reader /home/reader/.cache
+# the folders are the reader's before anything is copied into them: WORKDIR would make root's
+RUN useradd --create-home reader && install -d -o reader /home/reader/.cache /home/reader/masksae
 
 FROM tools
 ARG PIP_EXTRA_INDEX_URL=
