@@ -86,8 +86,8 @@ def profile_part(root: Path, name: str) -> str:
         _readable(verdict_table(claims)),
         f"`results/{name}/claims.json`. *Finds*: the smallest true difference that the rule finds four times of five.",
     ]
-    if claims["C4"].get("cells"):
-        told += ["The cells of C4:", _readable(cell_table(claims))]
+    if cells_of_c4 := [row for row in cell_table(claims) if row["verdict"] != "not measured"]:
+        told += ["The cells of C4 that were run:", _readable(cells_of_c4)]
     told += [
         "### Along training",
         f"![Absorption of both kinds against steps and explained variance]({figures}/04_absorption/along.png)",
