@@ -156,7 +156,7 @@ def draw_cells(scores: pd.DataFrame):
             axis.scatter(part[column], [y] * len(part), color=colour, s=18, alpha=0.8, zorder=2)
             axis.scatter(part[column].mean(), y, color=colour, marker="|", s=240, linewidth=2.5, zorder=3)
         axis.axvline(table.loc[table["cell"] == cells[0], column].mean(), color=GREY, linestyle=":", linewidth=1)
-        axis.locator_params(axis="x", nbins=4)
+        axis.locator_params(axis="x", nbins=3)
         axis.set(xlabel=PANELS[column], yticks=range(len(cells)), yticklabels=cells)
     axes[0].set_ylim(len(cells) - 0.5, -0.5)
     figure.tight_layout()

@@ -65,6 +65,8 @@ def part(root: Path, name: str) -> str:
                 ", ".join(f"[{path.stem}]({path.relative_to(root)})" for path in shown(root, name, stage)),
             ]
         )
+    if (root / "results" / name / "matched.json").exists():
+        rows.append(["`masksae match`", "–", "–", f"[matched](results/{name}/matched.json)", "searched for beforehand"])
     return f"""## Profile `{name}`
 
     make repro PROFILE={name}

@@ -78,9 +78,6 @@ def in_words(table: pd.DataFrame) -> str:
     there."""
     spread = dict(zip(table["score"], table["between seeds"]))
     asked = {"ev_centred": 0.01, "mean_full": 0.02, "ood_auc_16": 0.02}
-    told = [
-        f"{size:.2f} of {labels.words(key)} is {size / spread[labels.words(key)]:.2g}"
-        for key, size in asked.items()
-        if labels.words(key) in spread
-    ]
+    seen = {labels.words(key): size for key, size in asked.items() if labels.words(key) in spread}
+    told = [f"{size:.2f} of {score} is {size / spread[score]:.1f}" for score, size in seen.items()]
     return f"In standard deviations between seeds, a difference of {', '.join(told)}."

@@ -9,7 +9,7 @@ from masksae.study.report import preregistration
 from masksae.study.report.claims import cell_table, verdict_table
 from masksae.study.report.controls import control_table, control_words
 from masksae.study.report.curves import effect_table
-from masksae.study.report.effects import change
+from masksae.study.report.effects import change, comparison
 from masksae.study.report.tables import brief, cells, number, to_markdown
 from masksae.study.scores.curves import KINDS
 from masksae.study.scores.mechanism import effects as simulated
@@ -19,6 +19,15 @@ PAGE = "docs/results.md"
 
 SHOWN = ("overnight", "laptop", "gemma")
 """Profiles of the page, the one that the README shows first."""
+
+SHORT = {
+    "absorption": "absorption, letters",
+    "F1 of main latents, first letters": "F1, letters",
+    "absorption by context": "absorption, contexts",
+    "F1 of main latents, contexts": "F1, contexts",
+    "explained variance": "explained variance",
+}
+"""Columns of the comparison of cells that the page has too."""
 
 PARENTS = {"same": KINDS["letters"], "cross": KINDS["contexts"]}
 """Kinds of parents in the worlds of known features, and those of a language model that they stand for."""
@@ -97,7 +106,8 @@ def profile_part(root: Path, name: str) -> str:
         "early.",
         "### Every cell: arms, rivals, controls",
         f"![Every arm and kind of SAE beside its baseline]({figures}/08_ablations/cells.png)",
-        f"[In numbers]({figures}/08_ablations/table.md): every way to match sparsity, the published one first.",
+        to_markdown(cells(_cells(folder, profile))).strip(),
+        f"As trained. [All scores, and every way to match sparsity]({figures}/08_ablations/table.md).",
     ]
     if controls := read_json(folder / "controls.json"):
         told += [
@@ -165,6 +175,14 @@ def _scale(profile: Profile) -> str:
         f"{profile.model.source}, {profile.model.place}, {tokens}; {main.architecture} with {main.n_latents:,} latents "
         f"at L0 {main.l0:g}, {pairs} pairs of SAEs (profile `{profile.name}`)."
     )
+
+
+def _cells(folder: Path, profile: Profile) -> list[dict]:
+    """What each cell changes in absorption, its latents and explained variance against its baseline, as trained."""
+    files = (read_json(folder / f"{name}.json") for name in ("reconstruction", "absorption", "contexts"))
+    table = comparison(*files, baseline=profile.baseline).rename(columns=SHORT)
+    first = table.drop_duplicates(["SAEs", "against"])  # the published way to compare
+    return first[["SAEs", "against", *SHORT.values(), "pairs"]].to_dict("records")
 
 
 def _skipped(profile: Profile) -> list[str]:
