@@ -42,6 +42,7 @@ def first_screen(root: Path) -> str:
     """What the README shows: figure, scale, and a line for each claim."""
     name = present(root)[0]
     profile, claims = load_profile(name), read_json(root / "results" / name / "claims.json")
+    verdicts = verdict_table(claims)
     rows = [
         {
             "claim": f"{row['claim']} {claims[row['claim']]['claim']}".replace("Masking ", "").strip(),
@@ -49,8 +50,13 @@ def first_screen(root: Path) -> str:
             "verdict": f"**{row['verdict']}**",
             "unmasked → masked": row["unmasked → treated"] or row["why"],
         }
-        for row in verdict_table(claims)
+        for row in verdicts
         if "secondary" not in row["endpoint"]
+    ]
+    beside = [
+        f"{row['endpoint'].split()[0]} {row['unmasked → treated']}, *{row['verdict']}*"
+        for row in verdicts
+        if row["claim"] == "C1" and " f1 " in row["endpoint"]
     ]
     return f"""![Absorption of first letters and of what came before, along training, against steps and against clean
 explained variance](figures/{name}/04_absorption/along.png)
@@ -58,6 +64,9 @@ explained variance](figures/{name}/04_absorption/along.png)
 {_scale(profile)}
 
 {to_markdown(cells(rows))}
+Less absorption says little of latents that fire at the wrong words, so read C1 beside the F1 of the same main latents:
+{"; ".join(beside)}.
+
 *Equivalent*: no difference beyond a margin that was set before; *inconclusive*: none of the others; *not measurable*:
 the SAEs lack the latents that the score is about. Effects are paired, with 95 % intervals; verdicts are corrected for
 their number. [Everything that was found](docs/results.md), [decided before](docs/preregistration.md)."""
