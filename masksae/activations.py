@@ -15,6 +15,7 @@ the training that began it.
 
 import contextlib
 import json
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -87,7 +88,8 @@ class ActivationStream:
         d_model: int | None = None, identity: Callable[[], dict] | None = None, fresh: bool = False,
         sinks: float | None = None,
     ):  # fmt: skip
-        _check_sinks(sinks)
+        if sinks is not None:
+            _check_number("sinks is in medians of the norm", sinks, "above 1", lambda times: times > 1)
         check_natural("batch_size", batch_size)
         check_natural("seed", seed)
         if batch_size < 1:
@@ -353,8 +355,13 @@ def is_sink(x: Tensor, times: float) -> Tensor:
     >>> is_sink(torch.tensor([[1.0], [1.1], [0.9], [7.0]]), times=3)
     tensor([False, False, False,  True])
     """
-    norm = torch.cat([part.float().norm(dim=1) for part in x.split(8192)])
+    norm = row_norms(x)
     return norm > times * norm.median()
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """Norms [n, ...] of x [n, ..., d], in single precision, without a second x in memory."""
+    return torch.cat([part.float().norm(dim=-1) for part in x.split(8192)])
 
 
 def _without_sinks(pool: Pool, times: float) -> Pool:
@@ -367,11 +374,10 @@ def _without_sinks(pool: Pool, times: float) -> Pool:
     return tuple(values[rows.to(values.device)] for values in pool)
 
 
-def _check_sinks(times) -> None:
-    if times is not None and (
-        isinstance(times, bool) or not isinstance(times, (int, float, np.number)) or not 1 < times < float("inf")
-    ):
-        raise ConfigError(f"sinks is in medians of the norm and must be a finite number above 1, found {times!r}.")
+def _check_number(what: str, value, expected: str, holds: Callable[[float], bool]) -> None:
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not holds(value):
+        raise ConfigError(f"{what} and must be a finite number {expected}, found {value!r}.")
 
 
 class _Ahead:
@@ -631,11 +637,8 @@ def _check_options(blocks, first: int, *, share: float, pool_tokens: int, sequen
         )
     if not 0 < share <= 1:
         raise ConfigError(f"share is a part of the blocks and must lie in (0, 1], found {share!r}.")
-    if isinstance(noise, bool) or not isinstance(noise, (int, float, np.number)) or not 0 <= noise < float("inf"):
-        raise ConfigError(
-            "noise is the standard deviation of the noise as a share of the activations' own and must be a finite "
-            f"number from 0, found {noise!r}."
-        )
+    what = "noise is the standard deviation of the noise as a share of the activations' own"
+    _check_number(what, noise, "from 0", lambda deviation: deviation >= 0)
     for name, value in (("pool_tokens", pool_tokens), ("sequences", sequences)):
         if value is not None:
             check_natural(name, value)

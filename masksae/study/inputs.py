@@ -209,13 +209,17 @@ class Inputs:
         """Clean held-out activations [tokens, d] but for sinks (`model.sinks`): every score of every arm is taken on
         these."""
         x = self.held_out_all
-        return x[x.norm(dim=1) <= self.most_norm] if self.profile.model.sinks else x
+        return x[~self.is_sink(x)]
+
+    def is_sink(self, x: Tensor) -> Tensor:
+        """bool [n, ...]: which of x [n, ..., d] are sinks, by the norms of the held-out text; none where the profile
+        leaves none out."""
+        return activations.row_norms(x) > self._most_norm
 
     @once
-    def most_norm(self) -> float:
-        """Norm above which a token is a sink; infinite where the profile leaves none out."""
+    def _most_norm(self) -> float:
         times = self.profile.model.sinks
-        return times * self.held_out_all.norm(dim=1).median().item() if times else math.inf
+        return times * activations.row_norms(self.held_out_all).median().item() if times else math.inf
 
     @once
     def held_out_all(self) -> Tensor:

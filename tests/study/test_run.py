@@ -216,19 +216,27 @@ def test_sinks_are_neither_trained_on_nor_scored(project):
     norm = whole.held_out.norm(dim=1)
     times = 0.5 * (1 + norm.max().item() / norm.median().item())  # of some tokens
     run = Run(profile(project, model=whole.profile.model.model_dump() | {"sinks": times}))
-    most = run.most_norm
+    most = times * norm.median().item()
     assert 0 < (norm > most).sum() < len(norm) / 2
-    assert torch.equal(run.held_out, whole.held_out[norm <= most])
+    assert torch.equal(run.held_out, whole.held_out[norm <= most]) and torch.equal(
+        run.is_sink(whole.held_out), norm > most
+    )
     assert torch.equal(run.held_out_all, whole.held_out_all)
     x = next(iter(run.stream(run.profile.arms[0])))[0]
     assert x.norm(dim=1).max() < 1.1 * most < norm.max() * 1.1
     assert whole.stream_recipe(whole.profile.arms[0]) != run.stream_recipe(run.profile.arms[0])
     assert "sinks" not in whole.profile.model.model_dump()  # what was made before keeps its id
 
-    replace = reconstruction._splice(next(iter(whole.saes.values())), None, most)
-    new, massive = replace(whole.held_out), norm > most
-    assert torch.equal(new[massive], whole.held_out[massive]) and not torch.equal(new, whole.held_out)
-    assert whole.most_norm == float("inf")
+    replace = reconstruction._splice(next(iter(whole.saes.values())), None, run.is_sink)
+    sequences = whole.held_out.view(2, -1, whole.held_out.shape[-1])
+    new, massive = replace(sequences), (norm > most).view(2, -1)
+    assert torch.equal(new[massive], sequences[massive]) and not torch.equal(new, sequences)
+    assert not whole.is_sink(whole.held_out * 1e6).any()
+
+    corrupted = [reconstruction.corrupted_text(some, run.profile.arms[1], 0) for some in (whole, run)]
+    kept = corrupted[0]["x"].norm(dim=1) <= most
+    assert 0 < kept.sum() < len(kept)
+    assert all(torch.equal(corrupted[1][name], values[kept]) for name, values in corrupted[0].items())
 
 
 def test_every_kind_of_replacement(project):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from masksae.study.explore import Story
-from masksae.study.figures.style import FAMILY, GREY, dots, grid_words, palette
+from masksae.study.figures.style import FAMILY, GREY, dots, grid_words, log_ticks, palette
 from masksae.study.scores.curves import KINDS
 
 MARKERS = "osD^vPX*<>hp"
@@ -58,9 +58,7 @@ def draw_fronts(trained: pd.DataFrame, matched: pd.DataFrame):
     axes[0].set(
         xscale="log", xlabel="clean L0, as trained (log scale)", ylabel="mean full absorption\nof first letters"
     )
-    axes[0].xaxis.set_major_formatter("{x:g}")
-    axes[0].xaxis.set_minor_formatter("")
-    axes[0].set_xticks(sorted(set(matched["k"])), minor=False)
+    log_ticks(axes[0].xaxis, trained["l0"])
     axes[1].set(xlabel="explained variance (centred), at clean L0 = k")
     axes[0].invert_yaxis()
     handles = [plt.Line2D([], [], color=colour, linewidth=5, label=arm) for arm, colour in colours.items()]
@@ -168,7 +166,9 @@ def draw_absorbers(stories: dict[str, dict[str, Story]]):
     fires, and how far it points along the parent. Kind -> arm -> story."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(stories), figsize=(4.4 * len(stories) + 1.4, 3.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(stories), figsize=(4.4 * len(stories) + 1.4, 3.6), sharex=True, sharey=True, squeeze=False
+    )
     for axis, (kind, by_arm) in zip(axes[0], stories.items()):
         for arm, colour in palette(by_arm).items():
             keys, missed = ["fires on", "cosine with parent"], by_arm[arm].missed
@@ -176,7 +176,8 @@ def draw_absorbers(stories: dict[str, dict[str, Story]]):
             counts = pd.DataFrame(missed, columns=columns).groupby(columns).size().reset_index(name="n")
             label = f"{arm}: {len(missed)} words, {len(counts)} absorbers"
             axis.scatter(counts[keys[0]], counts[keys[1]], color=colour, s=12 + 6 * counts["n"], alpha=0.6, label=label)
-        axis.set(title=kind, xlabel="share of words on which the absorber fires", xlim=(-0.03, 1.03))
+        axis.set(title=kind, xlabel="share of words on which\nthe absorber fires (log scale)", xscale="log")
+        log_ticks(axis.xaxis, [])
         axis.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.1), markerscale=0.7)
     axes[0, 0].set(ylabel="decoder cosine of the absorber\nwith the parent's direction")
     figure.tight_layout()

@@ -4,7 +4,7 @@ import html
 
 import pandas as pd
 
-from masksae.study.figures.style import COLOURS, palette
+from masksae.study.figures.style import COLOURS, GREY, log_ticks, palette
 
 MARK = f"background:{COLOURS['kept']};color:white;border-radius:3px;padding:0 2px;font-size:70%"
 
@@ -21,17 +21,18 @@ def masked_text_html(tokenizer, ids, is_masked, tokens: int = 90) -> str:
 def draw_norms(rows: list[dict]):
     """Norm of the residual stream at ordinary and masked positions, per arm."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
 
     figure, axis = plt.subplots(figsize=(7, 3.4))
-    table = pd.DataFrame(rows)
+    table, lines = pd.DataFrame(rows), {False: "-", True: "--"}
+    colours = palette(table["arm"])
     for (arm, masked), part in table.groupby(["arm", "masked"], sort=False):
-        label = f"{arm} arm, {'masked' if masked else 'ordinary'} positions"
-        look = dict(color=palette(table["arm"].unique())[arm], linewidth=2, linestyle="--" if masked else "-")
-        axis.ecdf(part["norm"], label=label, **look)
+        axis.ecdf(part["norm"], color=colours[arm], linewidth=2, linestyle=lines[masked])
     axis.set(xscale="log", xlabel="norm of the residual stream (log scale)", ylabel="share of positions below")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("")
-    axis.legend(loc="lower right")
+    log_ticks(axis.xaxis, table["norm"])
+    handles = [plt.Line2D([], [], color=colour, linewidth=2, label=arm) for arm, colour in colours.items()]
+    handles += [
+        plt.Line2D([], [], color=GREY, linestyle=line, label=f"{'masked' if masked else 'ordinary'} positions")
+        for masked, line in lines.items()
+    ]
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from masksae.study.figures.style import FAMILY, KINDS, dots, grid_words, palette
+from masksae.study.figures.style import FAMILY, KINDS, dots, grid_words, log_ticks, palette
 
 ACROSS = 6
 """Panels beside each other, at most."""
@@ -58,7 +58,6 @@ def draw_family(rows: list[dict]):
     """Unexplained variance (log scale, less is up) against clean L0, both as trained: a panel per arm, a line per
     architecture, or rival of one."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, MaxNLocator
 
     table = pd.DataFrame([row for row in rows if row["mode"] == "as_trained"])
     table["kind"] = [kind(grid, architecture) for grid, architecture in zip(table["grid"], table["architecture"])]
@@ -73,11 +72,8 @@ def draw_family(rows: list[dict]):
             axis.plot(mean["l0"], 1 - mean["ev_centred"], color=colour, linewidth=1.2)
             axis.scatter(part["l0"], 1 - part["ev_centred"], color=colour, marker=marker, s=30, label=name, alpha=0.9)
         axis.set(xscale="log", yscale="log", title=arm, xlabel="clean L0, as trained (log scale)")
-        for scale, values in ((axis.xaxis, table["l0"]), (axis.yaxis, 1 - table["ev_centred"])):
-            wide = values.max() > 5 * values.min()  # else 1, 2 and 5 may not fall into it
-            scale.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5, steps=(1, 2, 5, 10)))
-            scale.set_major_formatter("{x:g}")
-            scale.set_minor_formatter("")
+        log_ticks(axis.xaxis, table["l0"])
+        log_ticks(axis.yaxis, 1 - table["ev_centred"])
         axis.grid(alpha=0.3)
     axes[0, 0].set(ylabel="unexplained variance (centred)\nof clean held-out text (log scale)")
     axes[0, 0].invert_yaxis()

@@ -28,6 +28,9 @@ FAMILY = tuple(COLOURS.values())
 GREY = "#767676"
 """Of text: 4.5 to 1 on white, 4.2 to 1 on black. A lighter one makes JupyterLab put a dark card behind the picture."""
 
+WIDTH = 13
+"""Of the widest picture, in inches."""
+
 KINDS = {
     "topk": "TopK",
     "batchtopk": "BatchTopK",
@@ -97,23 +100,42 @@ def scale_note(profile) -> str:
     )
 
 
+def log_ticks(scale, values) -> None:
+    """Ticks of a logarithmic axis (`axis.xaxis`) over these values: 1, 2, 5 of each decade, or as on a linear one where
+    they are so close that none of those may lie between them."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    wide = len(values) == 0 or max(values) > 5 * min(values)
+    scale.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5, steps=(1, 2, 5, 10)))
+    scale.set_major_formatter("{x:g}")
+    scale.set_minor_formatter("")
+
+
 def dots(panels, share: bool = False, bottom=None, line=None):
-    """One dot per SAE against the grid, arms side by side, pairs of the same seed joined by a line; a dashed line at
-    `line`."""
+    """One dot per SAE against the grid, the arms of a grid side by side, pairs of the same seed joined by a line; a
+    dashed line at `line`. As many panels in a row as leave room for the grids' names."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(min(4.2 * len(panels), 13), 3.6), sharey=share, squeeze=False)
-    for axis, (table, label) in zip(axes[0], panels):
-        grids, arms = list(dict.fromkeys(table["grid"])), list(dict.fromkeys(table["arm"]))
-        place = {arm: (i - (len(arms) - 1) / 2) * 0.5 / max(1, len(arms) - 1) for i, arm in enumerate(arms)}
-        for (grid, _), pair in table.groupby(["grid", "seed"], sort=False):
-            x = [grids.index(grid) + place[arm] for arm in pair["arm"]]
-            axis.plot(x, pair["y"], color=GREY, linewidth=0.8, alpha=0.6, zorder=1)
-        for arm, colour in palette(arms).items():
+    most = max(table["grid"].nunique() for table, _ in panels)
+    across = min(len(panels), max(1, int(WIDTH / (1.2 + 0.42 * most))))
+    down = -(-len(panels) // across)
+    size = (min(4.2 * across, WIDTH), 3.6 * down)
+    figure, axes = plt.subplots(down, across, figsize=size, sharey=share, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (table, label) in zip(axes.flat, panels):
+        grids = {grid: list(dict.fromkeys(part["arm"])) for grid, part in table.groupby("grid", sort=False)}
+        place = {
+            (grid, arm): x + min(0.25, 0.7 / len(arms)) * (i - (len(arms) - 1) / 2)
+            for x, (grid, arms) in enumerate(grids.items())
+            for i, arm in enumerate(arms)
+        }
+        table = table.assign(x=[place[key] for key in zip(table["grid"], table["arm"])])
+        for _, pair in table.groupby(["grid", "seed"], sort=False):
+            axis.plot(pair["x"], pair["y"], color=GREY, linewidth=0.8, alpha=0.6, zorder=1)
+        for arm, colour in palette(table["arm"]).items():
             part = table[table["arm"] == arm]
-            axis.scatter(
-                [grids.index(g) + place[arm] for g in part["grid"]], part["y"], color=colour, s=26, label=arm, zorder=2
-            )
+            axis.scatter(part["x"], part["y"], color=colour, s=26, label=arm, zorder=2)
         if line is not None:
             axis.axhline(line, color=GREY, linestyle="--", linewidth=1)
         axis.set(
@@ -124,7 +146,7 @@ def dots(panels, share: bool = False, bottom=None, line=None):
         )
         if len(grids) > 1:
             plt.setp(axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
-    for axis in axes[0]:
+    for axis in figure.axes:
         axis.set_ylim(bottom=bottom)
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()

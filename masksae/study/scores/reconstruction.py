@@ -43,9 +43,7 @@ def clean_scores(run: Scored) -> list[dict]:
 
 def _reconstruction_scores(run: Scored) -> list[dict]:
     saes, rows = run.load_saes(), clean_scores(run)
-    spliced = {
-        (row["sae"], row["threshold"]): _splice(saes[row["sae"]], row["threshold"], run.most_norm) for row in rows
-    }
+    spliced = {(row["sae"], row["threshold"]): _splice(saes[row["sae"]], row["threshold"], run.is_sink) for row in rows}
     ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
     options = dict(block=run.profile.model.block, keep_first=run.bos_id is not None, label="CE and KL with all SAEs")
     losses = spliced_losses(run.language_model.model, ids, spliced, **options)
@@ -57,17 +55,18 @@ def _reconstruction_scores(run: Scored) -> list[dict]:
     return rows
 
 
-def _splice(sae: SAE, threshold: float | None, most_norm: float) -> Callable[[Tensor], Tensor]:
+def _splice(sae: SAE, threshold: float | None, is_sink: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """What stands in activations' places: sinks keep their own."""
 
     def replace(x: Tensor) -> Tensor:
-        return torch.where(x.norm(dim=-1, keepdim=True) > most_norm, x, sae.decode(sae.encode(x, threshold)))
+        return torch.where(is_sink(x)[..., None], x, sae.decode(sae.encode(x, threshold)))
 
     return replace
 
 
 def corrupted_text(run: Scored, arm: Arm, pair: int) -> dict[str, Tensor]:
-    """The held-out text with the masks of an arm's pair: x [tokens, d] as `run.held_out`, is_masked bool [tokens]."""
+    """The held-out text with the masks of an arm's pair: x [tokens, d] without sinks, as `run.held_out`, and is_masked
+    bool [tokens]."""
 
     def make() -> dict[str, Tensor]:
         ids, is_masked = run.corrupt(arm, run.ids("held_out"), pair)
@@ -75,7 +74,9 @@ def corrupted_text(run: Scored, arm: Arm, pair: int) -> dict[str, Tensor]:
         return {"x": x, "is_masked": is_masked[:, len(run.start) :].flatten()}
 
     key = [run.identity(run.profile.text), run.profile.contexts.tokens, arm.p, arm.mask_seed(pair), arm.token]
-    return run.scratch("corrupted", key, make)
+    text = run.scratch("corrupted", key, make)
+    kept = ~run.is_sink(text["x"])
+    return {name: values[kept] for name, values in text.items()}
 
 
 def _silent_scores(run: Scored, arm: Arm, rows: list[dict]) -> list[dict]:
