@@ -202,15 +202,15 @@ def size(found: stats.Effect) -> str:
     """A change of explained variance in words.
 
     >>> size(stats.paired_effect([0.9, 0.9], [0.851, 0.849]))
-    'explained variance falls by 0.050 (95 % 0.037 to 0.063); unexplained variance rises by 50 %'
+    'explained variance falls by 0.0500 (95 % 0.0373 to 0.0627); unexplained variance rises by 50 %'
     """
     sign = -1 if found.difference < 0 else 1
     ends = [] if found.low is None else sorted((sign * found.low, sign * found.high))
-    interval = f" (95 % {ends[0]:.3f} to {ends[1]:.3f})" if ends else ""
+    interval = f" (95 % {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
     rest = 100 * ((1 - found.treated) / (1 - found.baseline) - 1)
     moves = ("falls", "rises") if sign < 0 else ("rises", "falls")
     return (
-        f"explained variance {moves[0]} by {abs(found.difference):.3f}{interval}; "
+        f"explained variance {moves[0]} by {abs(found.difference):.4f}{interval}; "
         f"unexplained variance {moves[1]} by {abs(rest):.0f} %"
     )
 
