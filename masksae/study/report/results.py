@@ -9,7 +9,7 @@ from masksae.study.report import preregistration
 from masksae.study.report.claims import cell_table, verdict_table
 from masksae.study.report.controls import control_table, control_words
 from masksae.study.report.curves import effect_table
-from masksae.study.report.effects import change, comparison
+from masksae.study.report.effects import change, compared, comparison, effect, merge, treated_arms
 from masksae.study.report.tables import brief, cells, number, to_markdown
 from masksae.study.scores.curves import KINDS
 from masksae.study.scores.mechanism import effects as simulated
@@ -42,7 +42,6 @@ def first_screen(root: Path) -> str:
     """What the README shows: figure, scale, and a line for each claim."""
     name = present(root)[0]
     profile, claims = load_profile(name), read_json(root / "results" / name / "claims.json")
-    verdicts = verdict_table(claims)
     rows = [
         {
             "claim": f"{row['claim']} {claims[row['claim']]['claim']}".replace("Masking ", "").strip(),
@@ -50,13 +49,8 @@ def first_screen(root: Path) -> str:
             "verdict": f"**{row['verdict']}**",
             "unmasked → masked": row["unmasked → treated"] or row["why"],
         }
-        for row in verdicts
+        for row in verdict_table(claims)
         if "secondary" not in row["endpoint"]
-    ]
-    beside = [
-        f"{row['endpoint'].split()[0]} {row['unmasked → treated']}, *{row['verdict']}*"
-        for row in verdicts
-        if row["claim"] == "C1" and " f1 " in row["endpoint"]
     ]
     return f"""![Absorption of first letters and of what came before, along training, against steps and against clean
 explained variance](figures/{name}/04_absorption/along.png)
@@ -64,12 +58,15 @@ explained variance](figures/{name}/04_absorption/along.png)
 {_scale(profile)}
 
 {to_markdown(cells(rows))}
-Less absorption says little of latents that fire at the wrong words, so read C1 beside the F1 of the same main latents:
-{"; ".join(beside)}.
-
 *Equivalent*: no difference beyond a margin that was set before; *inconclusive*: none of the others; *not measurable*:
 the SAEs lack the latents that the score is about. Effects are paired, with 95 % intervals; verdicts are corrected for
-their number. [Everything that was found](docs/results.md), [decided before](docs/preregistration.md)."""
+their number. [Everything that was found](docs/results.md), [decided before](docs/preregistration.md).
+
+Less absorption says little of latents that fire at the wrong words, and any corruption may bring it: each arm less
+the unmasked SAEs of the same pairs, with the F1 of the main latents beside absorption. `{profile.decisions.arm}` is the
+paper's method, `noise` costs as much explained variance ([all arms](docs/method.md)).
+
+{to_markdown(cells(_arms(root / "results" / name, profile)))}"""
 
 
 def page(root: Path) -> str:
@@ -116,7 +113,8 @@ def profile_part(root: Path, name: str) -> str:
         "### Every cell: arms, rivals, controls",
         f"![Every arm and kind of SAE beside its baseline]({figures}/08_ablations/cells.png)",
         to_markdown(cells(_cells(folder, profile))).strip(),
-        f"As trained. [All scores, and every way to match sparsity]({figures}/08_ablations/table.md).",
+        f"As trained; the last rows are the other arms against `{profile.decisions.arm}`. "
+        f"[All scores, and every way to match sparsity]({figures}/08_ablations/table.md).",
     ]
     if controls := read_json(folder / "controls.json"):
         told += [
@@ -187,11 +185,38 @@ def _scale(profile: Profile) -> str:
 
 
 def _cells(folder: Path, profile: Profile) -> list[dict]:
-    """What each cell changes in absorption, its latents and explained variance against its baseline, as trained."""
-    files = (read_json(folder / f"{name}.json") for name in ("reconstruction", "absorption", "contexts"))
-    table = comparison(*files, baseline=profile.baseline).rename(columns=SHORT)
-    first = table.drop_duplicates(["SAEs", "against"])  # the published way to compare
-    return first[["SAEs", "against", *SHORT.values(), "pairs"]].to_dict("records")
+    """What each cell changes in absorption, its latents and explained variance against its baseline, as trained; then
+    the other arms of the main grid against the one that decides."""
+    files, found = _files(folder), []
+    decides, main = profile.decisions.arm, profile.main_grid.name
+
+    def beside(arm: str, grid: str) -> tuple[str, str] | None:
+        return (decides, main) if grid == main and arm not in (decides, profile.baseline_arm.name) else None
+
+    for baseline in (profile.baseline, beside):
+        table = comparison(*files, baseline=baseline).rename(columns=SHORT)
+        table = table.drop_duplicates(["SAEs", "against"])  # the published way to compare
+        found += table[["SAEs", "against", *SHORT.values(), "pairs"]].to_dict("records")
+    return found
+
+
+def _arms(folder: Path, profile: Profile) -> list[dict]:
+    """What each arm of the main grid changes, without the values themselves."""
+    scores, grid, found = merge(*_files(folder), mode="as_trained"), profile.main_grid.name, []
+    scores = scores[scores["grid"] == grid]
+    for arm in treated_arms(scores):
+        effects = {
+            SHORT[title]: effect(scores, column, grid, arm)
+            for title, column in compared(scores).items()
+            if title in SHORT
+        }
+        row = {"arm": arm.replace("_", " ")} | {title: change(e) for title, e in effects.items()}
+        found.append(row | {"pairs": max(e.pairs for e in effects.values())})
+    return found
+
+
+def _files(folder: Path) -> list[list[dict]]:
+    return [read_json(folder / f"{name}.json") for name in ("reconstruction", "absorption", "contexts")]
 
 
 def _skipped(profile: Profile) -> list[str]:
