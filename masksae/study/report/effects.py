@@ -242,6 +242,12 @@ def change(e: Effect, digits: int = 3) -> str:
     return _fixed(e.difference, digits, "+") + interval
 
 
+def around(e: Effect, digits: int = 3) -> str:
+    """ "−0.053 ± 0.041": the interval lies on both sides alike."""
+    half = "" if e.low is None else f" ± {_fixed((e.high - e.low) / 2, digits)}"
+    return _fixed(e.difference, digits, "+") + half
+
+
 def _fixed(value: float, digits: int, sign: str = "") -> str:
     """A number with a minus as typographers set it."""
     return f"{value:{sign}.{digits}f}".replace("-", "−")

@@ -9,7 +9,7 @@ from masksae.study.report import preregistration
 from masksae.study.report.claims import cell_table, verdict_table
 from masksae.study.report.controls import control_table, control_words
 from masksae.study.report.curves import effect_table
-from masksae.study.report.effects import change, compared, comparison, effect, merge, treated_arms
+from masksae.study.report.effects import around, change, compared, comparison, effect, merge, treated_arms
 from masksae.study.report.tables import brief, cells, number, to_markdown
 from masksae.study.scores.curves import KINDS
 from masksae.study.scores.mechanism import effects as simulated
@@ -62,9 +62,8 @@ explained variance](figures/{name}/04_absorption/along.png)
 the SAEs lack the latents that the score is about. Effects are paired, with 95 % intervals; verdicts are corrected for
 their number. [Everything that was found](docs/results.md), [decided before](docs/preregistration.md).
 
-Less absorption says little of latents that fire at the wrong words, and any corruption may bring it: each arm less
-the unmasked SAEs of the same pairs, with the F1 of the main latents beside absorption. `{profile.decisions.arm}` is the
-paper's method, `noise` costs as much explained variance ([all arms](docs/method.md)).
+Is it the mask, and are latents better? [Arms](docs/method.md) less unmasked, ± half the 95 % interval;
+`{profile.decisions.arm}` is the paper's:
 
 {to_markdown(cells(_arms(root / "results" / name, profile)))}"""
 
@@ -210,7 +209,7 @@ def _arms(folder: Path, profile: Profile) -> list[dict]:
             for title, column in compared(scores).items()
             if title in SHORT
         }
-        row = {"arm": arm.replace("_", " ")} | {title: change(e) for title, e in effects.items()}
+        row = {"arm": arm.replace("_", " ")} | {title: around(e) for title, e in effects.items()}
         found.append(row | {"pairs": max(e.pairs for e in effects.values())})
     return found
 
