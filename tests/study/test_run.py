@@ -218,9 +218,8 @@ def test_sinks_are_neither_trained_on_nor_scored(project):
     run = Run(profile(project, model=whole.profile.model.model_dump() | {"sinks": times}))
     most = times * norm.median().item()
     assert 0 < (norm > most).sum() < len(norm) / 2
-    assert torch.equal(run.held_out, whole.held_out[norm <= most]) and torch.equal(
-        run.is_sink(whole.held_out), norm > most
-    )
+    assert torch.equal(run.held_out, whole.held_out[norm <= most])
+    assert torch.equal(run.is_sink(whole.held_out), norm > most)
     assert torch.equal(run.held_out_all, whole.held_out_all)
     x = next(iter(run.stream(run.profile.arms[0])))[0]
     assert x.norm(dim=1).max() < 1.1 * most < norm.max() * 1.1

@@ -163,7 +163,7 @@ def comparison(*results: list[dict], baseline: Callable[[str, str], Cell | None]
         told = {}
         for mode, words in MODES.items():
             named = "trained to the clean L0" if chosen else words
-            entry = row | {"compared": named} | _described(by_mode[mode], arm, grid, cell)
+            entry = row | {"compared": named} | described(by_mode[mode], arm, grid, cell, describe)
             if not chosen or mode == "as_trained":
                 told[mode] = entry
         if _same(scores, by_mode["matched"], {(arm, grid), cell}):
@@ -174,8 +174,9 @@ def comparison(*results: list[dict], baseline: Callable[[str, str], Cell | None]
     return pd.DataFrame([entry for _, _, entry in sorted(found, key=lambda place: place[:2])])
 
 
-def _described(scores: pd.DataFrame, arm: str, grid: str, cell: Cell) -> dict:
-    """Score -> its effect in words, "–" where an SAE has none; and the number of pairs."""
+def described(scores: pd.DataFrame, arm: str, grid: str, cell: Cell, words: Callable[[Effect, int], str]) -> dict:
+    """Heading of a score -> its effect against a cell in `words(effect, digits)`, "–" where an SAE has none; and the
+    number of pairs."""
     part = scores[[at in {(arm, grid), cell} for at in zip(scores["arm"], scores["grid"])]]
     row, pairs = {}, 0
     for title, column in compared(scores).items():
@@ -183,7 +184,7 @@ def _described(scores: pd.DataFrame, arm: str, grid: str, cell: Cell) -> dict:
             row[title] = "–"
             continue
         found = effect(part, column, grid, arm, cell)
-        row[title], pairs = describe(found, score(column).digits), found.pairs
+        row[title], pairs = words(found, score(column).digits), found.pairs
     return row | {"pairs": pairs}
 
 

@@ -9,7 +9,7 @@ from masksae.study.report import preregistration
 from masksae.study.report.claims import cell_table, verdict_table
 from masksae.study.report.controls import control_table, control_words
 from masksae.study.report.curves import effect_table
-from masksae.study.report.effects import around, change, compared, comparison, effect, merge, treated_arms
+from masksae.study.report.effects import around, change, comparison, described, merge
 from masksae.study.report.tables import brief, cells, number, to_markdown
 from masksae.study.scores.curves import KINDS
 from masksae.study.scores.mechanism import effects as simulated
@@ -41,7 +41,8 @@ def present(root: Path) -> list[str]:
 def first_screen(root: Path) -> str:
     """What the README shows: figure, scale, and a line for each claim."""
     name = present(root)[0]
-    profile, claims = load_profile(name), read_json(root / "results" / name / "claims.json")
+    profile, folder = load_profile(name), root / "results" / name
+    claims = read_json(folder / "claims.json")
     rows = [
         {
             "claim": f"{row['claim']} {claims[row['claim']]['claim']}".replace("Masking ", "").strip(),
@@ -65,7 +66,7 @@ their number. [Everything that was found](docs/results.md), [decided before](doc
 Is it the mask, and are latents better? [Arms](docs/method.md) less unmasked, ± half the 95 % interval;
 `{profile.decisions.arm}` is the paper's:
 
-{to_markdown(cells(_arms(root / "results" / name, profile)))}"""
+{to_markdown(cells(_arms(folder, profile))).strip()}"""
 
 
 def page(root: Path) -> str:
@@ -202,15 +203,11 @@ def _cells(folder: Path, profile: Profile) -> list[dict]:
 def _arms(folder: Path, profile: Profile) -> list[dict]:
     """What each arm of the main grid changes, without the values themselves."""
     scores, grid, found = merge(*_files(folder), mode="as_trained"), profile.main_grid.name, []
-    scores = scores[scores["grid"] == grid]
-    for arm in treated_arms(scores):
-        effects = {
-            SHORT[title]: effect(scores, column, grid, arm)
-            for title, column in compared(scores).items()
-            if title in SHORT
-        }
-        row = {"arm": arm.replace("_", " ")} | {title: around(e) for title, e in effects.items()}
-        found.append(row | {"pairs": max(e.pairs for e in effects.values())})
+    for arm in dict.fromkeys(scores.loc[scores["grid"] == grid, "arm"]):
+        if cell := profile.baseline(arm, grid):
+            told = described(scores, arm, grid, cell, around)
+            row = {SHORT[title]: words for title, words in told.items() if title in SHORT}
+            found.append({"arm": arm.replace("_", " ")} | row | {"pairs": told["pairs"]})
     return found
 
 
