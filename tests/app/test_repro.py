@@ -4,6 +4,7 @@ a traceback."""
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,19 @@ def test_a_missing_result_is_blamed_on_the_notebook_that_writes_it():
         for out in stage.get("metrics", [])
     }
     assert {name: notebook for notebook, names in WRITES.items() for name in names} == written
+
+
+def test_a_stage_depends_on_the_results_that_its_notebook_reads():
+    from masksae.study.inputs import WRITES
+
+    known, readers = {name for names in WRITES.values() for name in names}, 0
+    for notebook, stage in NOTEBOOKS.items():
+        cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
+        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        read = {name for text in sources if "run.result(" in text for name in re.findall(r'"(\w+)"', text)} & known
+        readers += bool(read)
+        assert {f"results/${{profile}}/{name}.json" for name in read} <= {*STAGES[stage]["deps"]}, notebook
+    assert readers >= 2
 
 
 def test_default_profile():

@@ -16,6 +16,7 @@ def curve(arm, p, seed, ev, letters, contexts, steps=(10, 20, 40)):
         shared
         | {"step": s, "ev_centred": e, "letters": a, "contexts": c, "letters_items": {"a": a, "b": a}}
         | {"contexts_items": {"the": c, "to": c}, "dead_latents": 0, "letters_specific": a, "contexts_specific": c / 2}
+        | {"letters_main_f1": e - 0.1, "contexts_main_f1": e}
         for s, e, a, c in zip(steps, ev, letters, contexts)
     ]
 
@@ -42,7 +43,8 @@ def test_effects_at_equal_steps_and_at_equal_explained_variance(rows):
     assert found["masked", "cross", "EV"]["difference"] == pytest.approx(0.025 - 0.075)  # and this is not
     assert ("worse", "same ", "EV") not in found  # nothing is extrapolated
     both = [e for e in curves.effects(rows) if e["kind"].startswith("cross-token less") and e["arm"] == "masked"]
-    assert both[0]["difference"] == pytest.approx((0.025 - 0.15) - (0.15 - 0.30), abs=1e-9)
+    assert [e["difference"] for e in both] == pytest.approx([(0.025 - 0.15) - (0.15 - 0.30), 0.025 - 0.075], abs=1e-9)
+    assert both[1]["items"] == 2 and equal["f1"] == pytest.approx([0.65, 0.65])
 
 
 def test_pairs_without_a_partner_are_named(rows):
@@ -54,6 +56,7 @@ def test_pairs_without_a_partner_are_named(rows):
 def test_tables(rows):
     table = curves.effect_table(curves.effects(rows))
     assert "does not reach it" in table.set_index("arm").loc["worse", "at equal clean EV"].iloc[0]
+    assert list(table["F1 of main latents there"]) == ["0.65 → 0.65", "0.75 → 0.75", "–", "–", "–", "–"]
     growth = curves.growth(rows)
     assert len(growth) == 6 and growth[0]["from"] == 20 and "0.200 → 0.300" in growth[0]["change"]
     assert {row["step"] for row in curves.finished(rows)} == {40}

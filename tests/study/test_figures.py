@@ -49,7 +49,7 @@ def test_architectures_have_ticks_in_a_narrow_range_and_rivals_their_own_name():
     figure = reconstruction.draw_family(rows)
     low, high = sorted(figure.axes[0].get_ylim())
     assert len([tick for tick in figure.axes[0].get_yticks() if low <= tick <= high]) >= 3
-    assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == ["TopK", "OrtSAE"]
+    assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == ["unmasked", "TopK", "OrtSAE"]
 
 
 def test_jupyterlab_puts_no_dark_card_behind_a_picture():

@@ -82,9 +82,12 @@ def test_other_cells_are_asked_without_the_first():
             if p > min(p_values.values())
         }
     )
-    assert list(judged(*more, cells=["one"])["C4"]["grids"]) == ["one"] and "reason" not in judged(*more)["C4"]
+    assert list(judged(*more, cells=["one"])["C4"]["grids"]) == ["one"]
+    assert judged(*more)["C4"]["reason"] == "Cells: 2 equivalent; of 3 pairs."
     skipped = judged(*more, cells=["one", "two"])["C4"]
-    assert skipped["grids"]["two"] == {"C1 letters": "not measured"} and skipped["reason"] == "Not measured: two."
+    assert skipped["grids"]["two"] == {"C1 letters": "not measured"} and skipped["reason"].endswith(
+        "1 not measured; of 3 pairs. Not run: two."
+    )
 
 
 def test_a_fall_is_slight_only_within_its_bound():
@@ -165,7 +168,9 @@ def test_holm_is_inside_the_verdict():
 def test_rows_of_verdicts_for_a_reader():
     rows = claims.verdict_table(judged(*planted(-0.1)))
     assert [row["claim"] for row in rows[:5]] == ["C1"] * 5 and rows[0]["endpoint"] == "letters"
+    assert rows[0]["pairs × items"] == "3" and rows[0]["clean L0"] == "20.0 → 20.0"
     assert [row["SAEs"] for row in claims.cell_table(judged(*planted(-0.1)))] == ["batchtopk20"]
+    assert next(row["why"] for row in rows if row["claim"] == "C4") == "Cells: 1 equivalent; of 3 pairs."
     assert all(row["why"] for row in rows if row["verdict"] == "not measured")
 
 
@@ -266,7 +271,7 @@ def test_the_published_matching_stands_first():
         ("kept, matryoshka20", "as trained"),
         ("kept, one", "trained to the clean L0"),
         ("kept, matryoshka20", "threshold moved to L0 = k"),
-        ("kept, topk", "as trained, at L0 = k"),
+        ("kept, topk", "as trained; no threshold to move"),
     ]
     assert table["against"][1] == "unmasked, matryoshka20"
     assert len(effects.comparison(named(reconstruction), named(absorption))) == 3  # without a word on it: no partner
@@ -394,7 +399,7 @@ def test_matched_sparsity_by_interpolation_over_k():
                 rows.append(key | {"mode": "as_trained", "architecture": "TopK", "l0": l0, "ev_centred": ev})
     table = effects.interpolated(rows)
     assert table["L0"].tolist() == [40.0] and table["pairs"].tolist() == [3]
-    assert table["explained variance"][0].startswith("0.550 → 0.531 (−0.019")
+    assert table["explained variance"][0].startswith("0.5500 → 0.5310 (−0.0190")
     assert effects.interpolated([row for row in rows if row["k"] == 20]).empty
 
 

@@ -104,12 +104,12 @@ def covered(pairs, n_items, scenario, **options):
 
 
 def test_intervals_cover_the_truth(capsys):
-    """At the numbers of pairs and items that the profiles have: 93 % at least everywhere, 97 % at most where pairs or
-    items dominate."""
+    """At the numbers of pairs and items that the profiles have: 93 % at least everywhere, 97.5 % at most where pairs or
+    items dominate; with two pairs 90 %."""
     found = {
         (pairs, items, scenario): covered(pairs, items, scenario)
-        for pairs in (3, 5, 8, 12)
-        for items in (8, 26, 113)
+        for pairs in (2, 3, 4, 5, 8, 12)
+        for items in (5, 8, 26, 113)
         for scenario in SCENARIOS
     }
     with capsys.disabled():
@@ -118,8 +118,9 @@ def test_intervals_cover_the_truth(capsys):
         )
         for pairs, items in dict.fromkeys(key[:2] for key in found):
             print(f"{pairs:5} {items:5} " + " ".join(f"{found[pairs, items, s]:6.1%}" for s in SCENARIOS))
-    assert min(found.values()) >= 0.93
-    assert max(share for (_, _, scenario), share in found.items() if scenario in DOMINATED) <= 0.97
+    assert min(share for (pairs, *_), share in found.items() if pairs > 2) >= 0.93
+    assert min(found.values()) >= 0.9
+    assert max(share for (_, _, scenario), share in found.items() if scenario in DOMINATED) <= 0.975
 
 
 def test_pairs_alone_are_not_enough_where_items_vary():
@@ -137,6 +138,16 @@ def test_detectable_differences_are_detected():
     assert 0.7 < found < 0.9
     effect = paired_effect(np.zeros((8, 20)), draw())
     assert effect.finds(0.05) == pytest.approx(effect.detectable) and effect.finds(0.01) > effect.detectable
+
+
+@pytest.mark.parametrize("pairs, level", [(2, 0.05), (3, 0.05), (3, 0.05 / 28), (12, 0.05 / 6)])
+def test_detectable_by_few_pairs(pairs, level):
+    """Four times out of five, as drawn: pairs that differ by what is said to be found."""
+    unit = paired_effect(np.zeros(pairs), np.linspace(-1, 1, pairs), items="fixed")
+    true = unit.finds(level) / unit.error / pairs**0.5  # in standard deviations of the pairs
+    drawn = np.random.default_rng(pairs).normal(true, 1, size=(40_000, pairs, 1))
+    mean, error, degrees = grand_mean(drawn, items="fixed")
+    assert np.mean(mean > scipy_stats.t.isf(level / 2, degrees) * error) == pytest.approx(0.8, abs=0.01)
 
 
 def test_equivalence_is_two_one_sided_tests():

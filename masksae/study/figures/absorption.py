@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 
 from masksae.study.explore import Story
-from masksae.study.figures.style import FAMILY, GREY, dots, grid_words, log_ticks, palette
+from masksae.study.figures.style import FAMILY, GREY, dots, grid_words, log_ticks, most_pairs, palette
 from masksae.study.scores.curves import KINDS
 
-MARKERS = "osD^vPX*<>hp"
+MARKERS = "osD^vPX*<>hpd8"
 
 
 def draw_absorption(rows: list[dict]):
@@ -23,12 +23,12 @@ def draw_absorption(rows: list[dict]):
 
 
 def draw_items(rows: list[dict], grid: str, items: str):
-    """Full absorption per letter (`items` "letters") or per context ("parents") at matched clean L0, one dot per
-    SAE."""
+    """Full absorption per letter (`items` "letters") or per context ("parents") at matched clean L0, one dot per SAE of
+    the arms with the most pairs."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    part = [row for row in rows if row["mode"] == "matched" and row["grid"] == grid]
+    part = most_pairs([row for row in rows if row["mode"] == "matched" and row["grid"] == grid])
     table = pd.DataFrame(
         {"arm": row["arm"], "item": item["letter"], "full": item["full"]} for row in part for item in row[items]
     )
@@ -126,29 +126,33 @@ def _half_interval(part: pd.DataFrame, column: str):
 PANELS = {
     "l0_ratio": "clean L0 / k",
     "ev_centred": "explained\nvariance",
-    "mean_full": "absorption,\nfirst letters",
-    "main_f1": "F1 of their\nmain latents",
+    "mean_full": "absorption,\nletters",
+    "main_f1": "F1 of main\nlatents, letters",
     "context_full": "absorption,\ncontexts",
-    "context_main_f1": "F1 of their\nmain latents",
+    "context_main_f1": "F1 of main\nlatents, contexts",
 }
 """Scores of `draw_cells` and what they are called there."""
 
 
 def draw_cells(scores: pd.DataFrame):
-    """Every cell's SAEs in a line: a dot per SAE, dots of one pair joined, a bar for the mean. Merged scores of one
-    mode (`report.effects.merge`)."""
+    """Every cell's SAEs in a line: a dot per SAE, joined with the unmasked one of its pair, a bar for the mean. Merged
+    scores of one mode (`report.effects.merge`)."""
     import matplotlib.pyplot as plt
 
-    main = scores["grid"].iloc[0]
+    main, baseline = scores["grid"].iloc[0], scores["arm"].iloc[0]
     table = scores.assign(l0_ratio=scores["l0"] / scores["k"])
+    table = pd.concat([part for _, part in table.groupby("grid", sort=False)])
     place = {grid: "" if grid == main else f", {grid_words(grid)}" for grid in table["grid"]}
     table["cell"] = [arm.replace("_", " ") + place[grid] for arm, grid in zip(table["arm"], table["grid"])]
     cells, panels = list(dict.fromkeys(table["cell"])), [column for column in PANELS if column in table]
     arms = palette(dict.fromkeys(table["arm"]))
     figure, axes = plt.subplots(1, len(panels), figsize=(12.5, 1.4 + 0.32 * len(cells)), sharey=True)
     for axis, column in zip(axes, panels):
-        for _, part in table.groupby("seed"):
-            axis.plot(part[column], [cells.index(c) for c in part["cell"]], color=GREY, linewidth=0.5, alpha=0.4)
+        for _, part in table.groupby(["grid", "seed"]):
+            first = part[part["arm"] == baseline]
+            for _, one in part[part["arm"] != baseline].iterrows():
+                pair = pd.concat([first, one.to_frame().T])
+                axis.plot(pair[column], [cells.index(c) for c in pair["cell"]], color=GREY, linewidth=0.5, alpha=0.4)
         for (arm, cell), part in table.groupby(["arm", "cell"], sort=False):
             y, colour = cells.index(cell), arms[arm]
             axis.scatter(part[column], [y] * len(part), color=colour, s=18, alpha=0.8, zorder=2)
@@ -197,6 +201,7 @@ def draw_noise(table: list[dict]):
         sd = [frame.loc[(frame["of"] == name) & (frame["source"] == source), "sd"].iloc[0] for name in names]
         x = [i + (place - (len(sources) - 1) / 2) * width for i in range(len(names))]
         axis.bar(x, sd, width=0.9 * width, color=colour, label=source)
-    axis.set(xticks=range(len(names)), xticklabels=names, ylabel="standard deviation of\nmean full absorption")
+    labels = [name.replace(" less ", "\nless ") for name in names]
+    axis.set(xticks=range(len(names)), xticklabels=labels, ylabel="standard deviation of\nmean full absorption")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), title="source")
     return figure

@@ -19,14 +19,16 @@ def masked_text_html(tokenizer, ids, is_masked, tokens: int = 90) -> str:
 
 
 def draw_norms(rows: list[dict]):
-    """Norm of the residual stream at ordinary and masked positions, per arm."""
+    """Norm of the residual stream at ordinary and masked positions, per arm; arms with the same masks lie within each
+    other."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 3.4))
     table, lines = pd.DataFrame(rows), {False: "-", True: "--"}
     colours = palette(table["arm"])
+    widths = {arm: 1.5 + 1.2 * place for place, arm in enumerate(reversed(colours))}
     for (arm, masked), part in table.groupby(["arm", "masked"], sort=False):
-        axis.ecdf(part["norm"], color=colours[arm], linewidth=2, linestyle=lines[masked])
+        axis.ecdf(part["norm"], color=colours[arm], linewidth=widths[arm], linestyle=lines[masked])
     axis.set(xscale="log", xlabel="norm of the residual stream (log scale)", ylabel="share of positions below")
     log_ticks(axis.xaxis, table["norm"])
     handles = [plt.Line2D([], [], color=colour, linewidth=2, label=arm) for arm, colour in colours.items()]

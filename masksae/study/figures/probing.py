@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from masksae.study.figures.style import GREY, dots, grid_words, palette
+from masksae.study.figures.style import GREY, dots, grid_words, most_pairs, palette
 
 
 def draw_probing(rows: list[dict], kind: str, score: str = "auc", raw: str = "raw_auc"):
@@ -19,22 +19,22 @@ def draw_probing(rows: list[dict], kind: str, score: str = "auc", raw: str = "ra
 
 
 def draw_tasks(rows: list[dict], grid: str, k: int):
-    """AUC task by task at matched clean L0, one dot per SAE and arm, a bar for the probe on raw activations; hardest
-    task below, other families on top."""
+    """AUC task by task at matched clean L0, one dot per SAE of the arms with the most pairs, a bar for the probe on raw
+    activations; hardest task below, other families on top."""
     import matplotlib.pyplot as plt
 
-    part = [row for row in rows if row["mode"] == "matched" and row["grid"] == grid]
+    part = most_pairs([row for row in rows if row["mode"] == "matched" and row["grid"] == grid])
     tasks = sorted(
         part[0]["tasks"], key=lambda task: (task["family"] != part[0]["tasks"][0]["family"], task["raw_auc"])
     )
     names = [task["task"] for task in tasks]
+    colours = palette(dict.fromkeys(row["arm"] for row in part))
     figure, axis = plt.subplots(figsize=(7.5, 0.8 + 0.32 * len(names)))
     axis.scatter(
         [t["raw_auc"] for t in tasks], range(len(names)), marker="|", s=160, color=GREY, label="raw activations"
     )
-    colours = palette(dict.fromkeys(row["arm"] for row in part))
     for place, (arm, colour) in enumerate(colours.items()):
-        shift = (place - (len(colours) - 1) / 2) * 0.25
+        shift = (place - (len(colours) - 1) / 2) * min(0.25, 0.8 / len(colours))
         mine = [task for row in part if row["arm"] == arm for task in row["tasks"]]
         places = [(task["auc"][str(k)], names.index(task["task"]) + shift) for task in mine]
         axis.scatter(*zip(*places), s=14, color=colour, label=arm, alpha=0.8)

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from masksae.study.figures.style import FAMILY, KINDS, dots, grid_words, log_ticks, palette
+from masksae.study.figures.style import GREY, KINDS, dots, grid_words, log_ticks, palette
 
 ACROSS = 6
 """Panels beside each other, at most."""
@@ -55,30 +55,30 @@ def draw_reconstruction(rows: list[dict]):
 
 
 def draw_family(rows: list[dict]):
-    """Unexplained variance (log scale, less is up) against clean L0, both as trained: a panel per arm, a line per
-    architecture, or rival of one."""
+    """Unexplained variance (log scale, less is up) against clean L0, both as trained: colour is the arm, marker the
+    architecture, or rival of one; a line joins what differs in k alone. Arms with one kind of SAE are left out where
+    others have several."""
     import matplotlib.pyplot as plt
 
     table = pd.DataFrame([row for row in rows if row["mode"] == "as_trained"])
     table["kind"] = [kind(grid, architecture) for grid, architecture in zip(table["grid"], table["architecture"])]
-    arms, names = list(dict.fromkeys(table["arm"])), list(dict.fromkeys(table["kind"]))
-    figure, axes = plt.subplots(
-        1, len(arms), figsize=(4.2 * len(arms) + 1.6, 3.8), sharex=True, sharey=True, squeeze=False
-    )
-    for axis, arm in zip(axes[0], arms):
-        for name, colour, marker in zip(names, FAMILY, "osD^vPX*<>"):
-            part = table[(table["arm"] == arm) & (table["kind"] == name)]
-            mean = part.groupby("k")[["l0", "ev_centred"]].mean().sort_values("l0")
-            axis.plot(mean["l0"], 1 - mean["ev_centred"], color=colour, linewidth=1.2)
-            axis.scatter(part["l0"], 1 - part["ev_centred"], color=colour, marker=marker, s=30, label=name, alpha=0.9)
-        axis.set(xscale="log", yscale="log", title=arm, xlabel="clean L0, as trained (log scale)")
-        log_ticks(axis.xaxis, table["l0"])
-        log_ticks(axis.yaxis, 1 - table["ev_centred"])
-        axis.grid(alpha=0.3)
-    axes[0, 0].set(ylabel="unexplained variance (centred)\nof clean held-out text (log scale)")
-    axes[0, 0].invert_yaxis()
-    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
+    grids = table.groupby("arm", sort=False)["grid"].nunique()
+    table = table[table["arm"].map(grids) > (grids.max() > 1)]
+    colours, markers = palette(table["arm"]), dict(zip(table["kind"].unique(), "osD^vPX*<>"))
+    figure, axis = plt.subplots(figsize=(7.5, 4.8))
+    for (arm, name), part in table.groupby(["arm", "kind"], sort=False):
+        mean = part.groupby("k")[["l0", "ev_centred"]].mean().sort_values("l0")
+        axis.plot(mean["l0"], 1 - mean["ev_centred"], color=colours[arm], linewidth=1.2)
+        axis.scatter(part["l0"], 1 - part["ev_centred"], color=colours[arm], marker=markers[name], s=36, alpha=0.85)
+    axis.set(xscale="log", yscale="log", xlabel="clean L0, as trained (log scale)")
+    axis.set(ylabel="unexplained variance (centred)\nof clean held-out text (log scale)")
+    log_ticks(axis.xaxis, table["l0"])
+    log_ticks(axis.yaxis, 1 - table["ev_centred"])
+    axis.grid(alpha=0.3)
+    axis.invert_yaxis()
+    handles = [plt.Line2D([], [], color=colour, linewidth=5, label=arm) for arm, colour in colours.items()]
+    handles += [plt.Line2D([], [], color=GREY, marker=m, linestyle="", label=name) for name, m in markers.items()]
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -5,6 +5,7 @@ so that the same results give the same bytes.
 
 import itertools
 import re
+from collections import Counter
 
 from masksae.files import write_text
 
@@ -100,50 +101,58 @@ def scale_note(profile) -> str:
     )
 
 
+def most_pairs(rows: list[dict]) -> list[dict]:
+    """Rows of the arms that have as many SAEs as any: for pictures with a place for each item, where all arms of a
+    profile would stand in each other's way."""
+    counts = Counter(row["arm"] for row in rows)
+    return [row for row in rows if counts[row["arm"]] == max(counts.values())]
+
+
 def log_ticks(scale, values) -> None:
     """Ticks of a logarithmic axis (`axis.xaxis`) over these values: 1, 2, 5 of each decade, or as on a linear one where
-    they are so close that none of those may lie between them."""
-    from matplotlib.ticker import LogLocator, MaxNLocator
+    they are so close that none of those may lie between them, or the one value that they all have."""
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator
 
-    wide = len(values) == 0 or max(values) > 5 * min(values)
-    scale.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5, steps=(1, 2, 5, 10)))
+    locator = LogLocator(subs=(1, 2, 5))
+    if len(values) and max(values) < 1.001 * min(values):
+        locator = FixedLocator([round(min(values), 3)])
+    elif len(values) and max(values) <= 5 * min(values):
+        locator = MaxNLocator(5, steps=(1, 2, 5, 10))
+    scale.set_major_locator(locator)
     scale.set_major_formatter("{x:g}")
     scale.set_minor_formatter("")
 
 
 def dots(panels, share: bool = False, bottom=None, line=None):
-    """One dot per SAE against the grid, the arms of a grid side by side, pairs of the same seed joined by a line; a
-    dashed line at `line`. As many panels in a row as leave room for the grids' names."""
+    """One dot per SAE against the grid, the arms of a grid side by side with a bar for their mean, a line through the
+    SAEs of a pair; a dashed line at `line`. As many panels in a row as leave room for the grids' names."""
     import matplotlib.pyplot as plt
 
-    most = max(table["grid"].nunique() for table, _ in panels)
-    across = min(len(panels), max(1, int(WIDTH / (1.2 + 0.42 * most))))
+    slots = [table.groupby("grid", sort=False)["arm"].unique() for table, _ in panels]
+    inches = max(1.2 + sum(0.3 + 0.16 * len(arms) for arms in grids) for grids in slots)
+    across = min(len(panels), max(1, int(WIDTH / inches)))
     down = -(-len(panels) // across)
-    size = (min(4.2 * across, WIDTH), 3.6 * down)
+    size = (min(across * max(4.2, inches), WIDTH), 3.6 * down)
     figure, axes = plt.subplots(down, across, figsize=size, sharey=share, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, (table, label) in zip(axes.flat, panels):
-        grids = {grid: list(dict.fromkeys(part["arm"])) for grid, part in table.groupby("grid", sort=False)}
-        place = {
-            (grid, arm): x + min(0.25, 0.7 / len(arms)) * (i - (len(arms) - 1) / 2)
-            for x, (grid, arms) in enumerate(grids.items())
-            for i, arm in enumerate(arms)
-        }
+    for axis, (table, label), grids in zip(axes.flat, panels, slots):
+        place, ticks, x = {}, {}, 0
+        for grid, arms in grids.items():  # a place for an arm, one and a half between grids
+            place |= {(grid, arm): x + i for i, arm in enumerate(arms)}
+            ticks[grid_words(grid)] = x + (len(arms) - 1) / 2
+            x += len(arms) + 1.5
         table = table.assign(x=[place[key] for key in zip(table["grid"], table["arm"])])
         for _, pair in table.groupby(["grid", "seed"], sort=False):
             axis.plot(pair["x"], pair["y"], color=GREY, linewidth=0.8, alpha=0.6, zorder=1)
         for arm, colour in palette(table["arm"]).items():
             part = table[table["arm"] == arm]
-            axis.scatter(part["x"], part["y"], color=colour, s=26, label=arm, zorder=2)
+            axis.scatter(part["x"], part["y"], color=colour, s=26, label=arm, alpha=0.8, zorder=2)
+            means = part.groupby("x")["y"].mean()
+            axis.scatter(means.index, means, color=colour, marker="_", s=160, linewidth=2.5, zorder=3)
         if line is not None:
             axis.axhline(line, color=GREY, linestyle="--", linewidth=1)
-        axis.set(
-            xticks=range(len(grids)),
-            xticklabels=[grid_words(grid) for grid in grids],
-            ylabel=label,
-            xlim=(-0.6, len(grids) - 0.4),
-        )
+        axis.set(xticks=list(ticks.values()), xticklabels=list(ticks), ylabel=label, xlim=(-1, x - 1.5))
         if len(grids) > 1:
             plt.setp(axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
     for axis in figure.axes:

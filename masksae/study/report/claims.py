@@ -6,6 +6,7 @@ inside the verdicts. Equivalence is two one-sided tests inside the endpoint's ma
 what is controlled over all endpoints is that any is called supported or contradicted without a cause.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pandas as pd
@@ -120,9 +121,9 @@ def claims(
     baseline  (arm, grid) -> cell to compare with, as in `effects.comparison`: C4 leaves grids of rivals out
 
     Each claim holds the row of its first primary endpoint, and in `endpoints` the rows of the others by name. A row is
-    an Effect with verdict, score, grid, margin, p_holm (superiority, corrected), p_equivalent, within_margin (shown to
-    be smaller than that), `detectable` by the rule that decides (the first of Holm's steps), and for an inconclusive
-    one `pairs_needed`.
+    an Effect with verdict, score, grid, clean_l0 (unmasked, treated), margin, p_holm (superiority, corrected),
+    p_equivalent, within_margin (shown to be smaller than that), `detectable` by the rule that decides (the first of
+    Holm's steps), and for an inconclusive one `pairs_needed`.
     """
     first = scores["grid"].iloc[0]
     rows = {}
@@ -155,6 +156,7 @@ def decide(
         if reason is None:
             effects[key] = found
         shared = {"endpoint": endpoint.name, "primary": endpoint.primary, "score": column, "grid": grid}
+        shared["clean_l0"] = [float(side["l0"].mean()) for side in reversed(sides)]
         rows[key] = {"verdict": "not measurable", **shared, "margin": endpoint.margin, **found.to_dict()}
         rows[key] |= {"reason": reason} if reason else {}
     tested = {key: e for key, e in effects.items() if e.p_value is not None}
@@ -174,6 +176,7 @@ def _decided(found: stats.Effect, endpoint: Endpoint, p_holm: float | None, alph
     if endpoint.slight is not None:
         verdict = slight(found, endpoint, verdict)
         row |= {"slight": endpoint.slight, "size_in_words": size(found)}
+        row["reason"] = f"Slightly means by less than {endpoint.slight:g}, and the interval decides; p is of no fall."
     level = alpha / max(1, tests)
     row |= {"verdict": verdict, "detectable": found.finds(level)}
     if verdict == "inconclusive":
@@ -231,14 +234,21 @@ def everywhere(
     family = {(grid, e.name): (grid, e) for grid in grids for e in asked}
     rows = decide(scores, decisions, arm, gates, family)
     found = {"verdict": stats.combine([row["verdict"] for row in rows.values()])}
-    lacking = [grid for grid in grids if all(rows[grid, e.name]["verdict"] == "not measured" for e in asked)]
-    if not grids:
-        found["reason"] = f"No other grid has SAEs of {arm} and unmasked ones."
-    elif lacking:
-        found["reason"] = f"Not measured: {', '.join(lacking)}."
+    found["reason"] = _counted(rows) if grids else f"No other grid has SAEs of {arm} and unmasked ones."
     found["grids"] = {grid: {f"{e.claim} {e.name}": rows[grid, e.name]["verdict"] for e in asked} for grid in grids}
     found["cells"] = {grid: {e.name: rows[grid, e.name] for e in asked} for grid in grids}
     return found
+
+
+def _counted(rows: dict[tuple[str, str], dict]) -> str:
+    """How many cells came out how, by (grid, endpoint); and which grids have none."""
+    counts = Counter(row["verdict"] for row in rows.values())
+    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in stats.VERDICTS if counts[verdict])
+    grids = dict.fromkeys(grid for grid, _ in rows)
+    lacking = [g for g in grids if all(row["verdict"] == "not measured" for (at, _), row in rows.items() if at == g)]
+    pairs = sorted({row["pairs"] for row in rows.values() if "pairs" in row})
+    size = f"; of {' to '.join(map(str, dict.fromkeys((pairs[0], pairs[-1]))))} pairs" if pairs else ""
+    return f"Cells: {told}{size}." + (f" Not run: {', '.join(lacking)}." if lacking else "")
 
 
 def _column(scores: pd.DataFrame, endpoint: Endpoint) -> str | None:
@@ -278,10 +288,12 @@ def _told(claim: str, endpoint: str, row: dict) -> dict:
         "SAEs": row.get("grid", ""),
         "verdict": f"{row['verdict']}, within the margin" if small else row["verdict"],
         "unmasked → treated": row.get("size_in_words") or change,
+        "clean L0": "{:.1f} → {:.1f}".format(*row["clean_l0"]) if "clean_l0" in row else "",
+        "pairs × items": " × ".join(str(row[key]) for key in ("pairs", "items") if row.get(key)),
         "p, Holm": row.get("p_holm"),
         "p, equivalence": row.get("p_equivalent"),
         "margin": row.get("margin"),
-        "finds": row.get("detectable"),
+        "finds": "nothing" if (row.get("detectable") or 0) > 1 else row.get("detectable"),  # scores lie between 0 and 1
         "pairs needed": row.get("pairs_needed"),
         "why": row.get("reason", ""),
     }

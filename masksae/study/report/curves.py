@@ -28,7 +28,9 @@ def effects(rows: list[dict]) -> list[dict]:
     equal "steps"  finished SAEs, paired by seed; the interval is over pairs, for parents over pairs and parents
     equal "EV"     against the unmasked SAE of the same seed stopped where its clean explained variance was that of the
                    arm's finished SAE (linear between snapshots); only seeds whose curve reaches it
-    kind "cross-token less same token"  how much more an arm changes the one kind than the other, by steps
+    kind "cross-token less same token"  how much more an arm changes the one kind than the other
+
+    `f1` of a kind holds the mean F1 of the main latents, unmasked and treated: what absorption is worth there.
     """
     done, entries = finished(rows), []
     table = pd.DataFrame(done)
@@ -37,30 +39,45 @@ def effects(rows: list[dict]) -> list[dict]:
         if alone := {row["seed"] for row in done if row["arm"] == arm} - set(base):
             raise DataError(f"Along training {arm} has the pairs {sorted(alone)}, which have no unmasked partner.")
         pairs = [(base[row["seed"]], row) for row in done if row["arm"] == arm]
-        for kind, name in KINDS.items():
-            entry = {"arm": arm, "kind": name}
-            entries.append(entry | {"equal": "steps"} | _by_item(pairs, kind).to_dict())
-            curve = [(_at_ev(rows, a, kind, b["ev_centred"]), b[kind]) for a, b in pairs]
-            curve = [pair for pair in curve if pair[0] is not None]
-            if curve:
-                entries.append(entry | {"equal": "EV"} | paired_effect(*zip(*curve)).to_dict())
-        sides = [[row["contexts"] - row["letters"] for row in side] for side in zip(*pairs)]
-        both = paired_effect(*sides).to_dict()
-        entries.append({"arm": arm, "kind": "cross-token less same token", "equal": "steps"} | both)
+        stopped = [(_at_ev(rows, a, b["ev_centred"]), b) for a, b in pairs]
+        for equal, compared in (("steps", pairs), ("EV", [pair for pair in stopped if pair[0]])):
+            if not compared:
+                continue
+            entry = {"arm": arm, "equal": equal}
+            for kind, name in KINDS.items():
+                f1 = [float(np.mean([row[f"{kind}_main_f1"] for row in side])) for side in zip(*compared)]
+                entries.append(entry | {"kind": name, "f1": f1} | _by_item(compared, kind).to_dict())
+            more = _by_item(compared, "contexts", less="letters").to_dict()
+            entries.append(entry | {"kind": "cross-token less same token"} | more)
     return entries
 
 
-def _by_item(pairs, kind: str) -> Effect:
-    """Paired effect on one kind: letters are all letters there are, parents a sample that varies beside the pairs."""
+def _by_item(pairs, kind: str, less: str | None = None) -> Effect:
+    """Paired effect on one kind, or on its excess over another's mean: letters are all letters there are, parents a
+    sample that varies beside the pairs."""
     names = sorted(pairs[0][0][f"{kind}_items"])
-    sides = [[[row[f"{kind}_items"].get(name, math.nan) for name in names] for row in side] for side in zip(*pairs)]
+    sides = [
+        [[row[f"{kind}_items"].get(name, math.nan) - (row[less] if less else 0) for name in names] for row in side]
+        for side in zip(*pairs)
+    ]
     return paired_effect(*sides, items="fixed" if kind == "letters" else "random")
 
 
-def _at_ev(rows: list[dict], row: dict, kind: str, ev: float) -> float | None:
-    """Absorption that the SAE of `row` had when its clean explained variance was `ev`."""
+def _at_ev(rows: list[dict], row: dict, ev: float) -> dict | None:
+    """The row that the SAE of `row` had when its clean explained variance was `ev`; None if it never was."""
     curve = [r for r in rows if r["arm"] == row["arm"] and r["seed"] == row["seed"]]
-    return interpolate([r["ev_centred"] for r in curve], [r[kind] for r in curve], ev, log=False)
+
+    def at(values) -> float | None:
+        return interpolate([r["ev_centred"] for r in curve], values, ev, log=False)
+
+    if at([0.0] * len(curve)) is None:
+        return None
+    found = {}
+    for kind in KINDS:
+        found |= {key: at([r[key] for r in curve]) for key in (kind, f"{kind}_main_f1")}
+        items = f"{kind}_items"
+        found[items] = {name: at([r[items].get(name, math.nan) for r in curve]) for name in row[items]}
+    return found
 
 
 def by_parent(rows: list[dict], arm: str, kind: str = "contexts") -> list[dict]:
@@ -135,8 +152,14 @@ def caption(entries: list[dict]) -> str:
 
 
 def effect_table(entries: list[dict]) -> pd.DataFrame:
-    """`effects` for a reader: a row per arm and kind, a column per what is held equal."""
+    """`effects` for a reader: a row per arm and kind, a column per what is held equal, and at equal EV the F1 of the
+    main latents of both sides."""
     table = pd.DataFrame([row | {"text": describe(Effect.from_dict(row))} for row in entries])
     wide = table.pivot_table(index=["arm", "kind"], columns="equal", values="text", aggfunc="first", sort=False)
     wide = wide.rename(columns={"steps": "at equal steps", "EV": "at equal clean EV"})
+    f1 = {
+        (r["arm"], r["kind"]): "{:.2f} → {:.2f}".format(*r["f1"]) for r in entries if r["equal"] == "EV" and "f1" in r
+    }
+    if "at equal clean EV" in wide:
+        wide["F1 of main latents there"] = [f1.get(key, "–") for key in wide.index]
     return wide.fillna("the unmasked curve does not reach it").reset_index()

@@ -21,7 +21,7 @@ class Score:
 
 SCORES = {
     "l0": Score("reconstruction", "L0", ", latents active on a clean token", digits=1),
-    "ev_centred": Score("reconstruction", "explained variance"),
+    "ev_centred": Score("reconstruction", "explained variance", digits=4),
     "ce_score": Score("reconstruction", "CE score", ": 1 is the model as it is, 0 zeros in place"),
     "dead_latents": Score("reconstruction", "dead latents", " on the held-out text", digits=0),
     "dead_in_training": Score("reconstruction", "latents dead in training", ", not active in its last part", digits=0),

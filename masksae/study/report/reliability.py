@@ -38,19 +38,20 @@ def reliability(profile="laptop") -> pd.DataFrame:
         if key not in scores:
             continue
         baseline, grid, arm = baseline_arm(scores), scores["grid"].iloc[0], treated_arms(scores)[0]
-        of = scores[scores["arm"] == baseline].groupby("grid")[key].mean()
-        spread = scores[(scores["arm"] == baseline) & (scores["grid"] == grid)][key].std()
+        unmasked = scores[scores["arm"] == baseline].pivot(index="seed", columns="grid", values=key)
+        spread = unmasked[grid].std()
         same = scores[scores["architecture"] == scores["architecture"].iloc[0]]
         other = same.loc[same["k"].idxmax(), "grid"]
+        moved = (unmasked[other] - unmasked[grid]).mean()  # of the seeds that have both
         found = effect(scores, key, grid, arm)
         rows.append(
             {
                 "score": labels.words(key),
-                "unmasked": of[grid],
+                "unmasked": unmasked[grid].mean(),
                 "between seeds": spread,
                 "arms differ by": found.difference,
                 "seen from": found.detectable,
-                "signal": (of[other] - of[grid]) / spread if other != grid else None,
+                "signal": moved / spread if other != grid else None,
             }
         )
     return pd.DataFrame(rows)

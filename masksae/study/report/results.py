@@ -5,8 +5,8 @@ from pathlib import Path
 
 from masksae.files import read_json
 from masksae.study.profile import Profile, load_profile
-from masksae.study.report import preregistration
-from masksae.study.report.claims import cell_table, verdict_table
+from masksae.study.report import labels, preregistration
+from masksae.study.report.claims import cell_table, endpoints, verdict_table
 from masksae.study.report.controls import control_table, control_words
 from masksae.study.report.curves import effect_table
 from masksae.study.report.effects import around, change, comparison, described, merge
@@ -26,6 +26,7 @@ SHORT = {
     "absorption by context": "absorption, contexts",
     "F1 of main latents, contexts": "F1, contexts",
     "explained variance": "explained variance",
+    labels.words("robustness_random_near_jaccard"): "robustness",
 }
 """Columns of the comparison of cells that the page has too."""
 
@@ -45,13 +46,13 @@ def first_screen(root: Path) -> str:
     claims = read_json(folder / "claims.json")
     rows = [
         {
-            "claim": f"{row['claim']} {claims[row['claim']]['claim']}".replace("Masking ", "").strip(),
-            "by": row["endpoint"] or "every other grid",
-            "verdict": f"**{row['verdict']}**",
-            "unmasked → masked": row["unmasked → treated"] or row["why"],
+            "claim": f"{told['claim']}: {_claim(claims[told['claim']])}",
+            "by": labels.words(row["score"]) if "score" in row else "every other grid",
+            "verdict": f"**{told['verdict']}**",
+            "unmasked → masked": told["unmasked → treated"] or told["why"],
         }
-        for row in verdict_table(claims)
-        if "secondary" not in row["endpoint"]
+        for told, (_, _, row) in zip(verdict_table(claims), endpoints(claims))
+        if row.get("primary", True)
     ]
     return f"""![Absorption of first letters and of what came before, along training, against steps and against clean
 explained variance](figures/{name}/04_absorption/along.png)
@@ -60,13 +61,31 @@ explained variance](figures/{name}/04_absorption/along.png)
 
 {to_markdown(cells(rows))}
 *Equivalent*: no difference beyond a margin that was set before; *inconclusive*: none of the others; *not measurable*:
-the SAEs lack the latents that the score is about. Effects are paired, with 95 % intervals; verdicts are corrected for
-their number. [Everything that was found](docs/results.md), [decided before](docs/preregistration.md).
+the SAEs fail [the gate](docs/gate.md). Effects are paired, with 95 % intervals. [All that was
+found](docs/results.md), [decided before](docs/preregistration.md). {" ".join(_lost(claims))}
 
 Is it the mask, and are latents better? [Arms](docs/method.md) less unmasked, ± half the 95 % interval;
 `{profile.decisions.arm}` is the paper's:
 
 {to_markdown(cells(_arms(folder, profile))).strip()}"""
+
+
+def _claim(row: dict) -> str:
+    """A claim as a line of a table, with the bound of one about a size."""
+    bound = f" (by less than {row['slight']:g})" if "slight" in row else ""
+    return row["claim"].removeprefix("Masking ") + bound
+
+
+def _lost(claims: dict) -> list[str]:
+    """A sentence for each kind of parent whose absorption falls together with the F1 of its main latents."""
+    rows = {name: row for _, name, row in endpoints(claims)}
+    told = []
+    for kind in ("letters", "contexts"):
+        absorption, f1 = (rows.get(name, {}) for name in (kind, f"{kind} f1"))
+        if (absorption.get("verdict"), f1.get("verdict")) == ("supported", "contradicted"):
+            values = f"{f1['baseline']:.2f} → {f1['treated']:.2f}"
+            told.append(f"With the absorption of {kind}, the F1 of their main latents falls too ({values}).")
+    return told
 
 
 def page(root: Path) -> str:
@@ -88,7 +107,7 @@ def profile_part(root: Path, name: str) -> str:
     """One profile: verdicts, along training, every cell, controls."""
     profile, folder = load_profile(name), root / "results" / name
     claims, along = read_json(folder / "claims.json"), read_json(folder / "along_effects.json")
-    figures = f"../figures/{name}"
+    figures, gate = f"../figures/{name}", profile.decisions.gate
     told = [
         f"## Profile `{name}`\n\n{_scale(profile)}",
         preregistration.status(profile).strip(),
@@ -100,6 +119,7 @@ def profile_part(root: Path, name: str) -> str:
         "### Verdicts",
         _readable(verdict_table(claims)),
         f"`results/{name}/claims.json`. *Finds*: the smallest true difference that the rule finds four times of five.",
+        *_lost(claims),
     ]
     if cells_of_c4 := [row for row in cell_table(claims) if row["verdict"] != "not measured"]:
         told += ["The cells of C4 that were run:", _readable(cells_of_c4)]
@@ -109,7 +129,8 @@ def profile_part(root: Path, name: str) -> str:
         (root / "figures" / name / "04_absorption/along.txt").read_text(encoding="utf-8").strip(),
         to_markdown(cells(effect_table(along))).strip(),
         f"`results/{name}/along_effects.json`. At equal explained variance the unmasked SAE is one that was stopped "
-        "early.",
+        f"early. Below the gate's F1 ({gate.letters_f1:g} of letters, {gate.contexts_f1:g} of contexts) its absorption "
+        "counts missing latents, and the effect with it.",
         "### Every cell: arms, rivals, controls",
         f"![Every arm and kind of SAE beside its baseline]({figures}/08_ablations/cells.png)",
         to_markdown(cells(_cells(folder, profile))).strip(),
@@ -159,10 +180,10 @@ def larger(root: Path, name: str) -> str:
     claims = read_json(root / "results" / name / "claims.json")
     rows = [row for row in verdict_table(claims) if row["verdict"] == "inconclusive"]
     told = [
-        f"* {row['claim']}, {row['endpoint'] or 'cells'}: {row['pairs needed']} pairs, were the effect the one found "
-        f"here; this run finds {number(row['finds'])} and more."
+        f"* {row['claim']}, {row['endpoint']}: {_needed(row['pairs needed'])}; this run finds {number(row['finds'])} "
+        "and more."
         for row in rows
-        if row["pairs needed"]
+        if row["SAEs"]
     ]
     text = "\n".join(told) or "No endpoint was inconclusive."
     return f"""## What a larger run would need
@@ -172,6 +193,12 @@ def larger(root: Path, name: str) -> str:
 More pairs make an interval narrower. They do not answer whether a larger model, more tokens or a wider dictionary would
 behave otherwise: `make repro PROFILE=paper` is sized for that ([scale](scale.md)).
 """
+
+
+def _needed(pairs: int | None) -> str:
+    if not pairs:
+        return "not to be settled by a thousand pairs with the same items, were the effect the one found here"
+    return f"{pairs} pairs, were the effect the one found here"
 
 
 def _scale(profile: Profile) -> str:
@@ -196,7 +223,8 @@ def _cells(folder: Path, profile: Profile) -> list[dict]:
     for baseline in (profile.baseline, beside):
         table = comparison(*files, baseline=baseline).rename(columns=SHORT)
         table = table.drop_duplicates(["SAEs", "against"])  # the published way to compare
-        found += table[["SAEs", "against", *SHORT.values(), "pairs"]].to_dict("records")
+        table["clean L0"] = table["L0"].str.partition(" (")[0]
+        found += table[["SAEs", "against", "clean L0", *SHORT.values(), "pairs"]].to_dict("records")
     return found
 
 
@@ -212,7 +240,7 @@ def _arms(folder: Path, profile: Profile) -> list[dict]:
 
 
 def _files(folder: Path) -> list[list[dict]]:
-    return [read_json(folder / f"{name}.json") for name in ("reconstruction", "absorption", "contexts")]
+    return [read_json(folder / f"{name}.json") for name in ("reconstruction", "absorption", "contexts", "robustness")]
 
 
 def _skipped(profile: Profile) -> list[str]:
