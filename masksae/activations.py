@@ -52,7 +52,8 @@ _here = threading.local()
 
 @contextlib.contextmanager
 def between_pools() -> Iterator[None]:
-    """Inside, no other thread of this process runs a language model for a stream."""
+    """Inside, no other thread of this process makes a pool for a stream: none runs a language model, takes memory of
+    the device or waits for it."""
     with _loading:
         yield
 
@@ -89,7 +90,7 @@ class ActivationStream:
         sinks: float | None = None,
     ):  # fmt: skip
         if sinks is not None:
-            _check_number("sinks is in medians of the norm", sinks, "above 1", lambda times: times > 1)
+            _check_number("sinks is in medians of the norm", sinks, above=1)
         check_natural("batch_size", batch_size)
         check_natural("seed", seed)
         if batch_size < 1:
@@ -162,9 +163,9 @@ class ActivationStream:
         content. Two streams with the same identity, batch_size and seed give the same batches. `train` keeps it in its
         checkpoints.
 
-        Cheap, and so not complete: of more than 8,192 rows of an array, blocks of text or entries of a parameter of the
-        model it reads evenly spaced ones (is_masked wholly). A change between them goes unnoticed, one of everything
-        does not.
+        Cheap, and so not complete: of more than 8,192 rows of an array or entries of a parameter of the model, and of
+        more than 4,096 blocks of text, it reads evenly spaced ones (is_masked wholly). A change between them goes
+        unnoticed, one of everything does not.
         """
         return self._made_of() | ({"sinks": float(self._sinks)} if self._sinks else {})
 
@@ -312,9 +313,10 @@ class ActivationStream:
         if self._beside is None:
             self._beside = torch.cuda.Stream(self._device)
             self._beside.wait_stream(torch.cuda.default_stream(self._device))  # where the model was loaded
-        with torch.cuda.stream(self._beside):
-            pool = self._read(number)
-        self._beside.synchronize()  # this thread waits, not the one that trains
+        with _loading:
+            with torch.cuda.stream(self._beside):
+                pool = self._read(number)
+            self._beside.synchronize()  # this thread waits, not the one that trains
         return pool
 
     def _read(self, number: int) -> Pool:
@@ -322,11 +324,11 @@ class ActivationStream:
         try:
             with _loading:
                 pool = self._load(number)
-            self._check_read(number, pool)
-            if self._sinks:
-                pool = _without_sinks(pool, self._sinks)
-            small = sum(values.numel() * values.element_size() for values in pool) <= self._largest
-            return tuple(values.to(self._device if small else pool[0].device) for values in pool)
+                self._check_read(number, pool)
+                if self._sinks:
+                    pool = _without_sinks(pool, self._sinks)
+                small = sum(values.numel() * values.element_size() for values in pool) <= self._largest
+                return tuple(values.to(self._device if small else pool[0].device) for values in pool)
         finally:
             _here.reads -= 1
 
@@ -374,9 +376,11 @@ def _without_sinks(pool: Pool, times: float) -> Pool:
     return tuple(values[rows.to(values.device)] for values in pool)
 
 
-def _check_number(what: str, value, expected: str, holds: Callable[[float], bool]) -> None:
+def _check_number(what: str, value, *, least: float | None = None, above: float | None = None) -> None:
+    """Raise ConfigError for what is no finite number in one of the two ranges."""
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not holds(value):
+    if not number or not (value > above if least is None else value >= least) or not value < math.inf:
+        expected = f"above {above:g}" if least is None else f"from {least:g}"
         raise ConfigError(f"{what} and must be a finite number {expected}, found {value!r}.")
 
 
@@ -638,7 +642,7 @@ def _check_options(blocks, first: int, *, share: float, pool_tokens: int, sequen
     if not 0 < share <= 1:
         raise ConfigError(f"share is a part of the blocks and must lie in (0, 1], found {share!r}.")
     what = "noise is the standard deviation of the noise as a share of the activations' own"
-    _check_number(what, noise, "from 0", lambda deviation: deviation >= 0)
+    _check_number(what, noise, least=0)
     for name, value in (("pool_tokens", pool_tokens), ("sequences", sequences)):
         if value is not None:
             check_natural(name, value)

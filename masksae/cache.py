@@ -17,8 +17,20 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock
+
 from masksae.errors import SourceError
-from masksae.files import atomic_dir, cache_dir, read_json, read_safetensors, run_id, save_tensors, sha256, write_json
+from masksae.files import (
+    atomic_dir,
+    cache_dir,
+    ensure_writable,
+    read_json,
+    read_safetensors,
+    run_id,
+    save_tensors,
+    sha256,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +55,12 @@ def kept_tensors(kind: str, key, make: Callable[[], "dict[str, Tensor]"]) -> "di
     """Tensors that `make()` gives, kept under an id of `key`."""
     folder = cache_dir(kind, run_id(key))
     if not folder.exists():
-        tensors = make()
-        with atomic_dir(folder) as tmp:
-            save_tensors(tensors, tmp / "tensors.safetensors")
+        ensure_writable(folder.parent)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # a second run waits, and finds it made
+            if not folder.exists():
+                tensors = make()
+                with atomic_dir(folder) as tmp:
+                    save_tensors(tensors, tmp / "tensors.safetensors")
     return read_safetensors(folder / "tensors.safetensors")
 
 
@@ -172,8 +187,8 @@ def _dump(node) -> str:
 
 def contents(sources: Iterable[str]) -> list[dict[str, str] | str]:
     """What stands behind the names of models, texts and tasks: of a path, the hash of each file by its name in there;
-    of a hub name that leaves the commit open, the commit that this machine has. Names of pinned packages and commits
-    say all themselves and are left out."""
+    of a hub model that leaves the commit open, the commit that this machine has (of a data set, "main"). Names of
+    pinned packages and commits say all themselves and are left out."""
     found: list[dict[str, str] | str] = []
     for source in sources:
         name = source.partition("#")[0]

@@ -200,6 +200,9 @@ def _slurm(jobs: list[Job], options: dict[str, str]) -> dict[str, str]:
     try:
         while left:
             states = _queue([job.job_id for job in left.values()])
+            if states is None:
+                time.sleep(POLL)
+                continue
             for name, job in list(left.items()):
                 reason = _outcome(job, states, missing)
                 if reason is not None:
@@ -244,11 +247,13 @@ def _submit(jobs: list[Job], options: dict[str, str]) -> dict:
     return {job.name: found for job, found in zip(jobs, submitted)}
 
 
-def _queue(ids: list[str]) -> dict[str, str]:
-    """State of those jobs that are still in the queue; one call for all."""
+def _queue(ids: list[str]) -> dict[str, str] | None:
+    """State of those jobs that are still in the queue, by one call for all; None where SLURM does not answer."""
     arrays = ",".join(dict.fromkeys(job.partition("_")[0] for job in ids))
     command = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={arrays}"]
     found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode and "Invalid job id" not in found.stderr:  # that it says of jobs that ended long ago
+        return None
     return dict(line.split() for line in found.stdout.splitlines() if len(line.split()) == 2)
 
 

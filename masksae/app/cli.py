@@ -18,7 +18,7 @@ from pathlib import Path
 
 from masksae.app import DEFAULT
 from masksae.app.exits import exit_status
-from masksae.errors import nearest, require
+from masksae.errors import ConfigError, nearest, require
 from masksae.files import shipped_profiles, write_text
 
 EPILOG = """A PROFILE fixes model, block, text, arms and SAEs. It is a shipped name
@@ -160,6 +160,9 @@ def _add_sae(add) -> None:
     export.add_argument("sae", help="folder of one SAE (SAELens, dictionary_learning or masksae)")
     export.add_argument("out", help="folder to write")
     export.add_argument("--to", choices=("saelens", "dictionary_learning", "masksae"), required=True)
+    export.add_argument("--model", help="name of its language model, for the files of the others")
+    export.add_argument("--layer", type=int, help="block after which it reads, for dictionary_learning and SAEBench")
+    export.add_argument("--hook", help="name of its hook point, for SAELens")
     _add_json(evaluate, explore, export)
 
 
@@ -321,7 +324,7 @@ def print_states(options) -> int:
     names = [name for name in shipped_profiles() if has_results(repository() / "results" / name)]
     rows, told = [], []
     for name in options.profiles or names:
-        run = Run(name)
+        run = Run(name, writes=False)
         found = check(run)
         rows += [{"profile": run.profile.name} | row for row in found]
         told.append(f"{name}\n{to_text(summary(found))}\n  {preregistration.status(run.profile).splitlines()[0]}")
@@ -353,7 +356,7 @@ def print_checks(options) -> int:
     from masksae.app import verify
     from masksae.study.run import Run
 
-    run = Run(options.profile)
+    run = Run(options.profile, writes=False)
     checks = verify.verify(run)
     rows = [asdict(check) | {"verdict": check.verdict} for check in checks]
     _show(options, rows, verify.text(checks, run.profile.name))
@@ -365,7 +368,7 @@ def print_reliability(options) -> None:
     from masksae.study.report.reliability import page_table, reliability
     from masksae.study.run import Run
 
-    Run(options.profile).result("claims")  # what is written last; without it, it says what to run
+    Run(options.profile, writes=False).result("claims")  # what is written last; without it, it says what to run
     table = reliability(options.profile)
     _show(options, json.loads(table.to_json(orient="records")), page_table(table).rstrip())
 
@@ -464,7 +467,13 @@ def export_sae(options) -> None:
     """An SAE in another form."""
     from masksae.export import load_sae
 
+    given = {"model_name": options.model, "layer": options.layer, "hook_name": options.hook}
+    given = {key: value for key, value in given.items() if value is not None}
+    takes = {"saelens": {"model_name", "hook_name"}, "dictionary_learning": {"model_name", "layer"}, "masksae": set()}
+    if unused := given.keys() - takes[options.to]:
+        fields = ", ".join(sorted(unused))
+        raise ConfigError(f"The files of {options.to} have no field for {fields}. Leave that option out.")
     sae = load_sae(options.sae)
     writers = {"saelens": sae.to_saelens, "dictionary_learning": sae.to_dictionary_learning, "masksae": sae.save}
-    folder = str(writers[options.to](options.out))
+    folder = str(writers[options.to](options.out, **given))
     _show(options, {"folder": folder}, folder)

@@ -76,7 +76,7 @@ def planned(profile, measure: bool) -> tuple:
     from masksae.app.plan import Plan
     from masksae.study.run import Run
 
-    run = Run(profile)
+    run = Run(profile, writes=False)
     plan, measured = Plan(run.profile), None
     if measure:
         from masksae.app.measure import hours_here

@@ -82,6 +82,8 @@ def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> L
 
     Raises ConfigError, also for a model that is larger than the free memory, or SourceError: for what cannot be read,
     lacks weights, sees later tokens, or is a GGUF file that does not read English."""
+    if dtype not in (known := ("float32", "bfloat16", "float16", "float64")):
+        raise ConfigError(f"dtype {dtype!r} is no type of weights. Known: {', '.join(known)}.{nearest(dtype, known)}")
     if source in MODELS:
         folder, options, note = _converted(source), {"local_files_only": True}, MODELS[source].note
     elif source.startswith("hub:"):

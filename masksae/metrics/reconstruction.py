@@ -229,17 +229,18 @@ def silent_latents(clean: Tensor, masked: Tensor, ordinary: Tensor) -> SilentLat
 
 def _pieces(x: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
     """The rows of x in pieces of CHUNK rows, the last one shorter."""
-    rest = []
+    rest: list[Tensor] = []  # rows of earlier batches, fewer than CHUNK
     for batch in [x] if isinstance(x, Tensor) else x:
         if batch.ndim != 2:
             raise DataError(f"Activations must have shape [tokens, d], found {tuple(batch.shape)}. Flatten them.")
-        rest.append(batch)
-        if sum(map(len, rest)) >= CHUNK:
-            *whole, last = torch.cat(rest).split(CHUNK)
-            yield from whole
-            rest = [last]
-    if rest and len(last := torch.cat(rest)):
-        yield last
+        lacking = CHUNK - sum(map(len, rest)) if rest else 0
+        for piece in (batch[:lacking], *batch[lacking:].split(CHUNK)):
+            rest += [piece] if len(piece) else []
+            if sum(map(len, rest)) == CHUNK:
+                yield torch.cat(rest) if len(rest) > 1 else rest[0]
+                rest = []
+    if rest:
+        yield torch.cat(rest) if len(rest) > 1 else rest[0]
 
 
 def mean_activation(x: Tensor | Iterable[Tensor], width: int | None = None) -> Tensor:

@@ -27,7 +27,7 @@ from masksae.saes.sae import SAE, alike, at_least_single
 
 @dataclass(frozen=True)
 class Robustness:
-    """Scores row by row: float32 [n] each, or float64 [n] if SAE or activations are."""
+    """Scores row by row: float32 [n] each; the changes float64 [n] if SAE or activations are."""
 
     jaccard: Tensor
     """Overlap of the active latents, 0 to 1."""

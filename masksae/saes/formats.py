@@ -50,6 +50,7 @@ def write_saelens(folder, config: SAEConfig, state: dict[str, Tensor], history: 
     rule = config.selection
     if rule.saelens is None:
         raise _unknown_there(rule, "SAELens")
+    state = _own_thresholds(rule, state)
     tensors, settings = rule.to_saelens(state)
     record = {
         "architecture": rule.saelens.name, "d_in": config.d_model, "d_sae": config.n_latents,
@@ -93,13 +94,13 @@ def read_saelens(folder: Path) -> Read:
     state = {ours: tensors[theirs] for theirs, ours in rule.saelens.tensors.items() if theirs in tensors}
     applied = record.get("apply_b_dec_to_input", True)
     if applied != rule.centred:
-        state["b_enc"] = state["b_enc"] + (-1 if applied else 1) * state["b_dec"] @ state["W_enc"]
+        state = rule.shifted(state, (-1 if applied else 1) * state["b_dec"] @ state["W_enc"])
     fold = not rule.ranked or bool(record.get("rescale_acts_by_decoder_norm"))
     return _with_own(Read(config, state, _dtype(record.get("dtype", "float32"), folder), [], fold), own)
 
 
 def write_dictionary_learning(folder, config: SAEConfig, state: dict[str, Tensor], history: list[dict], *,
-                              model_name: str = "", layer: int = 0, **metadata) -> Path:  # fmt: skip
+                              model_name: str = "", layer: int | None = None, **metadata) -> Path:  # fmt: skip
     """Write `ae.pt` and `config.json`, for the library's `from_pretrained` and for SAEBench's loaders; `metadata` goes
     to "trainer". Raises ConfigError for a fractional k, which the library keeps as an integer, and for a rule that it
     does not have."""
@@ -111,7 +112,7 @@ def write_dictionary_learning(folder, config: SAEConfig, state: dict[str, Tensor
             f"dictionary_learning keeps k as an integer, and this SAE has k = {k:g}. Export it "
             "with to_saelens, or train with a whole k."
         )
-    peer = _dictionary(config)
+    peer, state = _dictionary(config), _own_thresholds(rule, state)
     tensors = {theirs: _turned(state[ours.removesuffix(".T")], ours) for theirs, ours in peer.tensors.items()}
     if k is not None:
         tensors["k"] = torch.tensor(k, dtype=torch.int)
@@ -123,7 +124,7 @@ def write_dictionary_learning(folder, config: SAEConfig, state: dict[str, Tensor
         "trainer": {
             "trainer_class": peer.trainer, "dict_class": peer.name, "activation_dim": config.d_model,
             "dict_size": config.n_latents, "k": k, "layer": layer, "lm_name": model_name,
-            "submodule_name": f"resid_post_layer_{layer}", "seed": config.seed, **metadata,
+            "submodule_name": "" if layer is None else f"resid_post_layer_{layer}", "seed": config.seed, **metadata,
         },
         "buffer": {},
         "masksae": _own(config, state, history),
@@ -170,6 +171,22 @@ def _dictionary(config: SAEConfig) -> Peer:
 def _unknown_there(rule: Selection, library: str) -> ConfigError:
     name = type(rule).__name__
     return ConfigError(f"{library} has nothing that computes what {name} does. Use `SAE.save`, or name it in {name}.")
+
+
+def _own_thresholds(rule: Selection, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State without an inference threshold where the other library has no field for one, which changes no latent: it is
+    added to the latents' own. Raises ConfigError for a rule that has none."""
+    if rule.estimates_threshold or not state["threshold"]:
+        return state
+    if "thresholds" not in state:
+        raise ConfigError(
+            f"This SAE of {type(rule).__name__} cuts its latents at a threshold of {state['threshold'].item():.4g}, "
+            "which other libraries have no field for. Use `SAE.save`, or set sae.threshold to 0."
+        )
+    return state | {
+        "thresholds": state["thresholds"] + state["threshold"],
+        "threshold": torch.zeros_like(state["threshold"]),
+    }
 
 
 def _own(config: SAEConfig, state: dict[str, Tensor], history: list[dict]) -> dict:

@@ -126,6 +126,10 @@ class Selection:
         """Value [..., F] that each latent has if it is selected, at least 0."""
         return torch.relu(pre)
 
+    def shifted(self, state: dict[str, Tensor], shift: Tensor) -> dict[str, Tensor]:
+        """State of an SAE that computes the same from products with W_enc that are smaller by `shift` [F]."""
+        return state | {"b_enc": state["b_enc"] + shift}
+
     def margins(self, sae, pre: Tensor) -> Tensor:
         """What is compared with the inference threshold [..., F]."""
         return pre
@@ -459,6 +463,9 @@ class Gated(Penalised):
 
     def magnitudes(self, sae, pre):
         return torch.relu(sae.r_mag.exp() * (pre - sae.b_enc) + sae.b_mag)
+
+    def shifted(self, state, shift):
+        return super().shifted(state, shift) | {"b_mag": state["b_mag"] + state["r_mag"].exp() * shift}
 
     def dense(self, sae, pre, weight):
         gate = torch.relu(pre)

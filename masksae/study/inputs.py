@@ -5,13 +5,13 @@ Each part is made on first use and kept in the user's cache under an id that cov
 the files that the profile names, and the code that makes it, so a notebook may be run alone, again, or after a crash.
 """
 
-import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from masksae import activations, cache, jobs, masking, tracing
@@ -44,16 +44,17 @@ class Inputs:
 
     profile  shipped name, path of a YAML file, or a `Profile`
     out      one folder for all three; None: results/, figures/ and build/ of the project, each by the profile's name
+    writes   make the folders; False: nothing is going to be written
 
     Raises ConfigError for a profile that cannot be used, OutputError for a folder that cannot be written.
     """
 
-    def __init__(self, profile="smoke", out=None):
+    def __init__(self, profile="smoke", out=None, *, writes: bool = True):
         given = isinstance(profile, Profile)
         self.profile, self.source = profile if given else load_profile(profile), profile.name if given else str(profile)
         self._shared: dict = {}
-        folders = [repository() / kind / self.profile.name for kind in KINDS] if out is None else [out] * 3
-        self.results, self.figures, self.build = map(ensure_writable, folders)
+        folders = [repository() / kind / self.profile.name for kind in KINDS] if out is None else [Path(out)] * 3
+        self.results, self.figures, self.build = map(ensure_writable, folders) if writes else folders
 
     def save_result(self, name: str, value) -> Path:
         """Write NAME.json into `results`."""
@@ -209,17 +210,18 @@ class Inputs:
         """Clean held-out activations [tokens, d] but for sinks (`model.sinks`): every score of every arm is taken on
         these."""
         x = self.held_out_all
-        return x[~self.is_sink(x)]
+        return x[~self.is_sink(x)] if self.profile.model.sinks else x
 
     def is_sink(self, x: Tensor) -> Tensor:
         """bool [n, ...]: which of x [n, ..., d] are sinks, by the norms of the held-out text; none where the profile
         leaves none out."""
+        if not self.profile.model.sinks:
+            return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
         return activations.row_norms(x) > self._most_norm
 
     @once
     def _most_norm(self) -> float:
-        times = self.profile.model.sinks
-        return times * activations.row_norms(self.held_out_all).median().item() if times else math.inf
+        return self.profile.model.sinks * activations.row_norms(self.held_out_all).median().item()
 
     @once
     def held_out_all(self) -> Tensor:

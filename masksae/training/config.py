@@ -63,8 +63,8 @@ class TrainConfig:
     (`torch.set_float32_matmul_precision`)."""
     snapshots: tuple[int, ...] | str = ()
     """Steps n at which every SAE is also saved, each finished on a branch with a decay of its own: byte for byte the
-    SAE of `branch(n)`, that is of `steps = n` with this run's other values. "log": `steps` and its halves, quarters,
-    ... Changes no result."""
+    SAE of `branch(n)`, that is of `steps = n` with this run's other values (an AuxK that says no `dead_after_tokens`
+    takes those of the whole run, not of n steps). "log": `steps` and its halves, quarters, ... Changes no result."""
     log_every: int = 20
     """Steps between records of `SAE.history`; changes no result."""
     checkpoint_every: int = 200

@@ -114,6 +114,11 @@ def test_export(folder, tmp_path, capsys):
     text = told(capsys, "export", folder, tmp_path / "dl", "--to", "dictionary_learning", "--json")
     assert json.loads(text) == {"folder": str(tmp_path / "dl")}
     assert torch.equal(masksae.load_sae(tmp_path / "dl").W_dec, masksae.load_sae(folder).W_dec)
+    told(capsys, "export", folder, tmp_path / "lens", "--to", "saelens", "--model", "m", "--hook", "blocks.3")
+    metadata = json.loads((tmp_path / "lens/cfg.json").read_text())["metadata"]
+    assert (metadata["model_name"], metadata["hook_name"]) == ("m", "blocks.3")
+    assert cli.main(["export", str(folder), str(tmp_path / "x"), "--to", "saelens", "--layer", "3"]) == 2
+    assert "saelens have no field for layer" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_fetch_and_plan(run, capsys):
@@ -126,6 +131,13 @@ def test_fetch_and_plan(run, capsys):
         plan["flop"].keys() == {"activations", "training", "evaluation"} and plan["hours"]["H100 SXM"]["training"] > 1
     )
     assert plan["memory_bytes"]["cuda"] > 5e9 and plan["saes"] == 24
+
+
+def test_what_only_reads_makes_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    told(capsys, "plan", "paper", "--json")
+    assert cli.main(["reliability", "paper"]) == 2
+    assert "claims.json is missing" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_errors_are_one_line_and_a_status(run, tmp_path, capsys):

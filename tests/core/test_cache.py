@@ -3,8 +3,12 @@
 import ast
 import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_project import profile
@@ -32,6 +36,25 @@ CHAIN = {
 REST_ON = {INPUTS: [INPUTS, RUN, SCORE], RUN: [RUN], SCORE: [SCORE]}
 """The ids of code that rest on another; scores are kept under the ids of their SAEs besides, so these need not name
 what trains."""
+
+
+def test_two_that_want_the_same_tensors_make_them_once(tmp_path, monkeypatch):
+    """The second waits, and its own would have been in the way."""
+    monkeypatch.setenv("MASKSAE_CACHE", str(tmp_path))
+    begun, made = threading.Event(), []
+
+    def make():
+        made.append(1)
+        begun.set()
+        time.sleep(0.2)
+        return {"x": torch.ones(2)}
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cache.kept_tensors, "kind", ["key"], make)
+        begun.wait()
+        second = pool.submit(cache.kept_tensors, "kind", ["key"], make)
+        assert all(torch.equal(each.result()["x"], torch.ones(2)) for each in (first, second))
+    assert len(made) == 1
 
 
 @pytest.fixture

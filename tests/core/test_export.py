@@ -76,7 +76,9 @@ def test_group_sizes_of_a_foreign_matryoshka_come_back_exactly(shares, tmp_path)
 
 
 @pytest.mark.parametrize("applied", [True, False])
-@pytest.mark.parametrize("rule", [ReLU(0.1), JumpReLU(4.0, initial_threshold=0.3)], ids=["standard", "jumprelu"])
+@pytest.mark.parametrize(
+    "rule", [ReLU(0.1), JumpReLU(4.0, initial_threshold=0.3), Gated(0.1)], ids=["standard", "jumprelu", "gated"]
+)
 def test_either_convention_for_the_input_bias(rule, applied, tmp_path):
     folder = make(rule).to_saelens(tmp_path / "sae")
     record = json.loads((folder / "cfg.json").read_text())
@@ -84,9 +86,40 @@ def test_either_convention_for_the_input_bias(rule, applied, tmp_path):
     record["metadata"].pop("masksae")
     (folder / "cfg.json").write_text(json.dumps(record))
     w, x = load_file(folder / "sae_weights.safetensors"), random_batch(dtype=torch.float32)
-    pre = (x - w["b_dec"] * applied) @ w["W_enc"] + w["b_enc"]
+    pre = (x - w["b_dec"] * applied) @ w["W_enc"] + w.get("b_enc", torch.zeros(()))
     f = torch.relu(pre) * (pre > w.get("threshold", torch.zeros(())))
+    if isinstance(rule, Gated):
+        products = (x - w["b_dec"] * applied) @ w["W_enc"]
+        f = torch.relu(products * w["r_mag"].exp() + w["b_mag"]) * (products + w["b_gate"] > 0)
     torch.testing.assert_close(load_saelens(folder)(x), f @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("write, load", FORMATS, ids=["saelens", "dictionary_learning"])
+def test_a_threshold_without_a_field_is_added_to_the_latents_own(write, load, tmp_path):
+    """As of the SAEs that `metrics.controls` makes. Where the latents have none, it is refused."""
+    sae, x = make(JumpReLU(4.0, initial_threshold=0.3)), random_batch(dtype=torch.float32)
+    sae.threshold.fill_(0.5)
+    folder = getattr(sae, write)(tmp_path / "sae")
+    file = folder / ("cfg.json" if write == "to_saelens" else "config.json")
+    for _ in ("with our entry", "without"):
+        again = load(folder)
+        assert (again.encode(x) > 0).any() and again.threshold == 0
+        torch.testing.assert_close(again.encode(x), sae.encode(x), rtol=1e-4, atol=1e-4)
+        record = json.loads(file.read_text())
+        (record["metadata"] if write == "to_saelens" else record).pop("masksae", None)
+        file.write_text(json.dumps(record))
+    for rule in (ReLU(0.1), Gated(0.1)):
+        sae = make(rule)
+        sae.threshold.fill_(0.5)
+        with pytest.raises(ConfigError, match="threshold of 0.5, which other libraries have no field for"):
+            getattr(sae, write)(tmp_path / "other")
+
+
+def test_the_layer_is_told_only_where_it_is_known(tmp_path):
+    for layer, name in ((None, ""), (7, "resid_post_layer_7")):
+        folder = make(TopK(4)).to_dictionary_learning(tmp_path / "sae", layer=layer)
+        trainer = json.loads((folder / "config.json").read_text())["trainer"]
+        assert (trainer["layer"], trainer["submodule_name"]) == (layer, name)
 
 
 def test_saelens_topk_that_ranks_by_decoder_norm(tmp_path):

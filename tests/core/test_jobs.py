@@ -105,6 +105,16 @@ def test_what_the_queue_says_of_a_job(tmp_path, monkeypatch):
     assert jobs._outcome(job, {}, missing) == ""
 
 
+def test_a_queue_that_does_not_answer_ends_no_job(tmp_path, monkeypatch):
+    """`squeue` fails while the controller restarts, and where all jobs ended long ago: only the second says so."""
+    for stderr, states in (("Invalid job id specified", {}), ("Unable to contact slurm controller", None)):
+        squeue = tmp_path / "squeue"
+        squeue.write_text(f"#!/bin/sh\necho 'slurm_load_jobs error: {stderr}' >&2\nexit 1\n")
+        squeue.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        assert jobs._queue(["7_0", "7_1"]) == states
+
+
 def test_submitit_is_asked_for_by_name(monkeypatch, here):
     monkeypatch.setitem(sys.modules, "submitit", None)
     monkeypatch.setenv("MASKSAE_EXECUTOR", "slurm:partition=gpu")

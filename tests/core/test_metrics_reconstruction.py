@@ -11,6 +11,8 @@ from masksae import SAE, BatchTopK, ReLU, SAEConfig
 from masksae.errors import ConfigError, DataError
 from masksae.metrics import explained_variance
 from masksae.metrics.reconstruction import (
+    CHUNK,
+    _pieces,
     active_counts,
     calibrated_threshold,
     ce_score,
@@ -116,6 +118,13 @@ def test_scores_are_the_same_bits_however_the_tokens_come(cuts):
     sae, x = random_sae(), tokens(n=9000)
     bounds = [0, *sorted(cuts), 9000]
     assert reconstruction(sae, [x[a:b] for a, b in zip(bounds, bounds[1:])]) == reconstruction(sae, x)
+
+
+def test_a_tensor_is_not_copied_whole():
+    x = tokens(n=2 * CHUNK + 5)
+    pieces = list(_pieces(x))
+    assert [len(piece) for piece in pieces] == [CHUNK, CHUNK, 5]
+    assert all(piece.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for piece in pieces)
 
 
 def constant_sae(value):

@@ -14,7 +14,7 @@ from small_training import run, same, sparse_world, train_config
 from tiny_project import tiny_model
 
 import masksae
-from masksae import ActivationStream, BatchTopK, SAEConfig
+from masksae import ActivationStream, BatchTopK, SAEConfig, activations
 from masksae.activations import between_pools, from_model
 from masksae.errors import CheckpointError, ConfigError, DataError
 from masksae.files import run_id
@@ -101,6 +101,25 @@ def test_no_other_thread_makes_a_pool_while_a_step_is_captured():
         assert watched.loaded == [0]
     batches.close()
     assert watched.loaded == [0, 1]
+
+
+def test_a_pool_is_finished_before_a_step_may_be_captured(monkeypatch):
+    """What is done with a pool once it is loaded may take memory of the device, which no other thread may do then."""
+    stream, free = Watched().stream(), []
+
+    def asked():
+        if got := activations._loading.acquire(blocking=False):
+            activations._loading.release()
+        free.append(got)
+
+    def check(number, pool):
+        other = threading.Thread(target=asked)
+        other.start()
+        other.join()
+
+    monkeypatch.setattr(stream, "_check_read", check)
+    next(iter(stream))
+    assert free and not any(free)
 
 
 def test_pools_that_are_made_ahead_for_a_gpu_share_one_stream(monkeypatch):

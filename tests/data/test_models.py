@@ -48,6 +48,8 @@ def test_a_model_that_cannot_read_is_refused(folder):
 
 
 def test_what_cannot_be_loaded(folder, tmp_path):
+    with pytest.raises(ConfigError, match="dtype 'fp16' is no type of weights. Known: float32"):
+        models.load_model("smollm2-135m", dtype="fp16")
     with pytest.raises(ConfigError, match="Did you mean 'smollm2-135m'"):
         models.load_model("smollm2-135")
     (folder / "model.safetensors").write_bytes(b"broken")

@@ -1,8 +1,8 @@
 """Scores of notebook 04 along training: absorption of the same-token kind and of the cross-token kind.
 
 Absorption changes while an SAE trains, and a masked SAE is further behind on clean text at the same step. So the arms
-are compared against steps and against clean explained variance, at snapshots that are finished SAEs of shorter runs, at
-matched clean L0. Only a part of a run has snapshots.
+are compared against steps and against clean explained variance, at snapshots that are finished SAEs of shorter runs
+(with AuxK's limit of the whole run), at matched clean L0. Only a part of a run has snapshots.
 """
 
 from masksae.metrics.reconstruction import active_counts, reconstruction

@@ -3,6 +3,7 @@ attention sink."""
 
 import pandas as pd
 
+from masksae.activations import row_norms
 from masksae.study.inputs import Inputs
 
 
@@ -12,7 +13,7 @@ def norms(run: Inputs, sequences: int = 32) -> list[dict]:
     rows = []
     for arm in run.profile.arms:
         ids, is_masked = run.corrupt(arm, run.ids("train", slice(sequences)))
-        norm = run.activations(ids).norm(dim=1)
+        norm = row_norms(run.activations(ids))
         rows += [
             {"arm": arm.name, "masked": m, "norm": round(v, 4)}
             for m, v in zip(is_masked[:, len(run.start) :].flatten().tolist(), norm.tolist())
