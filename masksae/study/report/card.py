@@ -5,9 +5,10 @@ from pathlib import Path
 
 from masksae.study.compare import FILE, noted
 from masksae.study.inputs import WRITES
+from masksae.study.profile import Profile, load_profile
 from masksae.study.report.results import present
 from masksae.study.report.tables import to_markdown
-from masksae.study.times import table, times
+from masksae.study.times import span, table, times
 
 PAGE = "REPRODUCE.md"
 
@@ -54,6 +55,7 @@ def part(root: Path, name: str) -> str:
     )
     _, *stages = table(found)
     taken = {stage: numbers for stage, *numbers in stages}
+    pairs = _pairs(load_profile(name), found["stages"])
     rows = [["stage", "time", "memory", "results", "figures and tables"]]
     for stage in sorted({*WRITES, *(path.name for path in (root / "figures" / name).iterdir() if path.is_dir())}):
         results = [key for key in WRITES.get(stage, ()) if (root / "results" / name / f"{key}.json").exists()]
@@ -65,16 +67,38 @@ def part(root: Path, name: str) -> str:
                 ", ".join(f"[{path.stem}]({path.relative_to(root)})" for path in shown(root, name, stage)),
             ]
         )
+    rows += [row for row, _ in pairs]
     if (root / "results" / name / "matched.json").exists():
         rows.append(["`masksae match`", "–", "–", f"[matched](results/{name}/matched.json)", "searched for beforehand"])
     return f"""## Profile `{name}`
 
     make repro PROFILE={name}
 
-{told} In all {taken["in all"][0]}.
+{told} In all {_sum(taken, pairs)}.
 
 {to_markdown(rows)}
 {again(root / "results" / name)}"""
+
+
+def _pairs(profile: Profile, stages: dict[str, dict]) -> list[tuple[list[str], float]]:
+    """A row for each block of which pairs were timed, and the seconds that its other pairs took by their mean."""
+    rows = []
+    for block in profile.blocks if profile.keep_pairs else ():
+        timed = [found for pair in block.pairs if (found := stages.get(f"{block.name}-s{pair}"))]
+        if timed:
+            mean = sum(found["seconds"] for found in timed) / len(timed)
+            memory = f"{max(found['memory_gb'] for found in timed):.1f} GB"
+            count = f"{len(timed)} of {len(block.pairs)} pairs timed"
+            row = [f"`masksae pairs`: {block.name}", f"{span(mean)} a pair", memory, count, ""]
+            rows.append((row, mean * (len(block.pairs) - len(timed))))
+    return rows
+
+
+def _sum(taken: dict[str, list[str]], pairs: list[tuple[list[str], float]]) -> str:
+    untimed = sum(seconds for _, seconds in pairs)
+    if not untimed:
+        return taken["in all"][0]
+    return f"{taken['in all'][0]}, and about {span(untimed)} of pairs that were run on other days"
 
 
 def again(results: Path) -> str:

@@ -165,6 +165,9 @@ def predicted(root: Path, name: str) -> str:
             row["SynthSAEBench"] = _told(_only(synthetic, score))
             row["this model"] = _told(_only(along, found))
             table.append(row)
+    words = [[told.rpartition(" ")[2] for told in list(row.values())[2:]] for row in table]
+    decided = [(world, here) for *worlds, here in words for world in worlds if {world, here} <= {"falls", "rises"}]
+    agree = sum(world == here for world, here in decided)
     return f"""## What was predicted, and what came
 
 Absorption, treated less unmasked, TopK, at equal steps. Two worlds in which every feature is known were asked before
@@ -172,6 +175,7 @@ Absorption, treated less unmasked, TopK, at equal steps. Two worlds in which eve
 [SynthSAEBench](synthetic.md)); their sizes do not carry over, their signs may.
 
 {to_markdown(cells(table))}
+Where a world and this model both decide, they agree {agree} times of {len(decided)}.
 """
 
 
