@@ -279,12 +279,16 @@ class Plan:
         return min(self.profile.training.pool_tokens, self.profile.text.train_tokens)
 
     def scores(self) -> float:
-        """Bytes of ordinary memory while scores are taken: the latents of the first-letter words, for a few SAEs at a
-        time."""
-        largest = max(c.n_latents for c in self.saes)
+        """Bytes of ordinary memory while scores are taken: the language model, the text of the contexts and the words
+        in it, the held-out text, a part's SAEs with their snapshots, and the latents of the first-letter words, for a
+        few SAEs at a time."""
+        profile, largest = self.profile, max(c.n_latents for c in self.saes)
+        kept = max(len(part.members) for part in profile.parts) * (1 + len(profile.training.snapshots))
         return (
-            LARGEST * COPIES * 4 * self.profile.absorption.words * largest
-            + 4 * self.profile.text.held_out_tokens * self.width
+            (2 if profile.model.dtype == "bfloat16" else 4) * sum(p.numel() for p in self.model.parameters())
+            + 4 * (2 * profile.contexts.tokens + profile.text.held_out_tokens) * self.width
+            + 4 * kept * max(map(parameters, self.saes))
+            + LARGEST * COPIES * 4 * profile.absorption.words * largest
         )
 
     def disk(self) -> dict[str, float]:

@@ -65,7 +65,7 @@ def check_fit(profile) -> None:
     plan = Plan(run.profile)
     if not run.finished:
         memory, disk = (sum(parts.values()) / 1e9 for parts in (plan.memory(run.device), plan.disk()))
-        needs = f"{run.profile.name} needs up to {memory:.1f} GB of memory on {run.device} and {disk:.1f} GB of disk"
+        needs = f"{run.profile.name} needs about {memory:.1f} GB of memory on {run.device} and {disk:.1f} GB of disk"
         print(f"{needs} (`masksae plan {profile}`)", flush=True)
         plan.check(run.device, run.kept_bytes)
 

@@ -54,13 +54,13 @@ def first_screen(root: Path) -> str:
         for told, (_, _, row) in zip(verdict_table(claims), endpoints(claims))
         if row.get("primary", True)
     ]
-    return f"""![Absorption of first letters and of what came before, along training, against steps and against clean
-explained variance](figures/{name}/04_absorption/along.png)
+    return f"""![Absorption along training, against steps and explained variance](figures/{name}/04_absorption/along.png)
 
 {_scale(profile)}
 
 {to_markdown(cells(rows))}
-*Equivalent*: no difference beyond a margin that was set before; *inconclusive*: none of the others; *not measurable*:
+*First letters*: "starts with S"; *contexts*, our addition: "follows a comma"; *F1*: of the latents that ought to fire; a
+*pair*: both arms of a seed. *Equivalent*: no difference beyond a margin that was set before; *inconclusive*: none of the others; *not measurable*:
 the SAEs fail [the gate](docs/gate.md). Effects are paired, with 95 % intervals. [All that was
 found](docs/results.md), [decided before](docs/preregistration.md). {" ".join(_lost(claims))}
 
