@@ -509,7 +509,7 @@ def draw(rows: list[dict]):
     order = [name for rule in RULES for name in (name_of(rule, p) for p in PENALTIES) if name in set(table["SAE"])]
     look = dict(x="SAE", hue="arm", order=order, hue_order=ARMS, palette=list(FAMILY[: len(ARMS)]))
     means = dict(errorbar=t_interval, linestyle="none", marker="_", markersize=13, err_kws={"linewidth": 1.4})
-    figure, axes = plt.subplots(2, 2, figsize=(12, 6.4), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, 2, figsize=(14, 6.4), sharex=True, sharey=True)
     titles = {"same": "parent and child set by the same token", "cross": "parent set by another token"}
     for row, (score, label) in zip(axes, (("absorption", "absorbed share"), ("f1", "F1 of the parent's latent"))):
         for axis, (kind, title) in zip(row, titles.items()):
@@ -517,7 +517,7 @@ def draw(rows: list[dict]):
             sns.stripplot(table, size=3.5, alpha=0.6, legend=False, dodge=True, jitter=False, **look)
             sns.pointplot(table, dodge=0.8 * (1 - 1 / len(ARMS)), **means, **look)  # where stripplot has its dots
             axis.set(ylabel=label, xlabel="", ylim=(0, 1), title=title if score == "absorption" else "")
-            axis.set_xticks(range(len(order)), [textwrap.fill(name, 11) for name in order], fontsize="small")
+            axis.set_xticks(range(len(order)), [textwrap.fill(name, 12) for name in order], fontsize="small")
             axis.get_legend().remove()
     axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()

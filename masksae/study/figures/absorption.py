@@ -32,7 +32,7 @@ def draw_items(rows: list[dict], grid: str, items: str):
     table = pd.DataFrame(
         {"arm": row["arm"], "item": item["letter"], "full": item["full"]} for row in part for item in row[items]
     )
-    figure, axis = plt.subplots(figsize=(9, 3))
+    figure, axis = plt.subplots(figsize=(max(9, 0.42 * table["item"].nunique()), 3))
     options = dict(dodge=True, jitter=False, palette=palette(table["arm"].unique()), size=4, alpha=0.8, ax=axis)
     sns.stripplot(table, x="item", y="full", hue="arm", order=sorted(table["item"].unique()), **options)
     axis.set(xlabel=None, ylabel="full absorption", title=f"{grid_words(grid)}, one dot per SAE", ylim=(-0.02, None))
