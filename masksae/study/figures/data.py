@@ -26,7 +26,7 @@ def draw_norms(rows: list[dict]):
     figure, axis = plt.subplots(figsize=(7, 3.4))
     table, lines = pd.DataFrame(rows), {False: "-", True: "--"}
     colours = palette(table["arm"])
-    widths = {arm: 1.5 + 1.2 * place for place, arm in enumerate(reversed(colours))}
+    widths = {arm: 1.5 + 4 * place / len(colours) for place, arm in enumerate(reversed(colours))}
     for (arm, masked), part in table.groupby(["arm", "masked"], sort=False):
         axis.ecdf(part["norm"], color=colours[arm], linewidth=widths[arm], linestyle=lines[masked])
     axis.set(xscale="log", xlabel="norm of the residual stream (log scale)", ylabel="share of positions below")
