@@ -201,7 +201,7 @@ def draw_noise(table: list[dict]):
         sd = [frame.loc[(frame["of"] == name) & (frame["source"] == source), "sd"].iloc[0] for name in names]
         x = [i + (place - (len(sources) - 1) / 2) * width for i in range(len(names))]
         axis.bar(x, sd, width=0.9 * width, color=colour, label=source)
-    labels = [name.replace(" less ", "\nless ") for name in names]
+    labels = [name.replace(" less ", "\nless\n") for name in names]
     axis.set(xticks=range(len(names)), xticklabels=labels, ylabel="standard deviation of\nmean full absorption")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), title="source")
     return figure

@@ -70,14 +70,12 @@ def _at_ev(rows: list[dict], row: dict, ev: float) -> dict | None:
     def at(values) -> float | None:
         return interpolate([r["ev_centred"] for r in curve], values, ev, log=False)
 
-    if at([0.0] * len(curve)) is None:
-        return None
     found = {}
     for kind in KINDS:
         found |= {key: at([r[key] for r in curve]) for key in (kind, f"{kind}_main_f1")}
         items = f"{kind}_items"
         found[items] = {name: at([r[items].get(name, math.nan) for r in curve]) for name in row[items]}
-    return found
+    return None if found["letters"] is None else found
 
 
 def by_parent(rows: list[dict], arm: str, kind: str = "contexts") -> list[dict]:

@@ -59,10 +59,10 @@ def first_screen(root: Path) -> str:
 {_scale(profile)}
 
 {to_markdown(cells(rows))}
-*First letters*: "starts with S"; *contexts*, our addition: "follows a comma"; *F1*: of the latents that ought to fire; a
-*pair*: both arms of a seed. *Equivalent*: no difference beyond a margin that was set before; *inconclusive*: none of the others; *not measurable*:
-the SAEs fail [the gate](docs/gate.md). Effects are paired, with 95 % intervals. [All that was
-found](docs/results.md), [decided before](docs/preregistration.md). {" ".join(_lost(claims))}
+*First letters*: "starts with S"; *contexts*, our addition: "follows a comma"; *F1*: of the latents that ought to fire;
+a *pair*: both arms of a seed. *Equivalent*: within a margin set before; *inconclusive*: nothing shown; *not
+measurable*: the SAEs fail [the gate](docs/gate.md). [All that was found](docs/results.md), [decided
+before](docs/preregistration.md). {" ".join(_lost(claims))}
 
 Is it the mask, and are latents better? [Arms](docs/method.md) less unmasked, ± half the 95 % interval;
 `{profile.decisions.arm}` is the paper's:
