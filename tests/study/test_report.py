@@ -86,7 +86,7 @@ def test_other_cells_are_asked_without_the_first():
     assert judged(*more)["C4"]["reason"] == "Cells: 2 equivalent; of 3 pairs."
     skipped = judged(*more, cells=["one", "two"])["C4"]
     assert skipped["grids"]["two"] == {"C1 letters": "not measured"} and skipped["reason"].endswith(
-        "1 not measured; of 3 pairs. Not run: two."
+        "Cells: 1 equivalent; of 3 pairs. Not run: two."
     )
 
 

@@ -242,10 +242,10 @@ def everywhere(
 
 def _counted(rows: dict[tuple[str, str], dict]) -> str:
     """How many cells came out how, by (grid, endpoint); and which grids have none."""
-    counts = Counter(row["verdict"] for row in rows.values())
-    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in stats.VERDICTS if counts[verdict])
     grids = dict.fromkeys(grid for grid, _ in rows)
     lacking = [g for g in grids if all(row["verdict"] == "not measured" for (at, _), row in rows.items() if at == g)]
+    counts = Counter(row["verdict"] for (at, _), row in rows.items() if at not in lacking)
+    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in stats.VERDICTS if counts[verdict]) or "none"
     pairs = sorted({row["pairs"] for row in rows.values() if "pairs" in row})
     size = f"; of {' to '.join(map(str, dict.fromkeys((pairs[0], pairs[-1]))))} pairs" if pairs else ""
     return f"Cells: {told}{size}." + (f" Not run: {', '.join(lacking)}." if lacking else "")
