@@ -54,7 +54,8 @@ def first_screen(root: Path) -> str:
         for told, (_, _, row) in zip(verdict_table(claims), endpoints(claims))
         if row.get("primary", True)
     ]
-    return f"""![Absorption along training, against steps and explained variance](figures/{name}/04_absorption/along.png)
+    along = f"figures/{name}/04_absorption/along.png"
+    return f"""![Absorption along training, against steps and explained variance]({along})
 
 {_scale(profile)}
 
