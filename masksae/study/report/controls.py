@@ -63,4 +63,9 @@ def control_words(rows: list[dict]) -> list[str]:
             f"With the decoder's rows permuted, {mean['permuted'][0]:.3f}: so much is credited to directions drawn by "
             f"lot where the main latents of {task} are silent."
         )
+        if "frozen" in mean:
+            told.append(
+                "With a decoder that stayed where it began, {:.3f}, at an F1 of {:.2f}".format(*mean["frozen"])
+                + f" ({len(pairs['frozen'])} pairs)."
+            )
     return told
