@@ -140,6 +140,12 @@ class Profile(Section):
         """The first one of the first block: the claims are decided on its SAEs."""
         return self._grids_of(self.blocks[0])[0]
 
+    @property
+    def trained_grids(self) -> list[str]:
+        """Names of all but those with a frozen decoder, which explain so little that beside them nothing else could be
+        told apart in a picture."""
+        return [grid.name for grid in self.saes if not grid.frozen_decoder]
+
     def _arms_of(self, block: Block) -> list[Arm]:
         return [arm for arm in self.arms if not block.arms or arm.name in block.arms]
 
