@@ -109,7 +109,7 @@ def test_the_page_of_results_tells_every_verdict_and_shows_pictures_that_are_the
     claims = read_json(ROOT / "results/smoke/claims.json")
     for row in verdict_table(claims):
         assert row["unmasked → treated"] in page and f"| {row['claim']} | {row['endpoint']}".rstrip() in page
-    assert all(f"{key} " in screen for key in claims)
+    assert all(f"{key}: " in screen for key in claims)
     shown = re.findall(r"\]\(\.\./([^)]+)\)", page) + re.findall(r"!\[[^]]*\]\(([^)]+)\)", screen)
     assert len(shown) > 4 and all((ROOT / path).exists() for path in shown)
     [kept] = re.findall(r"^\| kept \| same token .*$", page[page.index("## What was predicted") :], re.MULTILINE)
