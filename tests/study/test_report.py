@@ -9,6 +9,7 @@ import pytest
 from masksae import load_profile
 from masksae.errors import DataError
 from masksae.study.figures import absorption, data, probing, reconstruction, style
+from masksae.study.figures import claims as figures_of_claims
 from masksae.study.report import claims, effects, noise, preregistration, tables
 from masksae.study.sections import Decisions, Endpoint
 from masksae.study.stats import Effect, paired_effect
@@ -172,6 +173,31 @@ def test_rows_of_verdicts_for_a_reader():
     assert [row["SAEs"] for row in claims.cell_table(judged(*planted(-0.1)))] == ["batchtopk20"]
     assert next(row["why"] for row in rows if row["claim"] == "C4") == "Cells: 1 equivalent; of 3 pairs."
     assert all(row["why"] for row in rows if row["verdict"] == "not measured")
+
+
+def test_c4_in_one_row_and_one_point_for_each_grid():
+    """A fall of .1 in the first grid; the other one loses its latents and is hollow."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    reconstruction, absorption = planted(-0.1)
+    lost = [row | {"main_f1": 0.1} if row["grid"] == "batchtopk20" else row for row in absorption]
+    found = judged(reconstruction, lost)
+    [row] = claims.grid_table(found)
+    effect = claims.cell_table(found)[0]["unmasked → treated"]
+    assert row["SAEs"] == "batchtopk20" and row["pairs"] == 3 and row["clean L0"] == "20.0 → 20.0"
+    assert row["letters"] == f"**not measurable** {effect}" and "do not pass the gate" in row["why"]
+    assert claims.grid_table(judged(*planted(grids=("one",)))) == []
+    figure = figures_of_claims.draw_everywhere(found, {"matryoshka20": "Matryoshka", "batchtopk20": "BatchTopK"})
+    [axis] = figure.axes
+    (first, *_), (second, *_) = axis.containers
+    assert first.get_ydata()[0] == found["C1"]["difference"] and first.get_markerfacecolor() != "none"
+    assert second.get_ydata()[0] == found["C4"]["cells"]["batchtopk20"]["letters"]["difference"]
+    assert second.get_markerfacecolor() == "none" and axis.get_title() == "absorption, first letters"
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["Matryoshka", "BatchTopK"]
+    low, high = axis.get_ylim()
+    assert low < found["C1"]["low"] and found["C1"]["high"] < high
+    matplotlib.pyplot.close(figure)
 
 
 def test_what_is_real_and_too_small_to_matter_says_so():

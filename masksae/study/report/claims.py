@@ -279,6 +279,19 @@ def cell_table(found: dict[str, dict]) -> list[dict]:
     return [_told("C4", name, row) for cell in cells for name, row in cell.items()]
 
 
+def grid_table(found: dict[str, dict]) -> list[dict]:
+    """The same for a page: a row per grid that was run, its verdicts and effects side by side."""
+    rows = []
+    for grid, cells in found["C4"]["cells"].items():
+        if cells := {name: row for name, row in cells.items() if "difference" in row}:
+            told = {name: _told("C4", name, row) for name, row in cells.items()}
+            first, *_ = cells
+            row = {"SAEs": grid, "clean L0": told[first]["clean L0"], "pairs": cells[first]["pairs"]}
+            row |= {name: f"**{each['verdict']}** {each['unmasked → treated']}" for name, each in told.items()}
+            rows.append(row | {"why": " ".join(dict.fromkeys(each["why"] for each in told.values())).strip()})
+    return rows
+
+
 def _told(claim: str, endpoint: str, row: dict) -> dict:
     change = describe(stats.Effect.from_dict(row), detectable=False) if "difference" in row else ""
     small = row.get("within_margin") and row["verdict"] in ("supported", "contradicted")

@@ -6,7 +6,7 @@ from pathlib import Path
 from masksae.files import read_json
 from masksae.study.profile import Profile, load_profile
 from masksae.study.report import labels, preregistration
-from masksae.study.report.claims import cell_table, endpoints, verdict_table
+from masksae.study.report.claims import endpoints, grid_table, verdict_table
 from masksae.study.report.controls import control_table, control_words
 from masksae.study.report.curves import effect_table
 from masksae.study.report.effects import around, change, comparison, described, merge
@@ -122,8 +122,13 @@ def profile_part(root: Path, name: str) -> str:
         f"`results/{name}/claims.json`. *Finds*: the smallest true difference that the rule finds four times of five.",
         *_lost(claims),
     ]
-    if cells_of_c4 := [row for row in cell_table(claims) if row["verdict"] != "not measured"]:
-        told += ["The cells of C4 that were run:", _readable(cells_of_c4)]
+    if grids := grid_table(claims):
+        told += [
+            "### Other levels of sparsity, other architectures (C4)",
+            f"![What masking changes in every grid]({figures}/09_paper/everywhere.png)",
+            (root / "figures" / name / "09_paper/everywhere.txt").read_text(encoding="utf-8").strip(),
+            _readable(grids),
+        ]
     told += [
         "### Along training",
         f"![Absorption of both kinds against steps and explained variance]({figures}/04_absorption/along.png)",
