@@ -132,10 +132,9 @@ def dots(panels, share: bool = False, bottom=None, line=None):
     inches = max(1.2 + sum(0.3 + 0.16 * len(arms) for arms in grids) for grids in slots)
     across = min(len(panels), max(1, int(WIDTH / inches)))
     down = -(-len(panels) // across)
-    size = (min(across * max(4.2, inches), WIDTH), 3.6 * down)
-    names = across == 1 and len({tuple(grids.index) for grids in slots}) == 1  # once, below the last panel
-    size = (size[0], size[1] - 0.8 * (down - 1)) if names else size
-    figure, axes = plt.subplots(down, across, figsize=size, sharex=names, sharey=share, squeeze=False)
+    once = across == 1 and len({tuple(grids.index) for grids in slots}) == 1  # grids are named below the last panel
+    size = (min(across * max(4.2, inches), WIDTH), 3.6 * down - 0.8 * once * (down - 1))
+    figure, axes = plt.subplots(down, across, figsize=size, sharex=once, sharey=share, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (table, label), grids in zip(axes.flat, panels, slots):
