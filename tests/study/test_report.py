@@ -9,6 +9,7 @@ import pytest
 from masksae import load_profile
 from masksae.errors import DataError
 from masksae.study.figures import absorption, data, probing, reconstruction, style
+from masksae.study.figures import cells as figures_of_cells
 from masksae.study.figures import claims as figures_of_claims
 from masksae.study.report import claims, effects, noise, preregistration, tables
 from masksae.study.sections import Decisions, Endpoint
@@ -197,6 +198,28 @@ def test_c4_in_one_row_and_one_point_for_each_grid():
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["Matryoshka", "BatchTopK"]
     low, high = axis.get_ylim()
     assert low < found["C1"]["low"] and found["C1"]["high"] < high
+    matplotlib.pyplot.close(figure)
+
+
+def test_a_point_for_each_share_of_masked_tokens_and_a_line_for_each_whole_pair():
+    import matplotlib
+
+    matplotlib.use("agg")
+    twice = [
+        rows + [row | {"sae": f"p50-{row['sae']}", "arm": "p50", "p": 0.5} for row in rows if row["p"] and row["seed"]]
+        for rows in planted(-0.1)
+    ]
+    scores = effects.merge(*twice)
+    figure = figures_of_cells.draw_shares(scores, {"kept": 0.3, "p50": 0.5}, "matryoshka20")
+    axis = next(axis for axis in figure.axes if axis.get_title() == figures_of_cells.PANELS["mean_full"])
+    points = [container[0].get_xydata()[0] for container in axis.containers]
+    found = [effects.effect(scores, "mean_full", "matryoshka20", arm) for arm in ("kept", "p50")]
+    np.testing.assert_allclose(points, [(0.3, found[0].difference), (0.5, found[1].difference)])
+    ends = [container[2][0].get_segments()[0][:, 1] for container in axis.containers]
+    np.testing.assert_allclose(ends, [(one.low, one.high) for one in found])
+    assert sum(len(line.get_xdata()) == 3 for line in axis.lines) == 2  # of seed 0 there is no p50
+    labels = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]
+    assert labels == ["kept, 3 pairs", "p50, 2 pairs"]
     matplotlib.pyplot.close(figure)
 
 

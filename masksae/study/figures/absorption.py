@@ -1,4 +1,4 @@
-"""Pictures of notebooks 04 and 08 to 10: absorption, along training, against what it costs, and by whom."""
+"""Pictures of notebooks 04, 09 and 10: absorption, along training, against what it costs, and by whom."""
 
 import math
 
@@ -121,48 +121,6 @@ def _half_interval(part: pd.DataFrame, column: str):
     groups = part.groupby("step")[column]
     count, error = groups.count(), groups.std().fillna(0) / np.sqrt(groups.count())
     return [stats.t.ppf(0.975, n - 1) * e if n > 1 else 0.0 for n, e in zip(count, error)]
-
-
-PANELS = {
-    "l0_ratio": "clean L0 / k",
-    "ev_centred": "explained\nvariance",
-    "mean_full": "absorption,\nletters",
-    "main_f1": "F1 of main\nlatents, letters",
-    "context_full": "absorption,\ncontexts",
-    "context_main_f1": "F1 of main\nlatents, contexts",
-}
-"""Scores of `draw_cells` and what they are called there."""
-
-
-def draw_cells(scores: pd.DataFrame):
-    """Every cell's SAEs in a line: a dot per SAE, joined with the unmasked one of its pair, a bar for the mean. Merged
-    scores of one mode (`report.effects.merge`)."""
-    import matplotlib.pyplot as plt
-
-    main, baseline = scores["grid"].iloc[0], scores["arm"].iloc[0]
-    table = scores.assign(l0_ratio=scores["l0"] / scores["k"])
-    table = pd.concat([part for _, part in table.groupby("grid", sort=False)])
-    place = {grid: "" if grid == main else f", {grid_words(grid)}" for grid in table["grid"]}
-    table["cell"] = [arm.replace("_", " ") + place[grid] for arm, grid in zip(table["arm"], table["grid"])]
-    cells, panels = list(dict.fromkeys(table["cell"])), [column for column in PANELS if column in table]
-    arms = palette(dict.fromkeys(table["arm"]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(12.5, 1.4 + 0.32 * len(cells)), sharey=True)
-    for axis, column in zip(axes, panels):
-        for _, part in table.groupby(["grid", "seed"]):
-            first = part[part["arm"] == baseline]
-            for _, one in part[part["arm"] != baseline].iterrows():
-                pair = pd.concat([first, one.to_frame().T])
-                axis.plot(pair[column], [cells.index(c) for c in pair["cell"]], color=GREY, linewidth=0.5, alpha=0.4)
-        for (arm, cell), part in table.groupby(["arm", "cell"], sort=False):
-            y, colour = cells.index(cell), arms[arm]
-            axis.scatter(part[column], [y] * len(part), color=colour, s=18, alpha=0.8, zorder=2)
-            axis.scatter(part[column].mean(), y, color=colour, marker="|", s=240, linewidth=2.5, zorder=3)
-        axis.axvline(table.loc[table["cell"] == cells[0], column].mean(), color=GREY, linestyle=":", linewidth=1)
-        axis.locator_params(axis="x", nbins=3)
-        axis.set(xlabel=PANELS[column], yticks=range(len(cells)), yticklabels=cells)
-    axes[0].set_ylim(len(cells) - 0.5, -0.5)
-    figure.tight_layout()
-    return figure
 
 
 def draw_absorbers(stories: dict[str, dict[str, Story]]):

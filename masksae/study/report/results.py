@@ -139,6 +139,7 @@ def profile_part(root: Path, name: str) -> str:
         "counts missing latents, and the effect with it.",
         "### Every cell: arms, rivals, controls",
         f"![Every arm and kind of SAE beside its baseline]({figures}/08_ablations/cells.png)",
+        *_shares(root, name, profile),
         to_markdown(cells(_cells(folder, profile))).strip(),
         f"As trained; the last rows are the other arms against `{profile.decisions.arm}`. "
         f"[All scores, and every way to match sparsity]({figures}/08_ablations/table.md).",
@@ -247,6 +248,15 @@ def _arms(folder: Path, profile: Profile) -> list[dict]:
             row = {SHORT[title]: words for title, words in told.items() if title in SHORT}
             found.append({"arm": arm.replace("_", " ")} | row | {"pairs": told["pairs"]})
     return found
+
+
+def _shares(root: Path, name: str, profile: Profile) -> list[str]:
+    """The picture of the share of masked tokens, where arms have several."""
+    if len(profile.shares) < 2:
+        return []
+    picture = f"figures/{name}/08_ablations/shares"
+    told = (root / picture).with_suffix(".txt").read_text(encoding="utf-8").strip()
+    return [f"![What the share of masked tokens changes](../{picture}.png)", told]
 
 
 def _files(folder: Path) -> list[list[dict]]:
