@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from masksae.study.figures.style import GREY, grid_words, palette
+from masksae.study.figures.style import GREY, WIDTH, grid_words, palette
 from masksae.study.report.effects import baseline_arm, effect
 
 PANELS = {
@@ -12,7 +12,7 @@ PANELS = {
     "main_f1": "F1 of main\nlatents, letters",
     "context_full": "absorption,\ncontexts",
     "context_main_f1": "F1 of main\nlatents, contexts",
-    "robustness_random_near_jaccard": "overlap of latents\nnear a random token",
+    "robustness_random_near_jaccard": "overlap near\na random token",
 }
 """Scores of these pictures and what they are called there."""
 
@@ -29,7 +29,7 @@ def draw_cells(scores: pd.DataFrame):
     table["cell"] = [arm.replace("_", " ") + place[grid] for arm, grid in zip(table["arm"], table["grid"])]
     cells, panels = list(dict.fromkeys(table["cell"])), [column for column in PANELS if column in table]
     arms = palette(dict.fromkeys(table["arm"]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(12.5, 1.4 + 0.32 * len(cells)), sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 1.4 + 0.32 * len(cells)), sharey=True)
     for axis, column in zip(axes, panels):
         for _, part in table.groupby(["grid", "seed"]):
             first = part[part["arm"] == baseline]
@@ -70,6 +70,7 @@ def draw_shares(scores: pd.DataFrame, shares: dict[str, float], grid: str):
             axis.errorbar(shares[arm], found.difference, yerr=bar, **options)
         axis.axhline(0, color=GREY, linestyle=":", linewidth=1)
         axis.set(title=PANELS[column], xlim=(0, 1.15 * max(shares.values())), xticks=[0, *shares.values()])
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.title.set_size("medium")
     axes[0, 0].set_ylabel("masked less unmasked")
     axes[0, len(panels) // 2].set_xlabel("share p of tokens masked")
