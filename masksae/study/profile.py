@@ -144,8 +144,8 @@ class Profile(Section):
     def shares(self) -> dict[str, float]:
         """p of the masked arms of the main grid that differ from the unmasked one in nothing else, the lowest first."""
         first = self.baseline_arm
-        arms = {m.arm.name: m.arm for m in self.members if m.grid.name == self.main_grid.name and m.arm.p}
-        alike = [arm for arm in arms.values() if arm.model_copy(update={"name": first.name, "p": first.p}) == first]
+        masked = [m.arm for m in self.members if m.grid.name == self.main_grid.name and m.arm.p]
+        alike = [arm for arm in masked if arm.model_copy(update={"name": first.name, "p": first.p}) == first]
         return {arm.name: arm.p for arm in sorted(alike, key=lambda arm: arm.p)}
 
     @property

@@ -22,7 +22,7 @@ def draw_cells(scores: pd.DataFrame):
     scores of one mode (`report.effects.merge`)."""
     import matplotlib.pyplot as plt
 
-    main, baseline = scores["grid"].iloc[0], scores["arm"].iloc[0]
+    main, baseline = scores["grid"].iloc[0], baseline_arm(scores)
     table = scores.assign(l0_ratio=scores["l0"] / scores["k"])
     table = pd.concat([part for _, part in table.groupby("grid", sort=False)])
     place = {grid: "" if grid == main else f", {grid_words(grid)}" for grid in table["grid"]}

@@ -125,21 +125,23 @@ def profile_part(root: Path, name: str) -> str:
     if grids := grid_table(claims):
         told += [
             "### Other levels of sparsity, other architectures (C4)",
-            f"![What masking changes in every grid]({figures}/09_paper/everywhere.png)",
-            (root / "figures" / name / "09_paper/everywhere.txt").read_text(encoding="utf-8").strip(),
+            *_picture(root, name, "09_paper/everywhere", "What masking changes in every grid"),
             _readable(grids),
         ]
     told += [
         "### Along training",
-        f"![Absorption of both kinds against steps and explained variance]({figures}/04_absorption/along.png)",
-        (root / "figures" / name / "04_absorption/along.txt").read_text(encoding="utf-8").strip(),
+        *_picture(root, name, "04_absorption/along", "Absorption of both kinds against steps and explained variance"),
         to_markdown(cells(effect_table(along))).strip(),
         f"`results/{name}/along_effects.json`. At equal explained variance the unmasked SAE is one that was stopped "
         f"early. Below the gate's F1 ({gate.letters_f1:g} of letters, {gate.contexts_f1:g} of contexts) its absorption "
         "counts missing latents, and the effect with it.",
         "### Every cell: arms, rivals, controls",
         f"![Every arm and kind of SAE beside its baseline]({figures}/08_ablations/cells.png)",
-        *_shares(root, name, profile),
+        *(
+            _picture(root, name, "08_ablations/shares", "What the share of masked tokens changes")
+            if len(profile.shares) > 1
+            else []
+        ),
         to_markdown(cells(_cells(folder, profile))).strip(),
         f"As trained; the last rows are the other arms against `{profile.decisions.arm}`. "
         f"[All scores, and every way to match sparsity]({figures}/08_ablations/table.md).",
@@ -250,13 +252,10 @@ def _arms(folder: Path, profile: Profile) -> list[dict]:
     return found
 
 
-def _shares(root: Path, name: str, profile: Profile) -> list[str]:
-    """The picture of the share of masked tokens, where arms have several."""
-    if len(profile.shares) < 2:
-        return []
-    picture = f"figures/{name}/08_ablations/shares"
-    told = (root / picture).with_suffix(".txt").read_text(encoding="utf-8").strip()
-    return [f"![What the share of masked tokens changes](../{picture}.png)", told]
+def _picture(root: Path, name: str, picture: str, words: str) -> list[str]:
+    """A picture of a profile in words for who does not see it, and its caption."""
+    path = f"figures/{name}/{picture}"
+    return [f"![{words}](../{path}.png)", (root / f"{path}.txt").read_text(encoding="utf-8").strip()]
 
 
 def _files(folder: Path) -> list[list[dict]]:
