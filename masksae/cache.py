@@ -1,19 +1,12 @@
 """What is kept in the user's cache, and under which id.
 
 An id covers everything that a result is made of: configuration, the content of files that it names (not their paths),
-and the code that makes it. The code is found by a walk over the imports of this package, so no list of modules is kept
-by hand. Comments, docstrings, annotations and the words of messages do not count: a better error must not train ten
-hours again.
-
-Finding the id of a study's code takes about 0.1 s, the content of a model's folder as long as reading it, once.
+and the code that makes it (`masksae.provenance`). Finding the content of a model's folder takes as long as reading it,
+once.
 """
 
-import ast
-import functools
 import hashlib
-import sys
 from collections.abc import Callable, Iterable
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,20 +28,8 @@ from masksae.files import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-PACKAGE = Path(__file__).resolve().parent
-
-NEUTRAL = {
-    "errors", "files", "progress", "parallel", "memory", "jobs", "cache", "training.logs",  # ground
-    "study.profile", "study.sections",  # a profile's values are in an id by themselves
-    "export", "saes.formats",  # forms of other libraries
-}  # fmt: skip
-"""Modules that cannot change a number, at which the walk stops."""
-
 SAMPLED = 4096
 """Rows, entries or blocks of which a fingerprint is taken."""
-
-WORDS = {"label", "unit", "notebook"}
-"""Keywords of calls that only a reader sees."""
 
 
 def kept_tensors(kind: str, key, make: Callable[[], "dict[str, Tensor]"]) -> "dict[str, Tensor]":
@@ -70,119 +51,6 @@ def kept_rows(kind: str, key, make: Callable[[], list[dict]]) -> list[dict]:
     if not file.exists():
         write_json(file, make())
     return read_json(file)
-
-
-def code_id(*modules: str) -> str:
-    """Id of what some modules of masksae do ("study.scores.absorption"), and of all that they import."""
-    return _id(reached(*modules))
-
-
-def _id(found: dict[str, Path]) -> str:
-    return run_id({module: _normal(path) for module, path in sorted(found.items())})
-
-
-def code_of(thing) -> str:
-    """Id of what the module of a function or a class does, and of all that it imports from masksae; of one typed into a
-    notebook, nothing."""
-    file = getattr(sys.modules.get(thing.__module__), "__file__", None)
-    return _id(_reached([_named(Path(file or ""))]))
-
-
-def reached(*modules: str) -> dict[str, Path]:
-    """Modules of masksae by name that some modules can come to run, themselves included; imports inside functions count
-    too."""
-    found = [_resolved(module) for module in modules]
-    if not all(found):
-        raise ModuleNotFoundError(f"masksae has no module {modules[found.index([])]}")
-    return _reached(chain.from_iterable(found))
-
-
-def _reached(queue: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    found, queue = {}, list(queue)
-    while queue:
-        name, path = queue.pop()
-        if name not in found and name not in NEUTRAL and path.is_file():
-            found[name] = path
-            queue += [each for imported in _imports(path) for each in _resolved(imported)]
-    return found
-
-
-def _named(path: Path) -> tuple[str, Path]:
-    """A file with its name in the package, or its own name outside."""
-    inside = path.is_relative_to(PACKAGE)
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts) if inside else path.name, path
-
-
-def _resolved(name: str) -> list[tuple[str, Path]]:
-    """(module, file) of a dotted name inside the package; none for a package's __init__, whose names load lazily."""
-    path = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
-    return [(name, path)] if path.is_file() else []
-
-
-def _imports(path: Path) -> set[str]:
-    """Dotted names inside the package that a file imports anywhere, and the modules that they lie in."""
-    return _read(path, path.stat().st_mtime_ns)[0]
-
-
-def _normal(path: Path) -> str:
-    """What a file does, in a form that its words, its layout and the version of Python do not change."""
-    return _read(path, path.stat().st_mtime_ns)[1]
-
-
-@functools.lru_cache(maxsize=256)
-def _read(path: Path, changed: int) -> tuple[set[str], str]:
-    tree, names = ast.parse(path.read_text(encoding="utf-8")), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names if alias.name.startswith(f"{PACKAGE.name}.")}
-    return {name.partition(".")[2] for name in names}, _dump(_Silenced().visit(tree))
-
-
-class _Silenced(ast.NodeTransformer):
-    """Leaves out what only a reader sees."""
-
-    def visit(self, node):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [each for each in body if not _is_text(each)]
-        return super().visit(node)
-
-    def visit_Raise(self, node):
-        texts = (ast.Constant, ast.JoinedStr)
-        for call in (each for each in ast.walk(node) if isinstance(each, ast.Call)):
-            call.args = [arg for arg in call.args if not isinstance(arg, texts)]
-        return node
-
-    def visit_Call(self, node):
-        node.keywords = [keyword for keyword in node.keywords if keyword.arg not in WORDS]
-        if isinstance(node.func, ast.Name) and node.func.id == "print":
-            return ast.Constant(None)
-        return self.generic_visit(node)
-
-    def visit_arg(self, node):
-        node.annotation = None
-        return node
-
-    def visit_FunctionDef(self, node):
-        node.returns = None
-        return self.generic_visit(node)
-
-
-def _is_text(node) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-
-
-def _dump(node) -> str:
-    """As `ast.dump`, without fields that are empty: versions of Python differ in those."""
-    if isinstance(node, ast.AST):
-        fields = ((name, getattr(node, name, None)) for name in node._fields)
-        told = ",".join(f"{name}={_dump(value)}" for name, value in fields if value is not None and value != [])
-        return f"{type(node).__name__}({told})"
-    if isinstance(node, list):
-        return f"[{','.join(map(_dump, node))}]"
-    return repr(node)
 
 
 def contents(sources: Iterable[str]) -> list[dict[str, str] | str]:

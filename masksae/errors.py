@@ -27,6 +27,10 @@ class OutputError(MasksaeError, OSError):
     """A folder or a disk that results cannot be written to."""
 
 
+class CodeError(MasksaeError, RuntimeError):
+    """Source code that changed under a process that runs it."""
+
+
 class JobError(MasksaeError, RuntimeError):
     """Jobs in other processes, or on a cluster, that failed."""
 

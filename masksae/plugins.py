@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from masksae.activations import ActivationStream
-from masksae.cache import code_id
 from masksae.errors import ConfigError, DataError, OutputError, nearest
 from masksae.files import run_id
 from masksae.masking import mask_tokens
+from masksae.provenance import code_id
 
 
 def mask_dataset(dataset, *, p: float, token_id: int, seed: int, spare=(), column: str = "input_ids"):

@@ -316,10 +316,11 @@ def print_match(options) -> None:
 def print_states(options) -> int:
     """Results of some profiles, by whether they are of this code; 1 if some are not."""
     from masksae.files import repository, shipped_profiles
-    from masksae.study.check import STATES, check, has_results, summary
+    from masksae.study.check import check, has_results, since, summary
     from masksae.study.report import preregistration
     from masksae.study.report.tables import to_text
     from masksae.study.run import Run
+    from masksae.study.store import STATES
 
     names = [name for name in shipped_profiles() if has_results(repository() / "results" / name)]
     rows, told = [], []
@@ -327,7 +328,8 @@ def print_states(options) -> int:
         run = Run(name, writes=False)
         found = check(run)
         rows += [{"profile": run.profile.name} | row for row in found]
-        told.append(f"{name}\n{to_text(summary(found))}\n  {preregistration.status(run.profile).splitlines()[0]}")
+        lines = [to_text(summary(found)), *since(found), preregistration.status(run.profile).splitlines()[0]]
+        told.append("\n  ".join([name, *lines]))
     _show(options, rows, "\n\n".join(told))
     return int(any(row["state"] != STATES[0] for row in rows))
 
@@ -346,7 +348,8 @@ def print_comparison(options) -> int:
     there = compare.claims_of(results) if options.folder else compare.committed(repository(), name)
     rows = compare.compared(there, compare.claims_of(other))
     if options.kept_as:
-        compare.note(results, options.kept_as, times(other)["machine"], rows)
+        machine = times(other.resolve().parents[1] / "build" / name)["machine"]
+        compare.note(results, options.kept_as, machine, rows)
     _show(options, rows, to_text(compare.table(rows)))
     return int(not all(row["same"] for row in rows))
 

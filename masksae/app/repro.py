@@ -16,10 +16,11 @@ from pathlib import Path
 
 import yaml
 
+from masksae import provenance
 from masksae.app import DEFAULT
 from masksae.cache import contents
-from masksae.errors import ConfigError, require
-from masksae.files import PROFILES, ensure_writable, read_json, repository, write_json, write_text
+from masksae.errors import CodeError, ConfigError, require
+from masksae.files import PROFILES, ensure_writable, read_json, repository, sha256, write_json, write_text
 from masksae.study import times
 from masksae.study.profile import Profile, load_profile, profile_path
 from masksae.study.report.tables import to_text
@@ -34,6 +35,7 @@ def reproduce(profile) -> int:
     ask_for_terms(load_profile(profile).model.source)
     check_fit(profile)
     if load_profile(profile).keep_pairs:
+        print(taken(profile), flush=True)
         work_off_pairs(profile)
     status = dvc("repro", profile)
     if status == 0:
@@ -41,11 +43,27 @@ def reproduce(profile) -> int:
         print(f"\nResults: results/{name}/claims.json, figures/{name}/, build/{name}/*.ipynb (executed notebooks)\n")
         for key, value in read_json(repository() / "results" / name / "claims.json").items():
             print(f"  {key}  {value['verdict']:13} {value['claim']}")
-        print(f"\n{to_text(times.table(times.times(repository() / 'results' / name)))}")
+        print(f"\n{to_text(times.table(times.times(repository() / 'build' / name)))}")
         from masksae.app import site
 
         print(f"\nTo read: {site.build().as_uri()}")
     return status
+
+
+def taken(profile) -> str:
+    """What a run of a profile that keeps its pairs takes from the results, by what has changed since they were made,
+    and how to make it afresh; "" where there is nothing to take."""
+    from masksae.study.check import check, has_results, since
+    from masksae.study.run import Run
+
+    run = Run(profile, writes=False)
+    rows = check(run) if has_results(run.results) else []
+    kept = [row for row in rows if row["state"] not in ("missing", "another profile")]
+    if not kept:
+        return ""
+    pairs = os.path.relpath(run.results / "pairs", repository())
+    said = f"{len(kept)} of {len(rows)} scores are taken from {pairs}, as they were made. To make them afresh: "
+    return "\n  ".join([f"{said}`git rm -r {pairs}` first.", *since(kept)])
 
 
 def work_off_pairs(profile) -> None:
@@ -149,7 +167,7 @@ def pipeline_file(profile) -> Path:
         return Path("dvc.yaml")
     folder = ensure_writable(repository() / "build" / name)
     values = file
-    if path.resolve().parent != PROFILES:
+    if path.resolve().parent != PROFILES or loaded.keep_pairs:
         values = f"build/{name}/values.yaml"
         write_text(folder / "values.yaml", yaml.safe_dump(_values(loaded), sort_keys=False))
     params = {"profile": name, "profile_file": file, "profile_values": values, "root": "../.."}
@@ -168,12 +186,14 @@ def pipeline_file(profile) -> Path:
 
 def _values(profile: Profile) -> dict:
     """What DVC compares of a reader's own profile: every key that a stage names, though the file may leave most out;
-    and beside the names of files in a section, what is in them."""
+    and beside the names of files in a section, what is in them, and what is in the kept pairs, which stages read."""
     values = profile.model_dump(mode="json")
     for name in Profile.model_fields:
         section = getattr(profile, name)
         if isinstance(section, Section) and (found := contents(section.named_data)):
             values[name]["contents"] = found
+    pairs = sorted((repository() / "results" / profile.name / "pairs").glob("*.json"))
+    values["training"]["kept_pairs"] = {file.name: sha256(file) for file in pairs if profile.keep_pairs}
     return values
 
 
@@ -195,6 +215,15 @@ def execute(notebook: str, profile) -> None:
     from masksae.app.notebooks import execute
 
     root, name = repository(), load_profile(profile).name
-    target = root / "build" / name / f"{notebook}.ipynb"
-    with times.timed(root / "results" / name, notebook):
-        execute(root / "notebooks" / f"{notebook}.ipynb", target, {"profile": str(profile)}, cwd=root)
+    target, source = root / "build" / name / f"{notebook}.ipynb", root / "notebooks" / f"{notebook}.ipynb"
+    read = {file: file.read_bytes() for file in (source, profile_path(profile))}
+    with times.timed(root / "build" / name, notebook):
+        execute(source, target, {"profile": str(profile)}, cwd=root)
+        # DVC notes what a stage depends on only after it: what it would note now is not what was run
+        changed = provenance.changed() + [file.name for file, data in read.items() if file.read_bytes() != data]
+        if changed:
+            target.unlink()
+            raise CodeError(
+                f"{', '.join(changed)} changed while {notebook} ran, so it may have used either text. Run it again; "
+                "what is finished is kept."
+            )

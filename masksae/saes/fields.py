@@ -1,8 +1,11 @@
 """What frozen configs share: checks of their fields, and kinds of them that are known by name."""
 
 import re
+import sys
 from numbers import Integral
+from pathlib import Path
 
+from masksae import provenance
 from masksae.errors import ConfigError
 
 
@@ -46,3 +49,5 @@ def register(known: dict[str, type], kind: type, what: str) -> None:
         if snake_case(name) == snake_case(kind.__name__) and not same:
             raise ConfigError(f"{other.__module__} has a {what} {name} already. Call {kind} something else.")
     known[kind.__name__] = kind
+    if file := getattr(sys.modules.get(kind.__module__), "__file__", None):
+        provenance.remember(Path(file).resolve())  # somebody's own, as it is loaded

@@ -3,34 +3,14 @@
 What is left out: `data` and `mechanism`, which need no SAE and come back in minutes.
 """
 
+from collections import Counter
 from pathlib import Path
 
 from masksae.errors import DataError
-from masksae.files import run_id
-from masksae.study.run import Run, RunPart
+from masksae.study.run import Run
 from masksae.study.scores.absorption import absorption_noise
+from masksae.study.store import STATES
 from masksae.study.work import SCORES
-
-STATES = ("as it is now", "other code", "another profile", "missing")
-"""From good to bad. Other code may give the same numbers: it is known to only once they are made again."""
-
-
-class Asked(RunPart):
-    """A part of a run whose scores are asked for and not made: `states` says of each kind how it stands."""
-
-    def __init__(self, run: Run, part):
-        super().__init__(run, part)
-        self.states: dict[str, str] = {}
-
-    def rows(self, kind, section, make, *further):
-        noted, (recipe, code) = self.noted(kind), map(run_id, self.made_of(section, make, *further))
-        if noted is None:
-            self.states[kind] = "missing"
-        elif noted["recipe"] != recipe:
-            self.states[kind] = "another profile"
-        else:
-            self.states[kind] = "as it is now" if noted["code"] == code else "other code"
-        return []
 
 
 def has_results(folder: Path) -> bool:
@@ -39,24 +19,35 @@ def has_results(folder: Path) -> bool:
 
 
 def check(run: Run) -> list[dict]:
-    """One row for each score of each part: part, score, state (one of `STATES`). Raises DataError for a run without
-    results."""
+    """One row for each score of each SAE: part, score, sae, state (one of `STATES`), commit (that made it), changed
+    (modules and libraries since). Raises DataError for a run without results."""
     if not has_results(run.results):
         raise DataError(f"There are no results of {run.profile.name}. `make repro PROFILE={run.source}` makes them.")
-    rows = []
+    rows: list[dict] = []
     for part in run.parts:
-        asked = Asked(run, part.part)
+        asked = part.of(part.entries)
+        asked.asked = []
         for score in (*SCORES.values(), absorption_noise):
             score(asked)
-        rows += [{"part": part.name, "score": kind, "state": state} for kind, state in asked.states.items()]
+        rows += [{"part": part.name} | row for row in asked.asked]
     return rows
 
 
 def summary(rows: list[dict]) -> list[list[str]]:
-    """Titles and a line for each score: how many parts are in which state."""
+    """Titles and a line for each score: of how many SAEs it is in which state."""
     used = [state for state in STATES if any(row["state"] == state for row in rows)]
-    lines = [["score", *used]]
-    for score in dict.fromkeys(row["score"] for row in rows):
-        mine = [row["state"] for row in rows if row["score"] == score]
-        lines.append([score, *(str(mine.count(state) or "") for state in used)])
-    return lines
+    counts = Counter((row["score"], row["state"]) for row in rows)
+    scores = dict.fromkeys(row["score"] for row in rows)
+    return [["score", *used], *([score, *(str(counts[score, state] or "") for state in used)] for score in scores)]
+
+
+def since(rows: list[dict]) -> list[str]:
+    """A sentence for each commit that made results of other code or versions: what has changed since."""
+    by_commit: dict[str | None, set] = {}
+    for row in rows:
+        if row["state"] in ("other code", "other versions"):
+            by_commit.setdefault(row["commit"], set()).update(row["changed"])
+    return [
+        f"Since commit {commit or '(not noted)'}: {', '.join(sorted(changed)) or 'not noted which modules'}."
+        for commit, changed in by_commit.items()
+    ]

@@ -6,7 +6,6 @@ the files that the profile names, and the code that makes it, so a notebook may 
 """
 
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from masksae import activations, cache, jobs, masking, tracing
+from masksae import activations, cache, jobs, masking, provenance, tracing
 from masksae.data import blocks, models, texts
 from masksae.errors import DataError
 from masksae.files import cache_dir, ensure_writable, read_json, repository, run_id, write_json
@@ -82,7 +81,7 @@ class Inputs:
     def scratch(self, kind: str, key, make) -> dict[str, Tensor]:
         """Tensors of the model that `make()` gives, kept under an id of the model, of `key` and of the code that `make`
         reaches."""
-        return cache.kept_tensors(kind, [self.identity(self.profile.model), key, cache.code_of(make)], make)
+        return cache.kept_tensors(kind, [self.identity(self.profile.model), key, provenance.code_id(make)], make)
 
     def shared(self, name: str, make: Callable):
         """What `make()` gives, such as tasks with their probes: made once for all SAEs that are scored on these
@@ -132,7 +131,7 @@ class Inputs:
         """`datasets.Dataset`s of token blocks: train, held_out, and contexts, which is more held-out text."""
         text, contexts = self.profile.text, self.profile.contexts.tokens
         streamed = any(source.startswith("hub:") for source in text.sources)
-        code = cache.code_id("data.blocks", "data.texts", "data.models")
+        code = provenance.code_id("data.blocks", "data.texts", "data.models")
         key = run_id([self.identity(self.profile.model, text), contexts, code])
         return blocks.build(
             texts.TextStream(text.sources) if streamed else chain.from_iterable(map(texts.documents, text.sources)),
@@ -203,7 +202,7 @@ class Inputs:
 
     def stream_folder(self, arm: Arm, pair: int = 0) -> Path:
         """Where they are kept."""
-        return cache_dir("activations", run_id([self.stream_recipe(arm, pair), cache.code_id("study.inputs")]))
+        return cache_dir("activations", run_id([self.stream_recipe(arm, pair), provenance.code_id("study.inputs")]))
 
     @once
     def held_out(self) -> Tensor:
@@ -231,39 +230,3 @@ class Inputs:
 
     def _held_out(self) -> dict[str, Tensor]:
         return {"x": self.activations(self.ids("held_out"), label="held-out activations")}
-
-
-class Scored(Inputs, ABC):
-    """Inputs with SAEs to score on them: what the functions of `masksae.study.scores` take. A part of a run is one, an
-    `OwnSAE` another."""
-
-    @property
-    @abstractmethod
-    def table(self) -> list[dict]:
-        """One row per SAE, without scores: sae (its name), arm, p, grid, k, seed, architecture."""
-
-    @abstractmethod
-    def load_saes(self) -> dict:
-        """`SAE`s by name."""
-
-    @abstractmethod
-    def rows(self, kind: str, section: Section, make: Callable[[], list[dict]]) -> list[dict]:
-        """Score rows that `make()` gives, kept under an id of the SAEs, of a section of the profile and of the code
-        that `make` reaches."""
-
-
-class Beside(Scored):
-    """Other SAEs on the inputs of a run: what is made once for that run (model, text, activations) is the run's own."""
-
-    def __init__(self, inputs: Inputs):
-        self.inputs, self.profile, self.source = inputs, inputs.profile, inputs.source
-        self.results, self.figures, self.build = inputs.results, inputs.figures, inputs.build
-        self._shared = inputs._shared
-
-
-def _shared(name: str) -> property:
-    return property(lambda beside: getattr(beside.inputs, name))
-
-
-for _name in [name for name, made in vars(Inputs).items() if isinstance(made, once)]:
-    setattr(Beside, _name, _shared(_name))

@@ -13,13 +13,13 @@ from masksae.errors import ConfigError, MasksaeError, OutputError, nearest
 from masksae.export import load_sae
 from masksae.metrics.reconstruction import calibrated_threshold, reconstruction
 from masksae.parallel import once
-from masksae.saes.sae import SAE
-from masksae.study.inputs import Scored
+from masksae.study.inputs import Inputs
 from masksae.study.scores.absorption import absorption_scores, context_scores
 from masksae.study.scores.perturbation import concept_scores
 from masksae.study.scores.probing import ood_scores, probing_scores
 from masksae.study.scores.reconstruction import reconstruction_scores
 from masksae.study.scores.robustness import robustness_scores
+from masksae.study.store import Entry, Subject
 
 SCORERS = {
     "reconstruction": reconstruction_scores,
@@ -34,7 +34,7 @@ METRICS = tuple(SCORERS)
 """What can be scored, in the order of the notebooks."""
 
 
-class OwnSAE(Scored):
+class OwnSAE(Subject):
     """A profile's inputs with one SAE from a folder.
 
     name  what it is called; None: the folder's name
@@ -47,7 +47,7 @@ class OwnSAE(Scored):
     def __init__(self, profile, folder, *, out, name: str | None = None, l0: float | None = None):
         self.folder, self.sae, self._l0 = Path(folder), load_sae(folder), l0
         self.name = name or self.folder.resolve().name
-        super().__init__(profile, out)
+        super().__init__(Inputs(profile, out), self.name, [])
         if self.sae.config.d_model != self.width:
             raise ConfigError(
                 f"The SAE in {folder} reads width {self.sae.config.d_model}, {self.profile.model.source} has "
@@ -55,6 +55,7 @@ class OwnSAE(Scored):
             )
         self._check_l0()
         self.sae.to(self.device)
+        self.entries = [self._entry()]
 
     def _check_l0(self) -> None:
         l0, latents, rule = self._l0, self.sae.config.n_latents, self.sae.config.selection
@@ -85,22 +86,14 @@ class OwnSAE(Scored):
                 raise ConfigError(f"l0 is {self.k:g}, and {told}. Give another, or leave l0 out.")
             print(f"masksae: {told}, and matched scores are taken there.", file=sys.stderr, flush=True)
 
-    @property
-    def table(self) -> list[dict]:
+    def _entry(self) -> Entry:
         row = {"sae": self.name, "arm": self.name, "p": 0.0, "grid": self.name, "k": self.k, "seed": 0}
-        return [row | {"architecture": self.sae.config.architecture}]
-
-    def load_saes(self) -> dict[str, SAE]:
-        return {self.name: self.sae}
+        weights = cache.fingerprint(value for _, value in sorted(self.sae.state_dict().items()))
+        recipe = [self.identity(self.profile.model, self.profile.text), self.sae.config.to_dict(), weights, self.k]
+        return Entry(row | {"architecture": self.sae.config.architecture}, recipe, lambda: self.sae)
 
     def latents_of(self, row: dict) -> int:
         return self.sae.config.n_latents
-
-    def rows(self, kind: str, section, make) -> list[dict]:
-        made_of = self.identity(self.profile.model, self.profile.text, section)
-        weights = cache.fingerprint(value for _, value in sorted(self.sae.state_dict().items()))
-        key = [self.table, self.sae.config.to_dict(), weights, made_of, cache.code_of(make)]
-        return cache.kept_rows(f"own-{kind}", key, make)
 
 
 def evaluate(own: OwnSAE, metrics: list[str]) -> dict[str, list[dict]]:

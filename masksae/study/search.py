@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from masksae.errors import ConfigError, DataError
 from masksae.metrics.reconstruction import reconstruction
-from masksae.saes.sae import SAE
 from masksae.study.run import Run
 from masksae.study.sections import Variant
 
@@ -84,7 +83,5 @@ def _score(run: Run, changes: dict, arm: str, grid: str, pilot: int):
     changes = changes | {"blocks": blocks, "decisions": {"cells": []}}  # which name grids that are not here
     changed = Run(run.profile.changed(Variant(name="pilot", changes=changes)))
     changed.build = run.build / "pilot"
-    group = next(g for g in changed.profile.groups if any(m.arm.name == arm for m in g.members))
-    member = next(m for m in group.members if m.arm.name == arm)
-    sae = SAE.load(changed.train_group(group) / member.name, device=changed.device)
-    return reconstruction(sae, run.held_out)
+    member = next(member for member in changed.profile.members if member.arm.name == arm)
+    return reconstruction(changed.load(member), run.held_out)

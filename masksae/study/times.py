@@ -1,6 +1,7 @@
-"""What a run took on this machine: seconds and memory of each stage, in results/NAME/times.json.
+"""What a run took on this machine: seconds and memory of each stage, in build/NAME/times.json.
 
-The file stands beside the results and is none of them: no score is read from it, and it differs from run to run.
+No score is read from the file, and it differs from run to run. What the pages show of a run is a copy beside its
+results, which tools/pages.py takes.
 """
 
 import functools
@@ -21,25 +22,25 @@ FILE = "times.json"
 
 
 @contextmanager
-def timed(results: Path, stage: str):
-    """Note in results/NAME/times.json how long what stands inside took, and the most memory that this process or one
+def timed(folder: Path, stage: str):
+    """Note in times.json of a folder how long what stands inside took, and the most memory that this process or one
     that it waited for had; nothing of a stage that fails."""
     begun = time.monotonic()
     yield
-    note(results, stage, time.monotonic() - begun)
+    note(folder, stage, time.monotonic() - begun)
 
 
-def note(results: Path, stage: str, seconds: float) -> None:
+def note(folder: Path, stage: str, seconds: float) -> None:
     """Write one stage's seconds and memory (GB), in the place of what it took before."""
-    known = times(results)
+    known = times(folder)
     known["machine"] = machine()
     known["stages"][stage] = {"seconds": round(seconds, 1), "memory_gb": round(peak_memory() / 1e9, 2)}
-    write_json(results / FILE, known)
+    write_json(folder / FILE, known)
 
 
-def times(results: Path) -> dict:
+def times(folder: Path) -> dict:
     """The file: `machine`, and in `stages` seconds and memory_gb of each. Without a file, neither."""
-    file = results / FILE
+    file = folder / FILE
     return read_json(file) if file.exists() else {"machine": {}, "stages": {}}
 
 

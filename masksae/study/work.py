@@ -27,7 +27,7 @@ def work_off(run: Run, scores: tuple[str, ...] = tuple(SCORES)) -> None:
         run.free(part)
         left -= len(part.members)
         if _written(part) != before:
-            note(run.results, part.name, sum(seconds.values()))
+            note(run.build, part.name, sum(seconds.values()))
             spent, done = spent + sum(seconds.values()), done + len(part.members)
             told = ", ".join(f"{name} {span(value)}" for name, value in seconds.items() if value >= 1)
         progress.say(f"{part.name} is there ({told}); about {span(spent / done * left) if done else '?'} left")
@@ -35,7 +35,7 @@ def work_off(run: Run, scores: tuple[str, ...] = tuple(SCORES)) -> None:
 
 def _written(part: RunPart) -> int | None:
     """When the part's rows were last written."""
-    return part.file.stat().st_mtime_ns if part.file.exists() else None
+    return part.notes.file.stat().st_mtime_ns if part.notes.file.exists() else None
 
 
 def work_off_part(part: RunPart, scores: tuple[str, ...] = tuple(SCORES)) -> dict[str, float]:

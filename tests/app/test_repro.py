@@ -14,8 +14,9 @@ import nbformat
 import pytest
 import yaml
 
+from masksae import provenance
 from masksae.app import DEFAULT, cli, repro
-from masksae.errors import ConfigError
+from masksae.errors import CodeError, ConfigError
 from masksae.files import PROFILES
 from masksae.study.profile import Profile
 
@@ -141,6 +142,18 @@ def test_a_notebook_that_fails_is_kept_for_reading(project):
         repro.execute("01_try", "smoke")
     kept = list((project / "build/smoke").glob("*.ipynb"))
     assert [path.name for path in kept] == ["01_try.failed.ipynb"] and "arithmetic" in kept[0].read_text()
+
+
+def test_a_stage_fails_whose_notebook_or_code_changes_while_it_runs(project, monkeypatch):
+    """DVC would note the new text, and not run it: what it notes a stage depends on it looks up after the stage."""
+    write_notebook(project, 'profile = "x"', "open('notebooks/01_try.ipynb', 'a').write(' ')")
+    with pytest.raises(CodeError, match="01_try.ipynb changed while 01_try ran.*Run it again"):
+        repro.execute("01_try", "smoke")
+    assert not list((project / "build/smoke").glob("*.ipynb"))
+    write_notebook(project, 'profile = "x"', "1")
+    monkeypatch.setattr(provenance, "changed", lambda: ["training.step"])
+    with pytest.raises(CodeError, match="training.step changed while"):
+        repro.execute("01_try", "smoke")
 
 
 def test_each_profile_has_a_pipeline_of_its_own(project):

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_project import profile
 
-from masksae import Run
+from masksae import Run, provenance
 from masksae.app import cli
 from masksae.errors import DataError
 from masksae.study import check, work
@@ -23,14 +23,14 @@ def test_what_is_there_is_current_until_profile_or_code_change(new_project, monk
         check.check(run)
     run.scored(work.training_scores), run.scored(reconstruction_scores)
     run.save_result("claims", {})
-    monkeypatch.setattr("masksae.cache.kept_rows", lambda *_: pytest.fail("something was computed"))
+    monkeypatch.setattr("masksae.study.store.Subject._scored", lambda *_: pytest.fail("something was computed"))
     found = states(run)
     assert found["main-s0", "train"] == found["main-s1", "reconstruction"] == "as it is now"
     assert found["main-s0", "absorption"] == "missing"
     batch = {"training": run.profile.training.model_dump() | {"batch_size": 128}}
     other = states(Run(profile(new_project, keep_pairs=keep_pairs, **batch)))
     assert other["main-s0", "train"] == other["main-s0", "reconstruction"] == "another profile"
-    monkeypatch.setattr("masksae.cache.code_of", lambda _: "edited")
+    monkeypatch.setattr(provenance, "_hash", lambda _: "edited")
     found = states(Run(profile(new_project, keep_pairs=keep_pairs)))
     assert found["main-s0", "train"] == "other code" and found["main-s0", "absorption"] == "missing"
 

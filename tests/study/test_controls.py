@@ -50,7 +50,7 @@ def test_controls_stand_beside_the_saes_that_they_are_made_of(run):
         assert row["ev_centred"] == direct.ev_centred and row["dead_latents"] == direct.dead_latents
     *_, last = run.parts  # of another grid
     assert controls.control_scores(last) == []
-    beside = controls.Controls(last, "unmasked", "matryoshka")
+    beside = controls.controls(last, "unmasked", "matryoshka")
     assert beside.language_model is run.language_model and beside.held_out is run.held_out
     assert [row["sae"] for row in beside.table] == [*beside.load_saes()]
     figure = draw_controls(rows)

@@ -49,9 +49,8 @@ def test_what_is_finished_is_read_back_and_what_is_missing_is_made(new_project, 
         assert all(torch.equal(again.saes[name].W_dec, w) for name, w in before.items())
         by_part = {name: sae for part in again.parts for name, sae in part.load_saes().items()}
         assert all(torch.equal(by_part[name].W_dec, w) for name, w in before.items())
-    for group in again.profile.groups:
-        left = {p.name for p in again.folder_of(group).iterdir()}
-        assert left == {"saes", ".lock", "log.jsonl"}  # the checkpoint is gone once the SAEs are there
+    for folder in (new_project / "cache/training").glob("*/*"):
+        assert {p.name for p in folder.iterdir()} == {".lock", "log.jsonl"}  # the rest is gone once the SAEs are there
     monkeypatch.setenv("MASKSAE_CACHE", str(new_project / "other"))
     assert all(torch.equal(sae.W_dec, before[name]) for name, sae in Run(path).saes.items())
 
@@ -59,7 +58,7 @@ def test_what_is_finished_is_read_back_and_what_is_missing_is_made(new_project, 
 def test_scores_are_made_once(project, monkeypatch):
     run = Run(profile(project))
     rows = run.scored(reconstruction.reconstruction_scores)
-    monkeypatch.setattr(reconstruction, "_reconstruction_scores", lambda _: pytest.fail("scored again"))
+    monkeypatch.setattr(reconstruction, "spliced_losses", lambda *_, **__: pytest.fail("scored again"))
     assert Run(project / "tiny.yaml").scored(reconstruction.reconstruction_scores) == rows
 
 
@@ -125,16 +124,22 @@ def test_read_only_output_folder(new_project, as_nobody):
     assert name == "OutputError" and "results" in message
 
 
-def test_a_changed_arm_changes_only_what_depends_on_it(project):
+def test_a_changed_arm_is_trained_and_scored_alone(project, monkeypatch):
     arms = [{"name": "unmasked", "p": 0.0}, {"name": "masked", "p": 0.3}]
     dropped = {"name": "dropped", "p": 0.3, "drop_masked": True}
-    blocks = [{"name": "main", "saes": ["plain"], "pairs": [0], "arms": ["unmasked", "masked"]}]
-    blocks += [{"name": "further", "saes": ["plain"], "pairs": [0], "arms": ["dropped"]}]
+    blocks = [{"name": "main", "saes": ["plain"], "pairs": [0]}]
     before = Run(profile(project, arms=[*arms, dropped], blocks=blocks))
+    rows = before.scored(reconstruction.reconstruction_scores)
+    trained, scored = [], []
+    train, losses = run.train, reconstruction.spliced_losses
+    monkeypatch.setattr(run, "train", lambda *a, **k: trained.append(len(a[0])) or train(*a, **k))
+    monkeypatch.setattr(reconstruction, "spliced_losses", lambda *a, **k: scored.append({*a[2]}) or losses(*a, **k))
     after = Run(profile(project, "changed", arms=[arms[0], arms[1] | {"p": 0.2}, dropped], blocks=blocks))
-    ids = [{group.arm.name: run.id_of(group) for group in run.profile.groups} for run in (before, after)]
-    assert [arm for arm in ids[0] if ids[0][arm] == ids[1][arm]] == ["unmasked", "dropped"]
-    streams = [[run.stream_folder(group.arm, group.pair) for group in run.profile.groups] for run in (before, after)]
+    again = after.scored(reconstruction.reconstruction_scores)
+    assert trained == [1] and [{sae for sae, _ in saes} for saes in scored] == [{"masked-plain-s0"}]
+    masked = {row["sae"] for row in rows if row["arm"] == "masked"}
+    assert [a == b for a, b in zip(rows, again)] == [row["sae"] not in masked for row in rows]
+    streams = [[run.stream_folder(member.arm, 0) for member in run.profile.members] for run in (before, after)]
     assert [a == b for a, b in zip(*streams)] == [True, False, True] and streams[0][1] == streams[0][2]
 
 
@@ -149,10 +154,10 @@ def test_saes_of_another_configuration_are_not_taken_for_this_ones(project, monk
     other = Run(profile(project, training={"lr": 1e-3})).scored(reconstruction.reconstruction_scores)
     assert sum(trained) == 6 and all(a["ev_centred"] != b["ev_centred"] for a, b in zip(rows, other))
     run_before, text = Run(profile(project)), project / "text.jsonl"
-    before = [run_before.id_of(group) for group in run_before.profile.groups]
+    before = [run_before.id_of(member) for member in run_before.profile.members]
     text.write_text(text.read_text().replace("the", "thy"))
     after = Run(profile(project))
-    assert not {*before} & {after.id_of(group) for group in after.profile.groups}
+    assert not {*before} & {after.id_of(member) for member in after.profile.members}
 
 
 def test_arms_that_see_the_same_are_trained_together(project):
@@ -189,7 +194,8 @@ def test_pairs_are_kept_and_taken_from_where_they_are_kept(project, monkeypatch)
     rows = first.scored(reconstruction.reconstruction_scores)
     files = sorted(file.name for file in (first.results / "pairs").iterdir())
     assert files == ["main-s0.json", "main-s1.json", "matryoshka-s0.json"]
-    assert {"clean", "reconstruction", "thresholds"} <= read_json(first.results / "pairs/main-s0.json").keys()
+    kept = read_json(first.results / "pairs/main-s0.json")["scores"]
+    assert {"clean", "reconstruction", "thresholds"} <= kept.keys()
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "elsewhere"))  # another machine, with the results only
     monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
     assert Run(path).scored(reconstruction.reconstruction_scores) == rows

@@ -20,14 +20,15 @@ def test_every_part_is_scored_before_the_next_begins_and_leaves_no_activations(n
     assert [name for name, _ in order] == ["main-s0", "main-s1", "matryoshka-s0"]
     assert [saes for _, saes in order][0] == ["unmasked-plain-s0", "masked-plain-s0"]
     for part in run.parts:
-        assert read_json(run.results / "pairs" / f"{part.name}.json")["reconstruction"]["rows"][0]["ev_centred"] > 0
+        [name, *_], kept = part.names, read_json(run.results / "pairs" / f"{part.name}.json")["scores"]
+        assert kept["reconstruction"][name]["rows"][0]["ev_centred"] > 0
     assert not list((new_project / "cache").rglob("pool-*"))
-    taken = times.times(run.results)
+    taken = times.times(run.build)
     assert set(taken["stages"]) == {part.name for part in run.parts}
     told = capsys.readouterr().err
     assert "part 3 of 3, matryoshka-s0: 2 SAEs" in told and "about 0:00:00 left" in told
     work.work_off(run, ("training", "reconstruction"))
-    assert times.times(run.results) == taken and "main-s0 is there (it was); about ? left" in capsys.readouterr().err
+    assert times.times(run.build) == taken and "main-s0 is there (it was); about ? left" in capsys.readouterr().err
 
 
 def gated(folder, **changes):

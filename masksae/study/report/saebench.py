@@ -11,8 +11,8 @@ import uuid
 from pathlib import Path
 
 from masksae.files import ANYTHING, atomic_dir, write_json
-from masksae.study.inputs import Scored
 from masksae.study.run import Run
+from masksae.study.store import Subject
 
 NOT_MEASURED = -1.0
 KNOWN_KS = (1, 2, 5, 10, 20, 50, 100)
@@ -20,7 +20,7 @@ KNOWN_NS = (2, 5, 10, 20, 50, 100, 500)
 PRECISION = "float32"
 
 
-def core(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
+def core(run: Subject, row: dict) -> tuple[dict, list[dict], dict]:
     """(eval_result_metrics, eval_result_details, eval_config) of the type "core"."""
     n_latents = run.latents_of(row)
     metrics = {
@@ -61,7 +61,7 @@ def core(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
     return metrics, [], config | {"compute_kl": True, "compute_ce_loss": True}
 
 
-def absorption(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
+def absorption(run: Subject, row: dict) -> tuple[dict, list[dict], dict]:
     """The same of the type "absorption_first_letter"."""
     letters = row["letters"]
     metrics = {
@@ -88,7 +88,7 @@ def _spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def sparse_probing(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
+def sparse_probing(run: Subject, row: dict) -> tuple[dict, list[dict], dict]:
     """The same of the type "sparse_probing": texts averaged over tokens."""
 
     def columns(raw: dict, accuracy: dict) -> tuple[dict, dict]:
@@ -108,7 +108,7 @@ def _mean(tables: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.fmean(table[key] for table in tables) for key in tables[0]}
 
 
-def tpp(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
+def tpp(run: Subject, row: dict) -> tuple[dict, list[dict], dict]:
     """The same of the type "tpp"."""
     names = {"total": "total_metric", "intended": "intended_diff_only", "unintended": "unintended_diff_only"}
     metrics, details = {}, [{"dataset_name": group["group"]} for group in row["groups"]]
@@ -122,7 +122,7 @@ def tpp(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
     return {"tpp_metrics": metrics}, details, config
 
 
-def scr(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
+def scr(run: Subject, row: dict) -> tuple[dict, list[dict], dict]:
     """The same of the type "scr"; pairs without room are left out."""
     names = {"scr": "metric", "direction_1": "dir1", "direction_2": "dir2"}
     used = [pair for pair in row["pairs"] if pair["scr"]]
@@ -136,7 +136,7 @@ def scr(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
     return {"scr_metrics": metrics}, details, _perturbation_config(run) | {"n_values": _known_ns(run)}
 
 
-def sae_probes(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
+def sae_probes(run: Subject, row: dict) -> tuple[dict, list[dict], dict]:
     """The same of the type "sparse_probing_sae_probes": AUC on last tokens; the tables by task are in
     `eval_result_unstructured`."""
     options = run.profile.probing
@@ -146,7 +146,7 @@ def sae_probes(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
     return metrics, [], config
 
 
-def ood(run: Scored, row: dict) -> tuple[dict, list[dict], dict]:
+def ood(run: Subject, row: dict) -> tuple[dict, list[dict], dict]:
     """The same of our own type "masksae_ood"."""
     columns = {key: value for key, value in row.items() if key.startswith(("ood_", "domain_", "invariance_"))}
     options = run.profile.probing
@@ -166,7 +166,7 @@ EVALUATIONS = {
 """Type of evaluation: the run's result it comes from, and its form."""
 
 
-def result(run: Scored, kind: str, row: dict) -> dict:
+def result(run: Subject, kind: str, row: dict) -> dict:
     """One SAEBench result."""
     metrics, details, config = EVALUATIONS[kind][1](run, row)
     model, name = run.profile.model, f"{row['sae']}-{row['mode']}"
@@ -202,7 +202,7 @@ def write_results(run: Run) -> Path:
     return folder
 
 
-def write_scores(run: Scored, scores: dict[str, list[dict]], folder: Path) -> list[Path]:
+def write_scores(run: Subject, scores: dict[str, list[dict]], folder: Path) -> list[Path]:
     """Write TYPE/NAME_custom_sae_eval_results.json below a folder for each row of the scores that are there: result ->
     rows."""
     return [
@@ -213,10 +213,10 @@ def write_scores(run: Scored, scores: dict[str, list[dict]], folder: Path) -> li
     ]
 
 
-def _known_ns(run: Scored) -> list[int]:
+def _known_ns(run: Subject) -> list[int]:
     return [n for n in run.profile.perturbation.ns if n in KNOWN_NS]
 
 
-def _perturbation_config(run: Scored) -> dict:
+def _perturbation_config(run: Subject) -> dict:
     options = run.profile.perturbation
     return {"dataset_names": list(options.groups), "context_length": options.max_tokens, "random_seed": options.seed}

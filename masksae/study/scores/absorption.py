@@ -12,8 +12,9 @@ from masksae.metrics.absorption import PROBE_GATE, AbsorptionResult, first_lette
 from masksae.metrics.probes import LetterProbe, letter_probe
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
-from masksae.study.inputs import Inputs, Scored
+from masksae.study.inputs import Inputs
 from masksae.study.scores.matched import score_saes, thresholds
+from masksae.study.store import Subject
 from masksae.tracing import activations_after
 
 
@@ -22,7 +23,7 @@ def vocabulary(tokenizer) -> list[str]:
     return [tokenizer.decode([token]) for token in range(len(tokenizer))]
 
 
-def context_sample(run: Scored) -> tuple[Tensor, Tensor, Tensor]:
+def context_sample(run: Subject) -> tuple[Tensor, Tensor, Tensor]:
     """Words of the context text, sinks left out: activations [m, d], labels bool [m, parents], block and position int64
     [m, 2]."""
     ids, first = run.ids("contexts"), len(run.start)
@@ -41,13 +42,13 @@ def context_sample(run: Scored) -> tuple[Tensor, Tensor, Tensor]:
     return x[kept], labels[kept], where[kept]
 
 
-def often_seen(run: Scored, ids: Tensor, times: int) -> Tensor:
+def often_seen(run: Subject, ids: Tensor, times: int) -> Tensor:
     """bool, as ids: which of these tokens the training text holds so many times at least."""
     seen = torch.bincount(run.ids("train").flatten(), minlength=int(ids.max()) + 1)
     return seen[ids] >= times
 
 
-def context_probes(run: Scored) -> tuple[Tensor, list, Tensor]:
+def context_probes(run: Subject) -> tuple[Tensor, list, Tensor]:
     """Activations [m, d] at the words of the context text, a probe for each parent, and which words count bool [m]
     (`contexts.min_count`); shared by all SAEs."""
     x, labels, where = context_sample(run)
@@ -56,7 +57,7 @@ def context_probes(run: Scored) -> tuple[Tensor, list, Tensor]:
     return x, probes, often_seen(run, run.ids("contexts")[where[:, 0], where[:, 1]], task.min_count)
 
 
-def context_score(run: Scored) -> Callable[..., AbsorptionResult]:
+def context_score(run: Subject) -> Callable[..., AbsorptionResult]:
     """`contexts.context_absorption` of an SAE at a threshold, with all else that it takes; keywords may be changed."""
     x, probes, counted = run.shared("contexts", lambda: context_probes(run))
     task = run.profile.contexts
@@ -68,11 +69,11 @@ def context_score(run: Scored) -> Callable[..., AbsorptionResult]:
     return score
 
 
-def context_scores(run: Scored) -> list[dict]:
+def context_scores(run: Subject) -> list[dict]:
     """As `absorption_scores`, for parents that another token sets. Keys that begin with "exploratory" are those of the
     exploratory parents, None and [] where none of them has a probe."""
 
-    def make() -> list[dict]:
+    def make(run: Subject) -> list[dict]:
         measure = context_score(run)
         x, probes, _ = run.shared("contexts", lambda: context_probes(run))
         passed = [probe for probe in probes if probe.f1 > PROBE_GATE]
@@ -99,7 +100,7 @@ def _context_row(result: AbsorptionResult) -> dict:
     return {renamed[key]: value for key, value in result.to_dict().items() if key in renamed}
 
 
-def chosen_words(run: Scored) -> tuple[list[str], Tensor]:
+def chosen_words(run: Subject) -> tuple[list[str], Tensor]:
     """Single-token words of the first-letter task, and their token ids int64 [n]."""
     task = run.profile.absorption
     words, ids = single_token_words(run.language_model.tokenizer, task.min_word_letters)
@@ -107,12 +108,12 @@ def chosen_words(run: Scored) -> tuple[list[str], Tensor]:
     return [words[i] for i in chosen], torch.as_tensor(ids)[chosen]
 
 
-def counted_words(run: Scored) -> Tensor:
+def counted_words(run: Subject) -> Tensor:
     """bool [n]: which of the words the training text holds often enough to count (`absorption.min_count`)."""
     return often_seen(run, chosen_words(run)[1], run.profile.absorption.min_count)
 
 
-def word_activations(run: Scored, draw: int = 0) -> tuple[list[str], Tensor]:
+def word_activations(run: Subject, draw: int = 0) -> tuple[list[str], Tensor]:
     """Single-token words and the residual stream [n, d] at each, after an in-context prefix of the first-letter task.
 
     The model is causal, so only the word's own token runs, on top of the cached keys and values of one of a few
@@ -124,7 +125,7 @@ def word_activations(run: Scored, draw: int = 0) -> tuple[list[str], Tensor]:
     return words, run.scratch("words", key, lambda: {"x": _word_activations(run, words, ids, draw)})["x"]
 
 
-def _word_activations(run: Scored, words: list[str], ids: Tensor, draw: int) -> Tensor:
+def _word_activations(run: Subject, words: list[str], ids: Tensor, draw: int) -> Tensor:
     task, model, block = run.profile.absorption, run.language_model.model, run.profile.model.block
     prefixes = icl_prefixes(words, n_prefixes=task.prefixes, seed=task.seed + draw)
     x = torch.empty(len(words), run.width)
@@ -147,7 +148,7 @@ def letter_task(run: Inputs, draw: int = 0, split: int = 0) -> tuple[list[str], 
     return run.shared(f"letters {draw} {split}", make)
 
 
-def letter_score(run: Scored) -> Callable[..., AbsorptionResult]:
+def letter_score(run: Subject) -> Callable[..., AbsorptionResult]:
     """`first_letter` of an SAE at a threshold, with all else that it takes."""
     task, (words, x, probe) = run.profile.absorption, letter_task(run)
     counted = run.shared("counted words", lambda: counted_words(run))
@@ -159,27 +160,27 @@ def letter_score(run: Scored) -> Callable[..., AbsorptionResult]:
     return score
 
 
-def absorption_scores(run: Scored) -> list[dict]:
+def absorption_scores(run: Subject) -> list[dict]:
     """One row per SAE and mode: mean full absorption, absorption fraction, and the table of letters."""
 
-    def make() -> list[dict]:
+    def make(run: Subject) -> list[dict]:
         measure = letter_score(run)
         return score_saes(run, "absorption", lambda sae, threshold: measure(sae, threshold).to_dict())
 
     return run.rows("absorption", run.profile.absorption, make)
 
 
-def absorption_noise(run: Scored) -> list[dict]:
+def absorption_noise(run: Subject) -> list[dict]:
     """The noise study: absorption at matched clean L0 of the SAEs of the first block for each draw of in-context
     examples and each split of the words, [] where the profile asks for one of each."""
     task = run.profile.absorption
     main = {member.name for part in run.profile.parts if part.block is run.profile.blocks[0] for member in part.members}
     if task.draws * task.splits == 1 or not main & {row["sae"] for row in run.table}:
         return []
-    return run.rows("noise", task, lambda: _absorption_noise(run))
+    return run.rows("noise", task, _absorption_noise)
 
 
-def _absorption_noise(run: Scored) -> list[dict]:
+def _absorption_noise(run: Subject) -> list[dict]:
     task, saes, at, rows = run.profile.absorption, run.load_saes(), thresholds(run), []
     counted = run.shared("counted words", lambda: counted_words(run))
     table = [row for row in run.table if row["grid"] == run.profile.main_grid.name]

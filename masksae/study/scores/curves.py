@@ -20,7 +20,7 @@ def along_scores(run: RunPart) -> list[dict]:
     variance at clean L0 = k, and absorption of first letters and of contexts, parent by parent. [] where the part keeps
     no snapshots."""
 
-    def make() -> list[dict]:
+    def make(run: RunPart) -> list[dict]:
         table = {row["sae"]: row for row in run.table}
         measures = letter_score(run), context_score(run)  # before the threads: two of them at once upset the model
         cells = [

@@ -10,29 +10,31 @@ from collections.abc import Callable
 from masksae.metrics.reconstruction import calibrated_threshold
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
-from masksae.study.inputs import Scored
+from masksae.study.store import Subject
 
 
-def thresholds(run: Scored) -> dict[str, dict[str, float | None]]:
+def thresholds(run: Subject) -> dict[str, dict[str, float | None]]:
     """Inference thresholds of every SAE in each mode; TopK needs none, it keeps k latents of every token anyway."""
 
-    def make() -> dict:
-        saes, ks = run.load_saes(), {row["sae"]: row["k"] for row in run.table}
-        matched = in_threads(lambda name: matched_threshold(run, saes[name], ks[name]), ks, label="thresholds")
-        return {
-            name: {"as_trained": None if t is None else saes[name].threshold.item(), "matched": t}
-            for name, t in zip(ks, matched)
-        }
-
-    return run.rows("thresholds", run.profile.text, make)
+    rows = run.rows("thresholds", run.profile.text, _thresholds)
+    return {row["sae"]: {mode: row[mode] for mode in ("as_trained", "matched")} for row in rows}
 
 
-def matched_threshold(run: Scored, sae: SAE, k: float) -> float | None:
+def _thresholds(run: Subject) -> list[dict]:
+    saes, ks = run.load_saes(), {row["sae"]: row["k"] for row in run.table}
+    matched = in_threads(lambda name: matched_threshold(run, saes[name], ks[name]), ks, label="thresholds")
+    return [
+        {"sae": name, "as_trained": None if t is None else saes[name].threshold.item(), "matched": t}
+        for name, t in zip(ks, matched)
+    ]
+
+
+def matched_threshold(run: Subject, sae: SAE, k: float) -> float | None:
     """The threshold at which clean L0 is k; None for TopK, which keeps k latents of every token anyway."""
     return None if sae.config.selection.keeps_k_per_token else calibrated_threshold(sae, run.held_out, k)
 
 
-def score_saes(run: Scored, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
+def score_saes(run: Subject, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
     """One row per SAE and mode with the scores that `score(sae, threshold)` gives; where both modes are one threshold,
     the score is taken once."""
     saes, at = run.load_saes(), thresholds(run)

@@ -27,7 +27,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from masksae import cache
+from masksae import cache, provenance
 from masksae.activations import ActivationStream
 from masksae.metrics.absorption import absorbed
 from masksae.metrics.probes import f1
@@ -175,7 +175,7 @@ def simulation_rows(options: Simulation) -> list[dict]:
         rows = in_threads(lambda cell: simulate(steps=options.steps, **cell), cells, label="simulation", unit="SAE")
         return [row for pair in rows for row in pair]
 
-    return cache.kept_rows("simulation", [options.model_dump(), cache.code_of(make)], make)
+    return cache.kept_rows("simulation", [options.model_dump(), provenance.code_id(make)], make)
 
 
 def effects(rows: list[dict], *, mode: str = "matched") -> list[dict]:

@@ -18,9 +18,9 @@ from masksae.errors import DataError
 from masksae.metrics.perturbation import Probe, Texts, fit_probe, scr, tpp
 from masksae.metrics.sparse_probing import probe, sparse_probing
 from masksae.saes.sae import SAE, at_least_single
-from masksae.study.inputs import Scored
 from masksae.study.scores.matched import score_saes
 from masksae.study.scores.probing import labels, text_batches
+from masksae.study.store import Subject
 
 ROOM = 0.1
 """SCR of a pair counts if the oracle probe is better than the spurious one by this much: about two standard errors for
@@ -59,7 +59,7 @@ class TextPool:
         return self.averaged(lambda x: at_least_single(sae.encode(x.to(sae.device), threshold)))
 
 
-def text_pool(run: Scored, texts: list[str], label: str) -> TextPool:
+def text_pool(run: Subject, texts: list[str], label: str) -> TextPool:
     """Activations of texts, kept in scratch under an id of the texts."""
     limit = run.profile.perturbation.max_tokens
 
@@ -116,7 +116,7 @@ def one_against_rest(values: Tensor, cls: int, classes: int, rows: slice) -> tup
     return x, torch.arange(len(x)) < by_class.shape[1]
 
 
-def class_group(run: Scored, name: str) -> ClassGroup:
+def class_group(run: Subject, name: str) -> ClassGroup:
     """Texts and probes of a group. Raises DataError if a class has too few texts of its own."""
     options = run.profile.perturbation
     tasks, size = options.groups[name], options.train + options.test
@@ -142,13 +142,13 @@ def class_group(run: Scored, name: str) -> ClassGroup:
     return ClassGroup(name, tuple(tasks), pool, x, probes, raw)
 
 
-def halves(run: Scored) -> tuple[slice, slice]:
+def halves(run: Subject) -> tuple[slice, slice]:
     """Rows of a class for training and for testing."""
     train = run.profile.perturbation.train
     return slice(train), slice(train, None)
 
 
-def group_scores(run: Scored, group: ClassGroup, sae: SAE, threshold: float | None) -> dict:
+def group_scores(run: Subject, group: ClassGroup, sae: SAE, threshold: float | None) -> dict:
     """TPP and SAEBench's k-sparse probing of one SAE on one group."""
     options, classes = run.profile.perturbation, len(group.classes)
     f, w_dec = group.pool.latents(sae, threshold), sae.W_dec.cpu()
@@ -186,7 +186,7 @@ class Pair:
     """Of attribute 1 and of attribute 2, trained on all quadrants."""
 
 
-def pair(run: Scored, wanted: str, other: str) -> Pair:
+def pair(run: Subject, wanted: str, other: str) -> Pair:
     """Texts and probes of two tasks that share prompts. Raises DataError if a quadrant has fewer than 30 texts."""
     options, first, second = run.profile.perturbation, distinct_texts(wanted), distinct_texts(other)
     quadrants = {
@@ -210,7 +210,7 @@ def pair(run: Scored, wanted: str, other: str) -> Pair:
     return Pair(wanted, pool, x, y, is_test, spurious, oracles=(fit(everything, 0), fit(everything, 1)))
 
 
-def pair_scores(run: Scored, pair: Pair, sae: SAE, threshold: float | None) -> dict:
+def pair_scores(run: Subject, pair: Pair, sae: SAE, threshold: float | None) -> dict:
     """SCR of one SAE on one pair, averaged over those of the two ways in which the attributes can go together that
     leave room for it."""
     ns, w_dec = tuple(run.profile.perturbation.ns), sae.W_dec.cpu()
@@ -234,11 +234,11 @@ def pair_scores(run: Scored, pair: Pair, sae: SAE, threshold: float | None) -> d
     return {"pair": pair.name, "room": {way: result.room for way, result in results.items()}, **tables}
 
 
-def concept_scores(run: Scored) -> list[dict]:
+def concept_scores(run: Subject) -> list[dict]:
     """One row per SAE and mode: TPP and SCR by number of ablated latents, accuracy of k-sparse probes, and the tables
     they are means of."""
 
-    def make() -> list[dict]:
+    def make(run: Subject) -> list[dict]:
         options = run.profile.perturbation
         groups = run.shared("groups", lambda: [class_group(run, name) for name in options.groups])
         pairs = run.shared("pairs", lambda: [pair(run, *names) for names in options.pairs])

@@ -18,8 +18,9 @@ from masksae.data.tasks import Shift, binary_tasks, probe_table
 from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads
-from masksae.study.inputs import Inputs, Scored
+from masksae.study.inputs import Inputs
 from masksae.study.scores.matched import score_saes
+from masksae.study.store import Subject
 from masksae.tracing import activations
 
 BATCH = 64
@@ -116,25 +117,25 @@ Tasks = dict[str, tuple[str, Shift | None]]
 """Name in the table of results -> the task, and how its test texts are shifted."""
 
 
-def probing_scores(run: Scored) -> list[dict]:
+def probing_scores(run: Subject) -> list[dict]:
     """One row per SAE and mode: mean AUC over tasks for each k, and the table of tasks with the raw probe beside
     them."""
     tasks = run.profile.probing.tasks
     return _scores(run, "probing", {task: (task, None) for task in (binary_tasks() if tasks == ["all"] else tasks)})
 
 
-def ood_scores(run: Scored) -> list[dict]:
+def ood_scores(run: Subject) -> list[dict]:
     """One row per SAE and mode: mean AUC on the shifted sets of each family, for each k and ranking, and its gap to the
     probe on raw activations."""
     shifts = {text: Shift.parse(text) for text in run.profile.probing.shifted}
     return _scores(run, "ood", {text: (shift.task, shift) for text, shift in shifts.items()})
 
 
-def _scores(run: Scored, kind: str, tasks: Tasks) -> list[dict]:
-    return run.rows(kind, run.profile.probing, lambda: _score_all(run, kind, tasks))
+def _scores(run: Subject, kind: str, tasks: Tasks) -> list[dict]:
+    return run.rows(kind, run.profile.probing, lambda some: _score_all(some, kind, tasks))
 
 
-def _score_all(run: Scored, kind: str, tasks: Tasks) -> list[dict]:
+def _score_all(run: Subject, kind: str, tasks: Tasks) -> list[dict]:
     options = run.profile.probing
     ks, rankings = (options.shifted_ks, tuple(RANKINGS)) if kind == "ood" else (options.ks, ("",))
     data, excluded, raw = run.shared(kind, lambda: _load(run, kind, tasks, skip=options.tasks == ["all"]))
@@ -158,7 +159,7 @@ def _score_all(run: Scored, kind: str, tasks: Tasks) -> list[dict]:
 
 
 def _load(
-    run: Scored, kind: str, tasks: Tasks, skip: bool
+    run: Subject, kind: str, tasks: Tasks, skip: bool
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], dict[str, float]]:
     """Activations of the tasks, why some are left out, and the AUC of probes on raw activations: with `skip`, a task
     that has too few rows does not end the run."""

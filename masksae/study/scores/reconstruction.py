@@ -14,34 +14,34 @@ from torch import Tensor
 from masksae.metrics.reconstruction import active_counts, ce_score, kl_score, reconstruction, silent_latents
 from masksae.parallel import in_threads
 from masksae.saes.sae import SAE
-from masksae.study.inputs import Scored
 from masksae.study.scores.matched import score_saes
 from masksae.study.sections import Arm
+from masksae.study.store import Subject
 from masksae.tracing import spliced_losses
 
 
-def reconstruction_scores(run: Scored) -> list[dict]:
+def reconstruction_scores(run: Subject) -> list[dict]:
     """One row per SAE and mode: explained variance in three definitions, L0, CE score, dead latents, ..., and where
     the profile has a masked arm, what the silent latents fire on."""
-    rows = run.rows("reconstruction", run.profile.evaluation, lambda: _reconstruction_scores(run))
+    rows = run.rows("reconstruction", run.profile.evaluation, _reconstruction_scores)
     arm = next((arm for arm in run.profile.arms if arm.p > 0), None)
     if arm is None:
         return rows
-    silent = run.rows("silent", arm, lambda: _silent_scores(run, arm, rows))
+    silent = run.rows("silent", arm, lambda some: _silent_scores(some, arm, rows))
     return [row | found for row, found in zip(rows, silent, strict=True)]
 
 
-def clean_scores(run: Scored) -> list[dict]:
+def clean_scores(run: Subject) -> list[dict]:
     """As `reconstruction_scores`, without what takes the language model."""
 
     def score(sae: SAE, threshold: float | None) -> dict:
         dead = {"dead_in_training": sae.history[-1].get("dead") if sae.history else None}
         return reconstruction(sae, run.held_out, threshold=threshold).to_dict() | dead
 
-    return run.rows("clean", run.profile.evaluation, lambda: score_saes(run, "reconstruction", score))
+    return run.rows("clean", run.profile.evaluation, lambda some: score_saes(some, "reconstruction", score))
 
 
-def _reconstruction_scores(run: Scored) -> list[dict]:
+def _reconstruction_scores(run: Subject) -> list[dict]:
     saes, rows = run.load_saes(), clean_scores(run)
     spliced = {(row["sae"], row["threshold"]): _splice(saes[row["sae"]], row["threshold"], run.is_sink) for row in rows}
     ids = run.ids("held_out")[: -(-run.profile.evaluation.ce_tokens // run.profile.text.block_length)]
@@ -64,7 +64,7 @@ def _splice(sae: SAE, threshold: float | None, is_sink: Callable[[Tensor], Tenso
     return replace
 
 
-def corrupted_text(run: Scored, arm: Arm, pair: int) -> dict[str, Tensor]:
+def corrupted_text(run: Subject, arm: Arm, pair: int) -> dict[str, Tensor]:
     """The held-out text with the masks of an arm's pair: x [tokens, d] without sinks, as `run.held_out`, and is_masked
     bool [tokens]."""
 
@@ -79,9 +79,10 @@ def corrupted_text(run: Scored, arm: Arm, pair: int) -> dict[str, Tensor]:
     return {name: values[kept] for name, values in text.items()}
 
 
-def _silent_scores(run: Scored, arm: Arm, rows: list[dict]) -> list[dict]:
-    """What the silent latents of each row's SAE fire on, at the row's threshold."""
+def _silent_scores(run: Subject, arm: Arm, rows: list[dict]) -> list[dict]:
+    """What the silent latents of each SAE fire on, at the threshold of each of its rows."""
     saes, found = run.load_saes(), dict[int, dict]()
+    rows = [row for row in rows if row["sae"] in saes]
     for pair in dict.fromkeys(row["seed"] for row in rows):
         text = corrupted_text(run, arm, pair)
         sets = run.held_out, text["x"][text["is_masked"]], text["x"][~text["is_masked"]]
@@ -89,7 +90,8 @@ def _silent_scores(run: Scored, arm: Arm, rows: list[dict]) -> list[dict]:
 
         def score(i: int, sets=sets) -> dict:
             sae, threshold = saes[rows[i]["sae"]], rows[i]["threshold"]
-            return silent_latents(*(active_counts(sae, x, threshold=threshold) > 0 for x in sets)).to_dict()
+            counts = (active_counts(sae, x, threshold=threshold) > 0 for x in sets)
+            return {"sae": rows[i]["sae"]} | silent_latents(*counts).to_dict()
 
         found |= zip(mine, in_threads(score, mine, label=f"silent latents, pair {pair}", unit="score"))
     return [found[i] for i in range(len(rows))]

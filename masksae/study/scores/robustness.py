@@ -27,8 +27,9 @@ from masksae import progress
 from masksae.data import models
 from masksae.errors import ConfigError
 from masksae.metrics.robustness import Robustness, robustness
-from masksae.study.inputs import Inputs, Scored
+from masksae.study.inputs import Inputs
 from masksae.study.scores.matched import score_saes
+from masksae.study.store import Subject
 from masksae.tracing import activations, replacement_effects
 
 KINDS = ("random", "gradient", "mask")
@@ -52,14 +53,14 @@ BATCH = 32
 """Texts per forward."""
 
 
-def robustness_scores(run: Scored) -> list[dict]:
+def robustness_scores(run: Subject) -> list[dict]:
     """One row per SAE and mode: robustness_KIND_REACH_SCORE for each kind, reach and score of
     `masksae.metrics.robustness.Robustness`, means over texts; and `texts`, {score: [means of batches of texts]}, to six
     digits, whose mean the score is."""
-    return run.rows("robustness", run.profile.robustness, lambda: _robustness_scores(run))
+    return run.rows("robustness", run.profile.robustness, _robustness_scores)
 
 
-def _robustness_scores(run: Scored) -> list[dict]:
+def _robustness_scores(run: Subject) -> list[dict]:
     x, top = run.shared("robustness", lambda: replaced_activations(run)), run.profile.robustness.top
 
     def score(sae, threshold) -> dict:

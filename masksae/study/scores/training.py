@@ -1,17 +1,17 @@
 """Scores of notebook 02: what was recorded while the SAEs were trained."""
 
-from masksae.study.inputs import Scored
+from masksae.study.store import Subject
 
 RECORDS = 60
 """Of an SAE's history that are shown, at most."""
 
 
-def training_scores(run: Scored) -> list[dict]:
+def training_scores(run: Subject) -> list[dict]:
     """One row per SAE: its last record, and its history thinned out: {"step": [...], "loss": [...], ...}."""
-    return run.rows("train", run.profile.training, lambda: _training_scores(run))
+    return run.rows("train", run.profile.training, _training_scores)
 
 
-def _training_scores(run: Scored) -> list[dict]:
+def _training_scores(run: Subject) -> list[dict]:
     saes = run.load_saes()
     return [row | saes[row["sae"]].history[-1] | {"history": thinned(saes[row["sae"]].history)} for row in run.table]
 
