@@ -6,6 +6,7 @@ reproduce.md what stands between `<!-- NAME: written by tools/pages.py -->` and 
 from results/, from plans and from the lists of packages.
 """
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -74,6 +75,9 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def main() -> None:
+    for times in ROOT.glob("build/*/times.json"):
+        if (kept := ROOT / "results" / times.parent.name).is_dir():
+            shutil.copy(times, kept)
     for path, text in pages().items():
         write_text(path, text)
 

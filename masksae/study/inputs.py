@@ -19,7 +19,7 @@ from masksae.errors import DataError
 from masksae.files import cache_dir, ensure_writable, read_json, repository, run_id, write_json
 from masksae.parallel import once
 from masksae.study.profile import Profile, load_profile
-from masksae.study.sections import Arm, Section
+from masksae.study.sections import Arm, Model, Section, Text
 
 WRITES = {
     "00_mechanism": ["mechanism"],
@@ -75,8 +75,19 @@ class Inputs:
         )
 
     def identity(self, *sections: Section) -> list:
-        """What some sections of the profile stand for: their values, and the content of the files that they name."""
-        return [[section.model_dump(mode="json"), cache.contents(section.named_data)] for section in sections]
+        """What some sections of the profile stand for: their values, and the content of the files that they name. A
+        model and texts stand for their content alone, wherever they lie; tasks are named in the rows of their scores.
+        """
+        found = []
+        for section in sections:
+            values, known = (
+                section.model_dump(mode="json"),
+                {name: cache.contents([name]) for name in section.named_data},
+            )
+            if isinstance(section, Model | Text):
+                values = _without_paths(values, {name.partition("#")[0] for name, content in known.items() if content})
+            found.append([values, [content for each in known.values() for content in each]])
+        return found
 
     def scratch(self, kind: str, key, make) -> dict[str, Tensor]:
         """Tensors of the model that `make()` gives, kept under an id of the model, of `key` and of the code that `make`
@@ -230,3 +241,14 @@ class Inputs:
 
     def _held_out(self) -> dict[str, Tensor]:
         return {"x": self.activations(self.ids("held_out"), label="held-out activations")}
+
+
+def _without_paths(value, paths: set[str]):
+    """JSON without some paths, as whole strings or before a "#"."""
+    if isinstance(value, dict):
+        return {key: _without_paths(each, paths) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(each, paths) for each in value]
+    if isinstance(value, str) and value.partition("#")[0] in paths and not value.startswith("hub:"):
+        return value.partition("#")[2]
+    return value

@@ -129,6 +129,7 @@ def test_execution_injects_the_profile_and_leaves_no_trace_of_when(project, capf
         repro.execute("01_try", "smoke")
         contents.append(target.read_bytes())
     assert contents[0] == contents[1]
+    assert (project / "build/smoke/times.json").is_file() and not (project / "results").exists()  # which git tracks
     outputs = [o for c in nbformat.read(target, 4).cells if c.cell_type == "code" for o in c.outputs]
     assert [o.text for o in outputs] == ["smoke\n"] and not list(target.parent.glob("*.failed.ipynb"))
     assert "smoke" in capfd.readouterr().out  # and the terminal saw it as it went

@@ -5,6 +5,7 @@ import torch
 from tiny_project import profile
 
 from masksae import SAE, Run
+from masksae.app import repro
 from masksae.errors import ConfigError, DataError
 from masksae.files import read_json
 from masksae.study import run
@@ -191,11 +192,17 @@ def test_where_nothing_is_kept_in_scratch_the_unmasked_pairs_share_a_stream(proj
 def test_pairs_are_kept_and_taken_from_where_they_are_kept(project, monkeypatch):
     path = profile(project, keep_pairs=True)
     first = Run(path)
+    first.train_missing()
     rows = first.scored(reconstruction.reconstruction_scores)
     files = sorted(file.name for file in (first.results / "pairs").iterdir())
     assert files == ["main-s0.json", "main-s1.json", "matryoshka-s0.json"]
     kept = read_json(first.results / "pairs/main-s0.json")["scores"]
     assert {"clean", "reconstruction", "thresholds"} <= kept.keys()
+    assert repro.taken(path).splitlines()[0] == (
+        "16 of 94 scores are taken from results/tiny/pairs, as they were made. To make them afresh: "
+        "`git rm -r results/tiny/pairs` first."
+    )
+    assert not any((first.build / "saes").iterdir())  # an output of the stage of notebook 02, which no other writes to
     monkeypatch.setenv("MASKSAE_CACHE", str(project / "elsewhere"))  # another machine, with the results only
     monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
     assert Run(path).scored(reconstruction.reconstruction_scores) == rows
