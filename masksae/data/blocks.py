@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from masksae import progress as bars
+from masksae.data.tokens import tokenise
 from masksae.errors import DataError
 from masksae.files import (
     atomic_dir,
@@ -59,12 +60,6 @@ def is_held_out(text: str, share: float) -> bool:
 def in_order(documents: Iterable[str], seed: int) -> list[str]:
     """Distinct documents in a seeded order that depends on their texts only."""
     return sorted(set(documents), key=lambda text: (digest(text, seed + 1), text))
-
-
-def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens: a text that says "<mask>" gives the letters of the word, so that
-    BOS and masks stand where they were put and nowhere else."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def token_blocks(ids: list[int], *, block_length: int, bos_id: int | None) -> np.ndarray:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from masksae.data.packages import fetch, member
+from masksae.data.tokens import tokenise
 from masksae.errors import ConfigError, SourceError, nearest, require
 from masksae.files import atomic_dir, cache_dir, ensure_writable, sha256, write_text
 from masksae.memory import available_bytes
@@ -102,6 +103,7 @@ def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> L
         folder, options, note = source, {"local_files_only": True}, f"local folder {Path(source).name}"
     _check_config(folder, source, device, dtype, options)
     model, tokenizer = _from_pretrained(folder, source, dtype=getattr(torch, dtype), **options)
+    _check_vocabulary(model, tokenizer, source)
     if model.device.type != torch.device(device).type:  # quantised weights may be there already, and cannot be moved
         model = model.to(device)
     _check_causal(model.eval().requires_grad_(False), source)
@@ -151,6 +153,17 @@ def token_id(tokenizer, text: str) -> int:
     return ids[0]
 
 
+def _check_vocabulary(model, tokenizer, source: str) -> None:
+    """Raise SourceError if a text could give ids without an embedding. Added tokens may lack one (Gemma's for images):
+    no text gives them."""
+    largest = max(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys(), default=0)
+    if largest >= (rows := model.get_input_embeddings().num_embeddings):
+        raise SourceError(
+            f"The tokenizer of {source!r} gives ids up to {largest}, the model has {rows} embeddings. Get both "
+            "from one place."
+        )
+
+
 @torch.no_grad()
 def _check_causal(model, source: str) -> None:
     """Raise SourceError if what the model says of earlier tokens depends on later ones by more than rounding: 0
@@ -176,8 +189,8 @@ def _check_causal(model, source: str) -> None:
 def page_loss(model, tokenizer) -> float:
     """Mean next-token cross-entropy, in nats, on the page of English, after the BOS token if there is one."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = torch.tensor([start + tokenizer(PAGE.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]])
-    ids = ids.to(model.device)
+    [page] = tokenise(tokenizer, [PAGE.read_text(encoding="utf-8")])
+    ids = torch.tensor([start + page], device=model.device)
     return model(input_ids=ids, labels=ids).loss.item()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from masksae.data.tokens import token_texts
 from masksae.errors import ConfigError, nearest
 from masksae.metrics.absorption import LetterResult, absorbed, first_letter
 from masksae.metrics.contexts import context_absorption
@@ -18,7 +19,7 @@ from masksae.parallel import once
 from masksae.saes.sae import SAE, at_least_single
 from masksae.study.inputs import Inputs
 from masksae.study.report.tables import cells, to_html
-from masksae.study.scores.absorption import context_probes, context_sample, letter_task, vocabulary
+from masksae.study.scores.absorption import context_probes, context_sample, letter_task
 
 BEFORE, AFTER = 8, 4
 """Tokens shown around the one that fires."""
@@ -136,7 +137,7 @@ class Explorer:
 
     @once
     def _texts(self) -> list[str]:
-        return vocabulary(self.run.language_model.tokenizer)
+        return token_texts(self.run.language_model.tokenizer)
 
     @once
     def _contexts(self):
