@@ -1,5 +1,6 @@
 """Blocks have one length, start with BOS, come from one document each, and held-out text is never trained on."""
 
+import json
 import random
 from itertools import count
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from masksae.data import blocks
+from masksae.data.texts import TextStream
 from masksae.errors import DataError
 
 
@@ -157,3 +159,29 @@ def test_special_tokens_in_a_text_are_words(tmp_path):
     ids = blocks.Blocks(found["train"])[:]
     assert (ids[:, 0] == 0).all() and (ids[:, 1:] > 1).all()
     assert any("<mask>" in byte_tokenizer().decode(row[1:]) for row in ids)
+
+
+@pytest.mark.parametrize("at", [17, 40, 70])
+def test_an_interrupt_parts_no_block_from_its_place(tmp_path, monkeypatch, at):
+    """Wherever it comes, also between the documents of a batch, the next run goes on after the last that was taken."""
+    monkeypatch.setattr(blocks, "TOGETHER", 20)
+    monkeypatch.setattr(blocks, "PART", 30)
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in make_documents()))
+    held_out, read = blocks.is_held_out, []
+
+    def made(name, interrupt=None):
+        def counted(text, share):
+            if len(read) == interrupt:
+                raise KeyboardInterrupt
+            read.append(text)
+            return held_out(text, share)
+
+        monkeypatch.setattr(blocks, "is_held_out", counted)
+        found = build(tmp_path, TextStream([str(tmp_path / "text.jsonl")]), name, ordered=False)
+        return {split: texts(rows) for split, rows in found.items()}
+
+    whole, once = made("whole"), [*read]
+    read.clear()
+    with pytest.raises(KeyboardInterrupt):
+        made("broken", interrupt=at)
+    assert made("broken") == whole and read == once[: len(read)]  # a batch may end beyond the last block
