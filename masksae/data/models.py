@@ -129,8 +129,7 @@ def _check_config(folder, source: str, device: str, dtype: str, options: dict) -
     if getattr(config, "quantization_config", None) is None and free is not None and needed > free:
         raise ConfigError(
             f"The weights of {source!r} need {needed / 1e9:.1f} GB on {device} as {dtype}, {free / 1e9:.1f} GB are "
-            "free. Use model.dtype bfloat16, a "
-            "larger device, or a smaller model; parts of a model that do not fit are not swapped."
+            "free. Use model.dtype bfloat16, a larger device, or a smaller model; nothing is swapped."
         )
 
 
@@ -200,9 +199,7 @@ def check_reads_english(model, tokenizer, name: str) -> float:
     if not loss < LARGEST_PAGE_LOSS:
         raise SourceError(
             f"{name} gives {loss:.2f} nats per token on a page of English, expected below {LARGEST_PAGE_LOSS}: its "
-            "weights were "
-            "read wrongly, or it is no model of English. Use the pinned versions of transformers and gguf "
-            "(requirements.lock)."
+            "weights were read wrongly, or it is no model of English. Use requirements.lock's transformers and gguf."
         )
     return loss
 
@@ -234,17 +231,12 @@ def _from_pretrained(folder, source: str, **options):
         )
         options.pop("dtype")
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    if missing := sorted(info["missing_keys"]):  # tied weights are not among them
+    wrong = sorted(info["missing_keys"])  # tied weights are not among them
+    wrong += sorted(f"{name} {tuple(is_)}, expected {tuple(due)}" for name, is_, due in info["mismatched_keys"])
+    if wrong:
         raise SourceError(
-            f"Cannot load the model {source!r}: it lacks {len(missing)} weights of {type(model).__name__}: "
-            f"{_some(missing)}. Get all of its files, and a config.json that belongs to them."
-        )
-    if mismatched := sorted(
-        f"{name} {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
-    ):
-        raise SourceError(
-            f"Cannot load the model {source!r}: {len(mismatched)} weights have another shape than its config.json "
-            f"says: {_some(mismatched)}. Get all of its files from one place."
+            f"Cannot load the model {source!r}: {len(wrong)} weights of {type(model).__name__} are missing or have "
+            f"another shape than its config.json says: {_some(wrong)}. Get all of its files from one place."
         )
     return model, tokenizer
 
