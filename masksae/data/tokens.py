@@ -18,40 +18,38 @@ NEVER = -1e6
 def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, none of them an added token's but for white space and what is unknown. Raises DataError
     if this tokenizer reads an added token in a text all the same."""
-    ids = _literal(tokenizer)(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    added = _added(tokenizer)
-    found = [i for i in added.keys() & set(chain.from_iterable(ids)) if i != tokenizer.unk_token_id]
-    if found:
+    literal, added = _literal(tokenizer)
+    ids = literal(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    found = added.keys() & set(chain.from_iterable(ids))
+    if found - {tokenizer.unk_token_id}:
+        token = min(found - {tokenizer.unk_token_id})
         raise DataError(
-            f"A text says {added[found[0]]!r}, and this tokenizer can only read that as its added token {found[0]}. "
-            "Change the word in the text."
+            f"A text says {added[token]!r}, and this tokenizer can only read that as its added token {token}. Change "
+            "the word in the text."
         )
     return ids
 
 
-def _added(tokenizer) -> dict[int, str]:
-    """Added tokens that are no white space, by id; "▁" is a space of sentencepiece."""
-    return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if str(token).strip(" \t\r\n▁")}
-
-
 @lru_cache(maxsize=1)
-def _literal(tokenizer):
-    """A tokenizer like this one to which added tokens are words like others: all are flagged as special, which
-    `split_special_tokens` asks for, and neither merges nor likely pieces lead to them."""
+def _literal(tokenizer) -> tuple:
+    """A tokenizer like this one to which added tokens are words like others (all are flagged as special, which
+    `split_special_tokens` asks for, and neither merges nor likely pieces lead to them), and those tokens by id: all but
+    white space, of which "▁" is sentencepiece's."""
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if str(token).strip(" \t\r\n▁")}
     if not tokenizer.is_fast:
-        return tokenizer  # splits a text at none of them then
+        return tokenizer, added  # splits a text at none of them then
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    told, added = json.loads(tokenizer.backend_tokenizer.to_str()), set(_added(tokenizer).values())
+    told, words = json.loads(tokenizer.backend_tokenizer.to_str()), {*added.values()}
     for token in told["added_tokens"]:
-        token["special"] |= token["content"] in added
+        token["special"] |= token["content"] in words
     model = told["model"]
     if "merges" in model:
-        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in added]
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in words]
     elif isinstance(model["vocab"], list):  # Unigram's pieces with their log-probabilities
-        model["vocab"] = [[piece, NEVER if piece in added else score] for piece, score in model["vocab"]]
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(told)))
+        model["vocab"] = [[piece, NEVER if piece in words else score] for piece, score in model["vocab"]]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(told))), added
 
 
 def token_texts(tokenizer, ids: Iterable[int] | None = None) -> list[str]:

@@ -18,7 +18,7 @@ from masksae.errors import DataError
 class Letters:
     """One token per character."""
 
-    is_fast, added_tokens_decoder = False, {}
+    is_fast, added_tokens_decoder, unk_token_id = False, {}, None
 
     def __call__(self, texts, **_):
         return {"input_ids": [[ord(c) for c in text] for text in texts]}

@@ -176,7 +176,7 @@ def pile(documents: int = 4000, shards: int = 2) -> dict[str, bytes]:
 class BytesAsTokens:
     """One token per byte of UTF-8."""
 
-    is_fast, added_tokens_decoder = False, {}
+    is_fast, added_tokens_decoder, unk_token_id = False, {}, None
 
     def __call__(self, texts: list[str], **_) -> dict:
         return {"input_ids": [np.frombuffer(text.encode(), np.uint8).tolist() for text in texts]}
