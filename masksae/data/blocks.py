@@ -247,17 +247,11 @@ def _fill(parts: Parts, texts, tokenizer, bos_id: int | None, share: float, prog
 def _check_filled(found: dict[str, int], wanted: dict[str, int], documents: int, block_length: int) -> None:
     if documents == 0:
         raise DataError("The text sources hold no document. Check text.sources and the field that is read.")
-    if not any(found.values()):
-        raise DataError(
-            f"None of {documents} documents fills a block of {block_length} tokens. Lower text.block_length or give "
-            "longer documents."
-        )
     short = [split for split in found if found[split] < wanted[split]]
     if short:
         each = [f"{found[split]:,} of {wanted[split]:,} blocks of {split} ({KEYS[split]})" for split in short]
-        lower = " and ".join(KEYS[split] for split in short)
-        full = " and ".join(f"{KEYS[split]} is full" for split in found if split not in short) or "nothing is full"
         raise DataError(
-            f"The text ran out after {documents:,} documents with {', '.join(each)}. Add text, or lower {lower} "
-            f"({full}). A document is held out as a whole or not at all (text.held_out_share)."
+            f"The text ran out after {documents:,} documents with {', '.join(each)}. Add text, or lower "
+            f"{' and '.join(KEYS[split] for split in short)}. A document is held out as a whole or not at all "
+            f"(text.held_out_share), and gives no block if it has fewer than {block_length} tokens (text.block_length)."
         )

@@ -147,7 +147,7 @@ def token_id(tokenizer, text: str) -> int:
     """Id of a special token, such as "<|endoftext|>". Raises ConfigError if the text is not one token."""
     ids = tokenizer.convert_tokens_to_ids([text])
     if ids[0] is None or tokenizer.convert_ids_to_tokens(ids[0]) != text:
-        special = [str(t) for t in tokenizer.added_tokens_encoder] or tokenizer.all_special_tokens
+        special = [str(t) for t in tokenizer.added_tokens_encoder if str(t).strip()] or tokenizer.all_special_tokens
         raise ConfigError(f"{text!r} is not a token of this model.{nearest(text, special)}")
     return ids[0]
 
