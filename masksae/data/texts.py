@@ -175,6 +175,8 @@ def _row(line: str, where: str) -> dict:
         row = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    if "\\ud" in line.lower():  # half of a surrogate pair is no character to any tokenizer
+        row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
     if not isinstance(row, dict):
         raise ValueError(f'{where} holds {type(row).__name__}, expected an object such as {{"text": ...}}')
     return row

@@ -16,6 +16,7 @@ whose latent was absorbed. Two things tell them apart, and are ours: recall and 
 absorption split by how many of all words its absorbers fire on: `specific`, `middle` and `dense`, which sum to `full`.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
@@ -348,18 +349,18 @@ def _scored(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.nda
     return Main(latents, recall, f1(predicted[:, None], true[:, None]).item())
 
 
-def single_token_words(tokenizer, min_letters: int = 1) -> tuple[list[str], list[int]]:
+def single_token_words(texts: Sequence[str], min_letters: int = 1) -> tuple[list[str], list[int]]:
     """Words of at least `min_letters` letters that are one token, and their token ids, in the order of the ids.
 
-    A word is an entry of the vocabulary whose text, after at most one leading space, is only a-z and A-Z.
+    texts  text of each token id, with its leading space. A word is only a-z and A-Z after at most one such space, so
+           that " dog" and "dog" are two tokens of one word
+
+    >>> single_token_words(["<s>", " dog", "dog", "  a", "é"])
+    (['dog', 'dog'], [1, 2])
     """
-    words, ids = [], []
-    for token in range(len(tokenizer)):
-        word = tokenizer.decode([token]).removeprefix(" ")
-        if len(word) >= min_letters and word.isascii() and word.isalpha():
-            words.append(word)
-            ids.append(token)
-    return words, ids
+    words = {i: text.removeprefix(" ") for i, text in enumerate(texts)}
+    found = [i for i, word in words.items() if len(word) >= min_letters and word.isascii() and word.isalpha()]
+    return [words[i] for i in found], found
 
 
 def icl_prefixes(words: list[str], *, n_prefixes: int, n_examples: int = 10, seed: int = 0) -> list[str]:

@@ -1,5 +1,6 @@
 """Blocks have one length, start with BOS, come from one document each, and held-out text is never trained on."""
 
+import json
 import random
 from itertools import count
 
@@ -10,12 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from masksae.data import blocks
+from masksae.data.texts import TextStream
 from masksae.errors import DataError
 
 
-def tokenizer(texts, **_):
+class Letters:
     """One token per character."""
-    return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+    is_fast, added_tokens_decoder, unk_token_id = False, {}, None
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
 
 def make_documents(n=400, seed=0):
@@ -27,7 +33,7 @@ def build(tmp_path, documents, name="blocks", **changes):
     options = dict(
         tokens={"train": 2000, "held_out": 400}, block_length=16, bos_id=1, held_out_share=0.2, seed=0, progress=False
     )
-    return blocks.build(documents, tokenizer, tmp_path / name, **(options | changes))
+    return blocks.build(documents, Letters(), tmp_path / name, **(options | changes))
 
 
 def texts(dataset):
@@ -93,12 +99,12 @@ def test_without_bos_every_position_is_text(tmp_path):
     "documents, changes, words",
     [
         ([], {}, "hold no document"),
-        (["short", "too"], {}, "fills a block of 16 tokens"),
+        (["short", "too"], {}, r"ran out after 2 documents with 0 of 125.*fewer than 16 tokens \(text.block_length\)"),
         (make_documents(30), {}, "ran out after"),
         (
             make_documents(),
             {"tokens": {"train": 2000, "held_out": 90000}},
-            r"of 5,625 blocks of held_out \(text.held_out_tokens\). Add text, or lower text.held_out_tokens \(",
+            r"of 5,625 blocks of held_out \(text.held_out_tokens\). Add text, or lower text.held_out_tokens\.",
         ),
         (
             make_documents(1),
@@ -155,8 +161,27 @@ def test_special_tokens_in_a_text_are_words(tmp_path):
     assert any("<mask>" in byte_tokenizer().decode(row[1:]) for row in ids)
 
 
-def test_tokens_of_a_text_without_special_ones_are_as_they_were():
-    from tiny_project import byte_tokenizer
+@pytest.mark.parametrize("at", [17, 40, 70])
+def test_an_interrupt_parts_no_block_from_its_place(tmp_path, monkeypatch, at):
+    """Wherever it comes, also between the documents of a batch, the next run goes on after the last that was taken."""
+    monkeypatch.setattr(blocks, "TOGETHER", 20)
+    monkeypatch.setattr(blocks, "PART", 30)
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in make_documents()))
+    held_out, read = blocks.is_held_out, []
 
-    tokenizer, texts = byte_tokenizer(), make_documents(20)
-    assert blocks.tokenise(tokenizer, texts) == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    def made(name, interrupt=None):
+        def counted(text, share):
+            if len(read) == interrupt:
+                raise KeyboardInterrupt
+            read.append(text)
+            return held_out(text, share)
+
+        monkeypatch.setattr(blocks, "is_held_out", counted)
+        found = build(tmp_path, TextStream([str(tmp_path / "text.jsonl")]), name, ordered=False)
+        return {split: texts(rows) for split, rows in found.items()}
+
+    whole, once = made("whole"), [*read]
+    read.clear()
+    with pytest.raises(KeyboardInterrupt):
+        made("broken", interrupt=at)
+    assert made("broken") == whole and read == once[: len(read)]  # a batch may end beyond the last block

@@ -89,7 +89,15 @@ def tiny(config, kind=tr.AutoModelForCausalLM):
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture(params=FAMILIES)
+BY_DAY = ("llama", "gemma3", "gpt2", "gpt_neox", "gpt_neo", "bloom", "mamba2", "recurrent_gemma")
+"""One of each kind: rotary positions, a vision tower, absolute positions, parallel blocks, local attention, ALiBi, a
+state space model, a mix of recurrence and attention. The others are marked slow."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in BY_DAY else pytest.mark.slow) for name in FAMILIES],
+)
 def family(request):
     return tiny(FAMILIES[request.param])
 
@@ -104,11 +112,11 @@ def hooked(model, ids, block):
     return got[0]
 
 
-@pytest.mark.parametrize("block", [0, 1])
-def test_activations_are_those_of_a_forward_hook(family, ids, block):
-    assert "vision" not in hook_point(family, block) and "image" not in hook_point(family, block)
-    assert torch.equal(activations(family, ids, block=block, batch=12), hooked(family, ids, block))
-    assert hook_width(family, block) == 16
+def test_activations_are_those_of_a_forward_hook(family, ids):
+    for block in (0, 1):
+        assert "vision" not in hook_point(family, block) and "image" not in hook_point(family, block)
+        assert torch.equal(activations(family, ids, block=block, batch=12), hooked(family, ids, block))
+        assert hook_width(family, block) == 16
 
 
 def test_an_identical_replacement_changes_no_loss(family, ids):

@@ -515,12 +515,11 @@ def test_long_tables_are_folded():
 
 
 def test_masked_text_shows_what_is_masked():
-    class Tokenizer:
-        def decode(self, ids):
-            return f"<{ids[0]}>"
-
     import torch
+    from tiny_project import byte_tokenizer
 
-    html = data.masked_text_html(Tokenizer(), torch.tensor([1, 2, 3]), torch.tensor([False, True, False]))
-    assert html.count("<span") == 3 and html.count("background") == 1 and "&lt;2&gt;" in html
-    assert html.index("background") < html.index("&lt;2&gt;") < html.index("&lt;3&gt;")
+    tokenizer = byte_tokenizer()
+    ids = [*tokenizer.convert_tokens_to_ids(["a", "<mask>"]), *tokenizer.convert_tokens_to_ids(["b"])]
+    html = data.masked_text_html(tokenizer, torch.tensor(ids), torch.tensor([False, True, False]))
+    assert html.count("<span") == 3 and html.count("background") == 1
+    assert html.index(">a<") < html.index("background") < html.index("&lt;mask&gt;") < html.index(">b<")

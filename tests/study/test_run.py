@@ -96,7 +96,7 @@ def test_results_travel_through_files(project):
         ({"model": {"block": 3}}, ConfigError, "block 3 is outside LlamaForCausalLM, whose blocks are numbered 0 to 2"),
         ({"model": {"mask_token": "<msk>"}}, ConfigError, "'<msk>' is not a token of this model"),
         ({"model": {"source": "no/such"}}, ConfigError, "neither a known name"),
-        ({"text": {"block_length": 900}}, DataError, "fills a block of 900 tokens"),
+        ({"text": {"block_length": 900}}, DataError, "fewer than 900 tokens"),
         ({"text": {"train_tokens": 10**6}}, DataError, "ran out"),
         ({"text": {"sources": ["nowhere.txt"]}}, ConfigError, "'nowhere.txt' is neither"),
         ({"training": {"warmup": 500}}, ConfigError, "warmup (500)"),

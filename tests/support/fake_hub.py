@@ -173,9 +173,13 @@ def pile(documents: int = 4000, shards: int = 2) -> dict[str, bytes]:
     return files
 
 
-def bytes_as_tokens(texts: list[str], **_) -> dict:
+class BytesAsTokens:
     """One token per byte of UTF-8."""
-    return {"input_ids": [np.frombuffer(text.encode(), np.uint8) for text in texts]}
+
+    is_fast, added_tokens_decoder, unk_token_id = False, {}, None
+
+    def __call__(self, texts: list[str], **_) -> dict:
+        return {"input_ids": [np.frombuffer(text.encode(), np.uint8).tolist() for text in texts]}
 
 
 SOURCE = f"hub:{NAME}#where=meta.pile_set_name:Pile-CC"
@@ -186,7 +190,7 @@ def tokens_of(folder: Path) -> str:
     from masksae.data import blocks, texts
 
     made = blocks.build(
-        texts.TextStream([SOURCE]), bytes_as_tokens, folder, tokens={"train": 700_000, "held_out": 400_000},
+        texts.TextStream([SOURCE]), BytesAsTokens(), folder, tokens={"train": 700_000, "held_out": 400_000},
         block_length=64, bos_id=1, held_out_share=0.05, seed=0, ordered=False, progress=False,
     )  # fmt: skip
     parts = [blocks.Blocks(made[split])[:].numpy().tobytes() for split in ("train", "held_out")]

@@ -4,6 +4,7 @@ import html
 
 import pandas as pd
 
+from masksae.data.tokens import token_texts
 from masksae.study.figures.style import COLOURS, GREY, log_ticks, palette
 
 MARK = f"background:{COLOURS['kept']};color:white;border-radius:3px;padding:0 2px;font-size:70%"
@@ -12,8 +13,8 @@ MARK = f"background:{COLOURS['kept']};color:white;border-radius:3px;padding:0 2p
 def masked_text_html(tokenizer, ids, is_masked, tokens: int = 90) -> str:
     """A block as the model sees it, masked positions marked; for display in a notebook."""
     parts = []
-    for token, masked in list(zip(ids.tolist(), is_masked.tolist()))[:tokens]:
-        text = html.escape(tokenizer.decode([token])).replace("\n", "↵")
+    for token, masked in zip(token_texts(tokenizer, ids[:tokens].tolist()), is_masked.tolist()):
+        text = html.escape(token).replace("\n", "↵")
         parts.append(f'<span style="{MARK if masked else ""}">{text}</span>')
     return f'<div style="line-height:1.7;max-width:48em">{"".join(parts)}</div>'
 

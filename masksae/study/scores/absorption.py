@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from masksae.activations import is_sink
+from masksae.data.tokens import token_texts, tokenise
 from masksae.errors import DataError
 from masksae.metrics import contexts
 from masksae.metrics.absorption import PROBE_GATE, AbsorptionResult, first_letter, icl_prefixes, single_token_words
@@ -18,16 +19,11 @@ from masksae.study.store import Subject
 from masksae.tracing import activations_after
 
 
-def vocabulary(tokenizer) -> list[str]:
-    """Text of every token id, with its leading space."""
-    return [tokenizer.decode([token]) for token in range(len(tokenizer))]
-
-
 def context_sample(run: Subject) -> tuple[Tensor, Tensor, Tensor]:
     """Words of the context text, sinks left out: activations [m, d], labels bool [m, parents], block and position int64
     [m, 2]."""
     ids, first = run.ids("contexts"), len(run.start)
-    where, labels = contexts.occurrences(ids, vocabulary(run.language_model.tokenizer))
+    where, labels = contexts.occurrences(ids, token_texts(run.language_model.tokenizer))
     if len(where) == 0:
         raise DataError(
             "The held-out text holds no word that a parent could be told of: parents are read off English words."
@@ -102,8 +98,11 @@ def _context_row(result: AbsorptionResult) -> dict:
 
 def chosen_words(run: Subject) -> tuple[list[str], Tensor]:
     """Single-token words of the first-letter task, and their token ids int64 [n]."""
-    task = run.profile.absorption
-    words, ids = single_token_words(run.language_model.tokenizer, task.min_word_letters)
+    task, tokenizer = run.profile.absorption, run.language_model.tokenizer
+    texts = token_texts(tokenizer)
+    for added in tokenizer.added_tokens_decoder:
+        texts[added] = ""  # no text gives it, and the model may have no embedding for it
+    words, ids = single_token_words(texts, task.min_word_letters)
     chosen = torch.randperm(len(words), generator=torch.Generator().manual_seed(task.seed))[: task.words].sort().values
     return [words[i] for i in chosen], torch.as_tensor(ids)[chosen]
 
@@ -129,11 +128,12 @@ def _word_activations(run: Subject, words: list[str], ids: Tensor, draw: int) ->
     task, model, block = run.profile.absorption, run.language_model.model, run.profile.model.block
     prefixes = icl_prefixes(words, n_prefixes=task.prefixes, seed=task.seed + draw)
     x = torch.empty(len(words), run.width)
-    for i, prefix in enumerate(prefixes):
-        tokens = run.start + run.language_model.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    for i, tokens in enumerate(tokenise(run.language_model.tokenizer, prefixes)):
         mine = slice(i, None, len(prefixes))
         label = f"words after prefix {i + 1} of {len(prefixes)}"
-        after = activations_after(model, torch.tensor([tokens]), ids[mine, None], block=block, batch=128, label=label)
+        after = activations_after(
+            model, torch.tensor([run.start + tokens]), ids[mine, None], block=block, batch=128, label=label
+        )
         x[mine] = after[:, 0]
     return x
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from masksae import progress
 from masksae.cache import contents
-from masksae.data.blocks import tokenise
 from masksae.data.tasks import Shift, binary_tasks, probe_table
+from masksae.data.tokens import tokenise
 from masksae.errors import DataError
 from masksae.metrics.sparse_probing import probe, sparse_probing, split
 from masksae.parallel import in_threads

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from masksae import progress
 from masksae.data import models
+from masksae.data.tokens import token_texts
 from masksae.errors import ConfigError
 from masksae.metrics.robustness import Robustness, robustness
 from masksae.study.inputs import Inputs
@@ -178,6 +179,7 @@ def examples(run: Inputs, n: int = 5) -> list[dict]:
     rows = []
     for i in range(min(n, len(x["ids"]))):
         ids, at = x["ids"][i], int(x["positions"][i])
-        replaced = {kind: repr(tokenizer.decode(x[f"{kind}_token"][i])) for kind in KINDS}
-        rows.append({"before": tokenizer.decode(ids[at - 6 : at]), "token": repr(tokenizer.decode(ids[at]))} | replaced)
+        shown = [int(ids[at]), *(int(x[f"{kind}_token"][i]) for kind in KINDS)]
+        token, *replaced = map(repr, token_texts(tokenizer, shown))
+        rows.append({"before": tokenizer.decode(ids[at - 6 : at]), "token": token} | dict(zip(KINDS, replaced)))
     return rows
