@@ -16,6 +16,7 @@ from random_saes import ALL_RULES, random_batch, random_sae
 
 from masksae import MATRYOSHKA, TrainConfig, load_dictionary_learning, load_saelens
 from masksae.export import saebench_adapter
+from masksae.saes.formats import DICTIONARY_LEARNING
 
 every_case = pytest.mark.parametrize(
     "rule, prefixes",
@@ -74,7 +75,9 @@ def test_dictionary_learning_reads_ours(rule, prefixes, tmp_path):
     from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
 
     sae = make(rule, prefixes)
-    name = rule.dictionary_learning[-1 if prefixes else 0].name
+    [*_, name] = [
+        peer.name for peer in DICTIONARY_LEARNING if peer.rule is type(rule) and peer.prefixed == bool(prefixes)
+    ]
     module = next(m for m in (dictionary, batch_top_k, matryoshka_batch_top_k, top_k) if hasattr(m, name))
     theirs = getattr(module, name).from_pretrained(sae.to_dictionary_learning(tmp_path / "sae") / "ae.pt")
     assert_same(sae, theirs.requires_grad_(False))

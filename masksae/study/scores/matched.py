@@ -14,14 +14,17 @@ from masksae.study.inputs import Scored
 
 
 def thresholds(run: Scored) -> dict[str, dict[str, float | None]]:
-    """Inference thresholds of every SAE in each mode; TopK needs none, it keeps k latents of every token anyway."""
+    """Inference thresholds of every SAE in each mode; TopK needs none, it keeps k latents of every token anyway. One
+    without a k (somebody's own that is silent) has no matched mode."""
 
     def make() -> dict:
         saes, ks = run.load_saes(), {row["sae"]: row["k"] for row in run.table}
-        matched = in_threads(lambda name: matched_threshold(run, saes[name], ks[name]), ks, label="thresholds")
-        return {
+        names = [name for name, k in ks.items() if k]
+        matched = in_threads(lambda name: matched_threshold(run, saes[name], ks[name]), names, label="thresholds")
+        alone = {name: {"as_trained": saes[name].threshold.item()} for name in ks if name not in names}
+        return alone | {
             name: {"as_trained": None if t is None else saes[name].threshold.item(), "matched": t}
-            for name, t in zip(ks, matched)
+            for name, t in zip(names, matched)
         }
 
     return run.rows("thresholds", run.profile.text, make)
