@@ -38,6 +38,7 @@ EXAMPLES = {
     "masksae train mine.yaml             a model of your own: a profile of 15 lines\n"
     "masksae train mine.yaml --json | jq -r .[].folder",
     "evaluate": "masksae evaluate MY_SAE --metrics absorption,contexts\n"
+    "masksae evaluate hub:OWNER/NAME/layers.10 --profile mine.yaml\n"
     "masksae evaluate MY_SAE --profile mine.yaml --json | jq keys",
     "explore": "masksae explore MY_SAE --letter s\nmasksae explore MY_SAE --context the --profile mine.yaml",
     "export": "masksae export MY_SAE OUT --to saelens",

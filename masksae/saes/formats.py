@@ -110,11 +110,15 @@ SAELENS_KEYS = {
 vector that an SAE takes here."""
 
 SAELENS_TRAINING = re.compile(
-    r"(act|activations|adam|autocast|aux|cached|checkpoint|compile|context|dataset|dead|decoder|device|disable|eval|"
-    r"exclude|expansion|feature|from|hook|init|is|jumprelu|l0|l1|llm|log|logger|lp|lr|metadata|model|mse|n|neuronpedia|"
-    r"noise|output|prefetch|prepend|resume|run|sae|save|seed|seqpos|sequence|store|streaming|target|topk|total|train|"
-    r"training|use|verbose|wandb)(_\w+)?|b_dec_init_method|finetuning_(method|tokens)|normalize_sae_decoder|"
-    r"pre_act_loss_coefficient|scale_sparsity_penalty_by_decoder_norm"
+    r"(adam|autocast|aux|cached|checkpoint|compile|context|dataset|dead|device|eval|hook|is|jumprelu|l0|l1|llm|log|"
+    r"logger|lp|lr|metadata|model|mse|n|neuronpedia|prefetch|prepend|resume|run|sae|save|seed|seqpos|sequence|store|"
+    r"streaming|total|train|training|verbose|wandb)(_\w+)?|act_store_device|activations_mixing_fraction|"
+    r"b_dec_init_method|decoder_(heuristic_|orthogonal_)?init(_norm)?|disable_concat_sequences|exclude_special_tokens|"
+    r"expansion_factor|feature_(reinit_scale|sampling_method|sampling_window)|finetuning_(method|tokens)|"
+    r"from_pretrained_path|init_encoder_as_decoder_transpose|noise_scale|normalize_sae_decoder|output_path|"
+    r"pre_act_loss_coefficient|resample_batches|scale_sparsity_penalty_by_decoder_norm|target_l0|tokens_per_buffer|"
+    r"topk_threshold_lr|"
+    r"use_(cached_activations|chat_formatting|ghost_grads|matryoshka_aux_loss|sparse_activations)"
 )
 """Keys of the configurations of training that versions 2 to 6 also wrote there: none is read at inference."""
 
@@ -242,7 +246,7 @@ def _is_batch_topk(told: dict, tensors: dict[str, Tensor]) -> bool:
     if told.get("training_architecture") not in ("batchtopk", "matryoshka_batchtopk"):
         return False
     norms, threshold = tensors["W_dec"].float().norm(dim=1), tensors["threshold"]
-    return bool((threshold == threshold[0]).all() and (norms - 1).abs().max() < 1e-2)
+    return bool((threshold == threshold[0]).all() and threshold[0] > 0 and (norms - 1).abs().max() < 1e-2)
 
 
 def write_dictionary_learning(folder, sae: SAE, *, model_name: str = "", layer: int | None = None, **metadata) -> Path:

@@ -37,7 +37,7 @@ def test_the_folder_holds_every_sae_as_it_is(run):
 
 
 def test_bos_is_prepended_only_where_the_profile_does(run, project):
-    for source, prepended in (run.source, True), (profile(project, model={"bos_token": None}), False):
+    for source, prepended in (run.source, True), (profile(project, "bare", model={"bos_token": None}), False):
         [*_, part] = Run(source).parts
         [folder, *_] = upload._export(Run(source), part, project / f"{prepended}")
         told = json.loads((folder / "cfg.json").read_text())["metadata"]

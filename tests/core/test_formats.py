@@ -23,6 +23,7 @@ VERSION_2 = {  # what the configuration of training left in cfg.json
     "hook_point_head_index": None, "dataset_path": "x/y", "context_size": 128, "d_in": D, "d_sae": F,
     "expansion_factor": 4, "dtype": "torch.float32", "device": "cuda", "l1_coefficient": 1e-3, "lp_norm": 1,
     "use_ghost_grads": False, "b_dec_init_method": "zeros", "mse_loss_normalization": None, "noise_scale": 0.0,
+    "feature_sampling_method": None, "feature_reinit_scale": 0.2, "resample_batches": 1028, "tokens_per_buffer": 2**26,
     "normalize_sae_decoder": True, "finetuning_method": None, "scale_sparsity_penalty_by_decoder_norm": False,
     "prepend_bos": False, "normalize_activations": False, "sae_lens_training_version": None,
 }  # fmt: skip
@@ -113,7 +114,7 @@ def test_the_scaling_factor_of_finetuning(name, tmp_path):
         ({"normalize_activations": "constant_norm_rescale"}, "'constant_norm_rescale'"),
         ({"activation_fn_str": "tanh-relu"}, "activation_fn_str = 'tanh-relu' .* expected 'relu'"),
         ({"activation_fn_kwargs": {"k": 8, "signed": True}}, "activation_fn_kwargs.signed is not known"),
-        ({"output_scale": 2.0, "whitening": "zca"}, "whitening is not known here, and could change"),
+        ({"output_scale": 2.0, "whitening": "zca"}, "output_scale, whitening is not known here, and could change"),
         ({"architecture": "jumprelu_transcoder"}, "'jumprelu_transcoder'. What can be read: topk, jumprelu, batchtopk"),
     ],
 )
