@@ -52,9 +52,10 @@ def folder(address: str, names: Collection[str]) -> Path:
             "Check the name, the revision, the network and HF_TOKEN, or use a local copy."
         ) from error
     found = Path(root, path)
-    if not any((found / file).is_file() for file in names):
+    weights = [file for file in names if not file.endswith(".json")]
+    if not any((found / file).is_file() for file in weights):
         raise SourceError(
-            f"{PREFIX}{address} has none of {', '.join(names)}. Name the folder of one SAE, such as "
+            f"{PREFIX}{address} has none of {', '.join(weights)}. Name the folder of one SAE, such as "
             f"{PREFIX}{owner}/{name}/path."
         )
     return found

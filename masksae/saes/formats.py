@@ -52,7 +52,8 @@ class Peer:
 
 DIRECT = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 JUMP = DIRECT | {"threshold": "thresholds"}
-LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T", "b_dec": "b_dec"}
+ENCODER = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc"}
+LINEAR = ENCODER | {"decoder.weight": "W_dec.T", "b_dec": "b_dec"}
 
 SAELENS = [
     Peer(TopK, "topk", DIRECT),
@@ -72,10 +73,7 @@ rule of one's own is appended: `SAELENS.append(Peer(Mine, "jumprelu", DIRECT | {
 
 DICTIONARY_LEARNING = [
     Peer(
-        ReLU,
-        "AutoEncoder",
-        {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T", "bias": "b_dec"},
-        "StandardTrainerAprilUpdate",
+        ReLU, "AutoEncoder", ENCODER | {"decoder.weight": "W_dec.T", "bias": "b_dec"}, "StandardTrainerAprilUpdate"
     ),
     Peer(
         Gated,
@@ -93,9 +91,7 @@ DICTIONARY_LEARNING = [
 ]  # fmt: skip
 """Classes of dictionary_learning, in the same way."""
 
-SPARSIFY = Peer(
-    TopK, "topk", {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-)
+SPARSIFY = Peer(TopK, "topk", ENCODER | {"W_dec": "W_dec", "b_dec": "b_dec"})
 GEMMA_SCOPE = Peer(JumpReLU, "jump_relu", JUMP)
 
 SAELENS_VERSION = "6.54.12"
@@ -335,8 +331,8 @@ def _read_sparsify(folder: Path) -> SAE:
     n = record.get("num_latents") or record["d_in"] * record["expansion_factor"]
     tensors = _tensors(folder / "sae.safetensors", load_file)
     sae = _sae(file, SPARSIFY, tensors, k=record.get("k"), shape=(n, record["d_in"]))
-    above = folder.parent / "config.json"
-    hook = folder.name if re.search(r"\.\d+(\.|$)", folder.name) else ""
+    above, name = folder.resolve().parent / "config.json", folder.resolve().name
+    hook = name if re.search(r"\.\d+(\.|$)", name) else ""
     return _named(sae, model_name=_json(above).get("model") if hook and above.is_file() else "", hook_name=hook)
 
 
@@ -344,15 +340,12 @@ def _read_gemma_scope(folder: Path) -> SAE:
     """A JumpReLU SAE of Gemma Scope, or of the second; what it reads is told by its path."""
     from safetensors.torch import load_file
 
-    path, config = folder.as_posix(), folder / "config.json"
+    path, config = folder.resolve().as_posix(), folder / "config.json"
     file = next(folder / name for name in ("params.npz", "params.safetensors") if (folder / name).is_file())
     record = _json(config) if config.is_file() else {}
-    if (
-        "transcoder" in path
-        or record.get("hf_hook_point_out")
-        or record.get("architecture", "jump_relu") != "jump_relu"
-    ):
-        raise ConfigError(f"{folder} is a transcoder, or no JumpReLU SAE: it does not reconstruct what it reads.")
+    elsewhere = re.search(r"gemma-scope\S*transcoder", path) or record.get("hf_hook_point_out")
+    if elsewhere or record.get("architecture", "jump_relu") != "jump_relu":
+        raise ConfigError(f"{folder} is a transcoder, expected a JumpReLU SAE that reconstructs what it reads.")
     tensors = _tensors(file, _npz if file.suffix == ".npz" else load_file)
     sae = _sae(file, GEMMA_SCOPE, {re.sub("^w_", "W_", name): tensor for name, tensor in tensors.items()})
     model, hook = str(record.get("model_name", "")).replace("-v3-", "-3-"), record.get("hf_hook_point_in")

@@ -126,6 +126,9 @@ def test_export(folder, tmp_path, capsys):
     told(capsys, "export", folder, tmp_path / "lens", "--to", "saelens", "--model", "m", "--hook", "blocks.3")
     metadata = json.loads((tmp_path / "lens/cfg.json").read_text())["metadata"]
     assert (metadata["model_name"], metadata["hook_name"]) == ("m", "blocks.3")
+    told(capsys, "export", tmp_path / "lens", tmp_path / "again", "--to", "saelens", "--hook", "blocks.4")
+    metadata = json.loads((tmp_path / "again/cfg.json").read_text())["metadata"]
+    assert (metadata["model_name"], metadata["hook_name"]) == ("m", "blocks.4")
     assert cli.main(["export", str(folder), str(tmp_path / "x"), "--to", "saelens", "--layer", "3"]) == 2
     assert "saelens have no field for layer" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
