@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from masksae.data import hub, releases
-from masksae.saes import formats
+from masksae.saes.formats import FILES, load_dictionary_learning, load_folder, load_saelens
 from masksae.saes.sae import SAE
+
+__all__ = ["load_dictionary_learning", "load_sae", "load_saelens", "saebench_adapter"]
 
 
 @dataclass
@@ -102,7 +104,7 @@ def load_sae(source) -> SAE:
     """
     if str(source).startswith(releases.PREFIX):
         with tempfile.TemporaryDirectory() as place:
-            return formats.load_folder(releases.unpack(str(source).removeprefix(releases.PREFIX), place))
+            return load_folder(releases.unpack(str(source).removeprefix(releases.PREFIX), place))
     if str(source).startswith(hub.PREFIX):
-        return formats.load_folder(hub.folder(str(source).removeprefix(hub.PREFIX), formats.FILES))
-    return formats.load_folder(source)
+        return load_folder(hub.folder(str(source).removeprefix(hub.PREFIX), FILES))
+    return load_folder(source)
