@@ -1,18 +1,17 @@
-"""SAEs from and for other libraries: read in the forms of SAELens and dictionary_learning (`saes/formats.py`), written
-in them, and as what SAEBench evaluates."""
+"""SAEs from wherever they lie, a folder, the hub or a release, in any of the forms of `saes/formats.py`; and as what
+SAEBench evaluates."""
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from masksae.data.releases import PREFIX, unpack
-from masksae.errors import CheckpointError, ConfigError, readable
-from masksae.saes.formats import Read, read_dictionary_learning, read_saelens
+from masksae.data import hub, releases
+from masksae.saes.formats import FILES, load_dictionary_learning, load_folder, load_saelens
 from masksae.saes.sae import SAE
+
+__all__ = ["load_dictionary_learning", "load_sae", "load_saelens", "saebench_adapter"]
 
 
 @dataclass
@@ -90,43 +89,12 @@ def saebench_adapter(sae: SAE, *, model_name: str, layer: int, hook_name: str | 
     return SAEBenchAdapter(sae, cfg)
 
 
-def load_saelens(folder, *, device=None) -> SAE:
-    """Read a SAELens folder: standard, topk, jumprelu or gated, without run-time normalisation. Raises ConfigError,
-    CheckpointError.
+def load_sae(source) -> SAE:
+    """Read an SAE in the form of SAELens, dictionary_learning, sparsify, Gemma Scope or masksae, told by its files.
 
-    Decoder rows are made unit where that does not change what is selected; a bias that the encoder's input lacks, or
-    has against our convention, is folded into `b_enc`.
-
-    >>> import tempfile
-    >>> from masksae import SAEConfig, TopK
-    >>> sae = SAE(SAEConfig(4, 16, TopK(2)))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     again = load_saelens(sae.to_saelens(f"{folder}/sae"))
-    >>> torch.equal(again.W_dec, sae.W_dec)
-    True
-    """
-    return _loaded(Path(folder), read_saelens).to(device)
-
-
-def load_dictionary_learning(folder, *, device=None) -> SAE:
-    """Read a dictionary_learning folder (`ae.pt`, `config.json`) of one of its six classes; decoder rows are made unit.
-    Loads weights only: a file that would run code is refused. Raises ConfigError, CheckpointError.
-
-    >>> import tempfile
-    >>> from masksae import SAEConfig, TopK
-    >>> sae = SAE(SAEConfig(4, 16, TopK(2)))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     again = load_dictionary_learning(sae.to_dictionary_learning(f"{folder}/sae"))
-    >>> torch.equal(again.W_dec, sae.W_dec)
-    True
-    """
-    return _loaded(Path(folder), read_dictionary_learning).to(device)
-
-
-def load_sae(folder) -> SAE:
-    """Read an SAE in the form of SAELens, dictionary_learning or masksae, told by its files. "release:PROFILE/SAE" is
-    one that was published with this version: downloaded on first use, checked, kept in the cache. Raises ConfigError,
-    CheckpointError; SourceError for a release that cannot be had.
+    `source` is a folder; "hub:owner/name[/path][@revision]", of which only those files are fetched; or
+    "release:PROFILE/SAE", one that was published with this version: fetched on first use, checked, kept in the cache.
+    Raises ConfigError, CheckpointError; SourceError for what cannot be had.
 
     >>> import tempfile
     >>> from masksae import SAEConfig, TopK
@@ -134,42 +102,9 @@ def load_sae(folder) -> SAE:
     ...     load_sae(SAE(SAEConfig(4, 16, TopK(2))).to_saelens(f"{folder}/sae")).config.n_latents
     16
     """
-    if str(folder).startswith(PREFIX):
+    if str(source).startswith(releases.PREFIX):
         with tempfile.TemporaryDirectory() as place:
-            return load_sae(unpack(str(folder).removeprefix(PREFIX), place))
-    folder = Path(folder)
-    readers = {"sae_weights.safetensors": load_saelens, "ae.pt": load_dictionary_learning, "sae.safetensors": SAE.load}
-    for file, read in readers.items():
-        if (folder / file).is_file():
-            return read(folder)
-    raise ConfigError(f"{folder} holds none of {', '.join(readers)}. Give the folder of one SAE.")
-
-
-def to_saelens(sae: SAE, folder, **metadata) -> Path:
-    """`SAE.to_saelens`."""
-    return sae.to_saelens(folder, **metadata)
-
-
-def to_dictionary_learning(sae: SAE, folder, **metadata) -> Path:
-    """`SAE.to_dictionary_learning`."""
-    return sae.to_dictionary_learning(folder, **metadata)
-
-
-@torch.no_grad()
-def _loaded(folder: Path, read: Callable[[Path], Read]) -> SAE:
-    """The SAE in a foreign file, with unit rows if that may be done. Every complaint about the file is one of ours."""
-    with readable(folder):
-        config, state, dtype, history, fold = read(folder)
-        sae = SAE(config).to(dtype)
-        for name, target in sae.state_dict(keep_vars=True).items():
-            if name in state:
-                if state[name].shape != target.shape:
-                    raise CheckpointError(
-                        f"{folder}: {name} has shape {tuple(state[name].shape)}, "
-                        f"its configuration says {tuple(target.shape)}."
-                    )
-                target.copy_(state[name])
-            elif name not in ("threshold", "tokens_since_fired"):
-                raise CheckpointError(f"{folder} lacks the tensor {name}. Is it complete?")
-        sae.history = history
-        return (sae.normalise_() if fold else sae).requires_grad_(False)
+            return load_folder(releases.unpack(str(source).removeprefix(releases.PREFIX), place))
+    if str(source).startswith(hub.PREFIX):
+        return load_folder(hub.folder(str(source).removeprefix(hub.PREFIX), FILES))
+    return load_folder(source)

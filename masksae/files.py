@@ -171,12 +171,16 @@ def write_text(path, text: str) -> Path:
 
 def save_tensors(tensors: dict, path) -> None:
     """Write a safetensors file inside `atomic_dir` or `atomic_file`; its I/O errors become the OSErrors that those
-    explain."""
+    explain. Tensors that share their memory are written each on its own."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    written: dict = {}
+    for name, tensor in tensors.items():
+        shared = any(tensor.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in written.values())
+        written[name] = tensor.contiguous().clone() if shared else tensor.contiguous()
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        save_file(written, path)
     except SafetensorError as error:
         if found := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(found[1]), str(error)) from error

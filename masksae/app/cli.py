@@ -38,6 +38,7 @@ EXAMPLES = {
     "masksae train mine.yaml             a model of your own: a profile of 15 lines\n"
     "masksae train mine.yaml --json | jq -r .[].folder",
     "evaluate": "masksae evaluate MY_SAE --metrics absorption,contexts\n"
+    "masksae evaluate hub:OWNER/NAME/layers.10 --profile mine.yaml\n"
     "masksae evaluate MY_SAE --profile mine.yaml --json | jq keys",
     "explore": "masksae explore MY_SAE --letter s\nmasksae explore MY_SAE --context the --profile mine.yaml",
     "export": "masksae export MY_SAE OUT --to saelens",
@@ -57,6 +58,12 @@ EXAMPLES = {
     "run": "masksae run 03_reconstruction laptop",
     "project": "masksae project laptop",
 }
+
+
+SAE_HELP = (
+    "folder of one SAE (SAELens, dictionary_learning, sparsify, Gemma Scope or masksae), "
+    "hub:OWNER/NAME[/PATH][@REVISION] or release:PROFILE/SAE"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,10 +164,10 @@ def _add_sae(add) -> None:
     parent.add_argument("--letter", type=_letter, help='the parent "starts with LETTER"')
     parent.add_argument("--context", help='the parent "follows CONTEXT", such as the')
     export = add("export", "Write an SAE in another form.", export_sae)
-    export.add_argument("sae", help="folder of one SAE (SAELens, dictionary_learning or masksae)")
+    export.add_argument("sae", help=SAE_HELP)
     export.add_argument("out", help="folder to write")
     export.add_argument("--to", choices=("saelens", "dictionary_learning", "masksae"), required=True)
-    export.add_argument("--model", help="name of its language model, for the files of the others")
+    export.add_argument("--model", help="name of its language model (default: what its file names)")
     export.add_argument("--layer", type=int, help="block after which it reads, for dictionary_learning and SAEBench")
     export.add_argument("--hook", help="name of its hook point, for SAELens")
     _add_json(evaluate, explore, export)
@@ -182,7 +189,10 @@ def _add_json(*commands) -> None:
 
 
 def _add_own_sae(command) -> None:
-    command.add_argument("sae", help="folder of one SAE (SAELens, dictionary_learning or masksae)")
+    command.add_argument("sae", help=SAE_HELP)
+    command.add_argument(
+        "--anyway", action="store_true", help="take it though its file names another model or hook point"
+    )
     command.add_argument("--profile", default=DEFAULT, help=f"whose model, block, text and tasks (default: {DEFAULT})")
     command.add_argument("--out", default="masksae-report", help="folder for what is written (default: masksae-report)")
 
@@ -426,7 +436,7 @@ def evaluate_sae(options) -> None:
     from masksae.study.report import saebench
     from masksae.study.report.tables import to_text
 
-    own = own_sae.OwnSAE(options.profile, options.sae, out=options.out, l0=options.l0)
+    own = own_sae.OwnSAE(options.profile, options.sae, out=options.out, l0=options.l0, anyway=options.anyway)
     progress.say(f"scoring {options.sae} on {options.profile}: {', '.join(options.metrics)}")
     scores = own_sae.evaluate(own, options.metrics)
     saebench.write_scores(own, scores, own.results / "saebench")
@@ -439,7 +449,7 @@ def explore_sae(options) -> None:
     from masksae import progress
     from masksae.study import explore, own_sae
 
-    own = own_sae.OwnSAE(options.profile, options.sae, out=options.out)
+    own = own_sae.OwnSAE(options.profile, options.sae, out=options.out, anyway=options.anyway)
     progress.say(f"looking at {options.sae} on {options.profile}")
     look, sae = explore.Explorer(own), own.sae
     story = look.letter(sae, options.letter) if options.letter else look.context(sae, options.context)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from masksae.data import releases
 from masksae.errors import ConfigError, DataError, SourceError
-from masksae.export import to_saelens
 from masksae.files import ANYTHING, atomic_dir, read_json, sha256, write_json
 from masksae.study.report import labels
 from masksae.study.report.tables import number, to_markdown
@@ -60,8 +59,8 @@ def _export(run: Run, part: RunPart, target: Path) -> list[Path]:
     model, saes = run.profile.model, part.load_saes()
     hook, name = hook_point(run.language_model.model, model.block), model.source.removeprefix("hub:")
     return [
-        to_saelens(
-            saes[row["sae"]], target / row["sae"], model_name=name, hook_name=model.hook_name,
+        saes[row["sae"]].to_saelens(
+            target / row["sae"], model_name=name, hook_name=model.hook_name, prepend_bos=model.bos_token is not None,
             context_size=run.profile.text.block_length, dataset_path=", ".join(run.profile.text.sources),
             transformers_hook=hook, mask_probability=row["p"], seed=row["seed"],
         )

@@ -1,4 +1,5 @@
-"""Rows of a hub data set, streamed: only what is read is downloaded, and a break loses and repeats no row.
+"""Rows of a hub data set, streamed: only what is read is downloaded, and a break loses and repeats no row; and some
+files of a folder of a hub repository.
 
 A data set is a list of shards at one commit, and a position in it is two integers: shard and row. After a time-out, an
 error of the server or bytes that cannot be decoded, the shard is opened again and read up to the position, after a
@@ -7,12 +8,16 @@ on there. `datasets` does the reading, so that every format it knows works, zsta
 Parquet alike; a folder in the form of a hub repository may stand in for the hub.
 """
 
+import glob
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from masksae.errors import SourceError
+from masksae.errors import ConfigError, SourceError
+
+PREFIX = "hub:"
 
 PAUSES = (1, 2, 4, 8, 15, 30, 60, 60)
 """Seconds before each new attempt; a new row begins the list again."""
@@ -23,6 +28,37 @@ TABLE = 1000
 
 BUGS = (AttributeError, NameError, TypeError)
 """Errors that another attempt does not mend."""
+
+
+def folder(address: str, names: Collection[str]) -> Path:
+    """The folder of "owner/name[/path][@revision]", a repository of models, in the hub's cache, with those of `names`
+    that it has; nothing else is downloaded but a config.json of the folder above. Raises ConfigError, SourceError."""
+    from huggingface_hub import snapshot_download
+
+    place, _, revision = address.partition("@")
+    owner, _, rest = place.strip("/").partition("/")
+    name, _, path = rest.partition("/")
+    if not owner or not name:
+        raise ConfigError(f"{PREFIX}{address} names no repository. Expected {PREFIX}owner/name[/path][@revision].")
+    wanted = [*(Path(path, file) for file in names), Path(path).parent / "config.json"]
+    patterns = [glob.escape(file.as_posix()) for file in wanted]
+    try:
+        root = snapshot_download(f"{owner}/{name}", revision=revision or None, allow_patterns=patterns)
+    except BUGS:
+        raise
+    except Exception as error:  # the many kinds of the network and the hub's client
+        raise SourceError(
+            f"{PREFIX}{address} cannot be fetched ({type(error).__name__}: {str(error).strip().splitlines()[0]}). "
+            "Check the name, the revision, the network and HF_TOKEN, or use a local copy."
+        ) from error
+    found = Path(root, path)
+    weights = [file for file in names if not file.endswith(".json")]
+    if not any((found / file).is_file() for file in weights):
+        raise SourceError(
+            f"{PREFIX}{address} has none of {', '.join(weights)}. Name the folder of one SAE, such as "
+            f"{PREFIX}{owner}/{name}/path."
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ is its definition and all that it must have. What it takes besides, each with a 
     support, sparse, backward                 the sparse step of a CPU; without them the dense one is taken
     estimates_threshold, smallest             a threshold for inference that training estimates
     project_, coefficient, controlled, ...    the recipe of its training
-    saelens, dictionary_learning, foreign     what it is called elsewhere
+
+What it is called in other libraries stands in `saes/formats.py`.
 
 The formulas of the five rules here are those of dictionary_learning 0.1.0.
 """
@@ -25,26 +26,6 @@ from masksae.saes.fields import check_positive, keep_whole, register
 
 SELECTIONS: dict[str, type["Selection"]] = {}
 """Every rule that is defined, by the name of its class."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """What an SAE of some rule is in another library."""
-
-    name: str
-    """Architecture of SAELens, class of dictionary_learning."""
-    tensors: dict[str, str]
-    """Their tensors -> ours; `.T` for transposed."""
-    trainer: str = ""
-    """Trainer of dictionary_learning."""
-    prefixed: bool = False
-    """It is what an SAE with prefixes becomes, and stores the sizes of their groups."""
-    written_only: bool = False
-    """The files say too little of where they come from: those of others are read as another rule."""
-
-
-DIRECT = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T", "b_dec": "b_dec"}
 
 
 class Selection:
@@ -89,11 +70,6 @@ class Selection:
     always_sparse: ClassVar[bool] = False
     """`goal` bounds the active entries at every step, the first ones too, so on a CPU training needs no dense step."""
 
-    saelens: ClassVar[Peer | None] = None
-    """What it is in SAELens; None: nothing."""
-    dictionary_learning: ClassVar[tuple[Peer, ...]] = ()
-    """What it is in dictionary_learning."""
-
     def __init_subclass__(cls, base: bool = False, **options):
         """Makes a rule known; `base`: it is what rules have in common, and none itself."""
         super().__init_subclass__(**options)
@@ -125,10 +101,6 @@ class Selection:
     def magnitudes(self, sae, pre: Tensor) -> Tensor:
         """Value [..., F] that each latent has if it is selected, at least 0."""
         return torch.relu(pre)
-
-    def shifted(self, state: dict[str, Tensor], shift: Tensor) -> dict[str, Tensor]:
-        """State of an SAE that computes the same from products with W_enc that are smaller by `shift` [F]."""
-        return state | {"b_enc": state["b_enc"] + shift}
 
     def margins(self, sae, pre: Tensor) -> Tensor:
         """What is compared with the inference threshold [..., F]."""
@@ -169,15 +141,6 @@ class Selection:
     def project_(self, sae) -> None:
         """Bring the rule's own parameters back to where they make sense, after an update."""
 
-    def to_saelens(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-        """(tensors, further keys of cfg.json) of SAELens for an SAE of such a state."""
-        return {theirs: state[ours] for theirs, ours in self.saelens.tensors.items()}, {}
-
-    @classmethod
-    def foreign(cls, k) -> "Selection":
-        """The rule of an SAE that another library trained. `k` is what its file says; None: nothing."""
-        raise NotImplementedError
-
 
 class Ranked(Selection, base=True):
     """The largest are kept, k per token on average. Without a penalty, gradients are those of what is kept."""
@@ -195,10 +158,6 @@ class Ranked(Selection, base=True):
     def backward(self, sae, e, f, grad_f, grad_gate, weight):
         return grad_f, 0.0
 
-    @classmethod
-    def foreign(cls, k):
-        return cls(int(k))
-
 
 @dataclass(frozen=True)
 class TopK(Ranked):
@@ -208,8 +167,6 @@ class TopK(Ranked):
     """Latents kept per token, at inference too."""
 
     keeps_k_per_token = True
-    saelens = Peer("topk", DIRECT)
-    dictionary_learning = (Peer("AutoEncoderTopK", LINEAR, "TopKTrainer"),)
 
     def __post_init__(self):
         keep_whole(self, "k")
@@ -242,9 +199,6 @@ class TopK(Ranked):
         some = least < torch.inf
         return torch.where(some, least, 0).sum() / some.sum().clamp(min=1)
 
-    def to_saelens(self, state):
-        return super().to_saelens(state)[0], {"k": self.k, "rescale_acts_by_decoder_norm": False}
-
 
 @dataclass(frozen=True)
 class BatchTopK(Ranked):
@@ -256,12 +210,6 @@ class BatchTopK(Ranked):
 
     k: int | float
     """Mean number of latents kept per token; need not be whole."""
-
-    saelens = Peer("jumprelu", DIRECT, written_only=True)
-    dictionary_learning = (
-        Peer("BatchTopKSAE", LINEAR, "BatchTopKTrainer"),
-        Peer("MatryoshkaBatchTopKSAE", DIRECT, "MatryoshkaBatchTopKTrainer", prefixed=True),
-    )
 
     def __post_init__(self):
         check_positive(self, "k")
@@ -285,11 +233,6 @@ class BatchTopK(Ranked):
             return f.new_zeros(())
         return torch.where(f > 0, f, torch.inf).min().nan_to_num(posinf=0.0)
 
-    def to_saelens(self, state):
-        """The one threshold, for every latent."""
-        threshold = state["threshold"].clamp(min=0).expand(len(state["b_enc"]))
-        return super().to_saelens(state)[0] | {"threshold": threshold}, {}
-
 
 @dataclass(frozen=True)
 class JumpReLU(Selection):
@@ -312,8 +255,6 @@ class JumpReLU(Selection):
     centred = False
     stacked = True
     scaled = ("thresholds",)
-    saelens = Peer("jumprelu", DIRECT | {"threshold": "thresholds"})
-    dictionary_learning = (Peer("JumpReluAutoEncoder", DIRECT | {"threshold": "thresholds"}, "JumpReluTrainer"),)
 
     def __post_init__(self):
         if self.target_l0 is not None:
@@ -327,10 +268,6 @@ class JumpReLU(Selection):
     @property
     def trainable(self) -> bool:
         return self.target_l0 is not None
-
-    @classmethod
-    def foreign(cls, k):
-        return cls(None)
 
     def tensors(self, n):
         return {"thresholds": torch.full((n,), self.initial_threshold)}
@@ -392,10 +329,6 @@ class Penalised(Selection, base=True):
     def controlled(self) -> bool:
         return self.target_l0 is not None
 
-    @classmethod
-    def foreign(cls, k):
-        return cls(None)
-
     def support(self, sae, pre, most):
         return _indices(pre > 0, most)
 
@@ -409,14 +342,6 @@ class ReLU(Penalised):
 
     decoder_norm = 0.1
     unit_rows = False
-    saelens = Peer("standard", DIRECT)
-    dictionary_learning = (
-        Peer(
-            "AutoEncoder",
-            {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T", "bias": "b_dec"},
-            "StandardTrainerAprilUpdate",
-        ),
-    )
 
     def dense(self, sae, pre, weight):
         f = torch.relu(pre)
@@ -443,29 +368,12 @@ class Gated(Penalised):
     clipped = False
     scaled = ("b_mag",)
     dense_copies = 9
-    saelens = Peer(
-        "gated",
-        {"W_enc": "W_enc", "W_dec": "W_dec", "b_dec": "b_dec", "b_gate": "b_enc", "b_mag": "b_mag", "r_mag": "r_mag"},
-    )
-    dictionary_learning = (
-        Peer(
-            "GatedAutoEncoder",
-            {
-                "encoder.weight": "W_enc.T", "decoder.weight": "W_dec.T", "decoder_bias": "b_dec",
-                "gate_bias": "b_enc", "mag_bias": "b_mag", "r_mag": "r_mag",
-            },
-            "GatedSAETrainer",
-        ),
-    )  # fmt: skip
 
     def tensors(self, n):
         return {"r_mag": torch.zeros(n), "b_mag": torch.zeros(n)}
 
     def magnitudes(self, sae, pre):
         return torch.relu(sae.r_mag.exp() * (pre - sae.b_enc) + sae.b_mag)
-
-    def shifted(self, state, shift):
-        return super().shifted(state, shift) | {"b_mag": state["b_mag"] + state["r_mag"].exp() * shift}
 
     def dense(self, sae, pre, weight):
         gate = torch.relu(pre)

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from masksae.errors import CheckpointError, DataError, readable
 from masksae.files import atomic_dir, save_tensors, sha256
-from masksae.saes import formats
 from masksae.saes.config import SAEConfig
-from masksae.saes.formats import SAE_FILES
 
 SCHEMA = 1
 """Version of the saved form; raise it when the files change meaning."""
+
+SAE_FILES = ("sae.safetensors", "config.json", "sae_weights.safetensors", "cfg.json", "ae.pt")
+"""What the folder of one SAE may hold that is written here, in any form: such a folder may be written over."""
 
 
 class SAE(nn.Module):
@@ -38,6 +39,8 @@ class SAE(nn.Module):
     and `b_mag` [F]. Buffers: `threshold` (in units of the input; -1 before it was estimated, 0 where the rule needs
     none), `tokens_since_fired` int64 [F]. `history` holds the records of training (empty for an SAE that was not
     trained here); "explained_variance" is None where a batch does not vary, one of a single token for example.
+    `origin` is what the file of another library says of the activations that it reads ("model_name", "hook_name",
+    "prepend_bos"), and is written on; empty where nothing is said.
 
     >>> from masksae import BatchTopK
     >>> sae = SAE(SAEConfig(d_model=4, n_latents=16, selection=BatchTopK(2)))
@@ -50,6 +53,7 @@ class SAE(nn.Module):
         super().__init__()
         self.config = config
         self.history: list[dict] = []
+        self.origin: dict = {}
         rule, n = config.selection, config.n_latents
         generator = torch.Generator().manual_seed(config.seed)
         directions = torch.randn(n, config.d_model, generator=generator)
@@ -131,11 +135,15 @@ class SAE(nn.Module):
 
     def to_saelens(self, folder, **metadata) -> Path:
         """Write as a SAELens folder; see `masksae.saes.formats.write_saelens`."""
-        return formats.write_saelens(folder, self.config, self.state_dict(), self.history, **metadata)
+        from masksae.saes.formats import write_saelens  # which reads SAEs too, so it imports this module
+
+        return write_saelens(folder, self, **metadata)
 
     def to_dictionary_learning(self, folder, **metadata) -> Path:
         """Write as a dictionary_learning folder; see `masksae.saes.formats.write_dictionary_learning`."""
-        return formats.write_dictionary_learning(folder, self.config, self.state_dict(), self.history, **metadata)
+        from masksae.saes.formats import write_dictionary_learning
+
+        return write_dictionary_learning(folder, self, **metadata)
 
     def save(self, folder) -> Path:
         """Write `sae.safetensors` and `config.json` into `folder`, atomically. `SAE.load` reads them back bit for bit,
@@ -143,6 +151,7 @@ class SAE(nn.Module):
         with atomic_dir(folder, SAE_FILES) as tmp:
             save_tensors(self.state_dict(), tmp / "sae.safetensors")
             record = {"schema": SCHEMA, "config": self.config.to_dict(), "history": self.history}
+            record |= {"origin": self.origin} if self.origin else {}
             record["sha256"] = seal(record, tmp / "sae.safetensors")
             (tmp / "config.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return Path(folder)
@@ -156,7 +165,7 @@ class SAE(nn.Module):
             if "W_dec" in tensors:
                 sae.to(tensors["W_dec"].dtype)
             load_state(sae, tensors, folder)
-            sae.history = record["history"]
+            sae.history, sae.origin = record["history"], record.get("origin", {})
         return sae.to(device) if device is not None else sae
 
 
@@ -202,7 +211,7 @@ def read_tensors(folder, tensor_file: str, json_file: str, schemas: tuple[int, .
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    remedy = "Delete the folder and train again, or restore it from a copy."
+    remedy = "Restore it from a copy, or make it again."
     missing = [name for name in (tensor_file, json_file) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} holds no complete checkpoint: {', '.join(missing)} is missing. {remedy}")

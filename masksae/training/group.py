@@ -19,8 +19,7 @@ from masksae.errors import CheckpointError, ConfigError, DataError, readable
 from masksae.files import atomic_dir, ensure_writable, read_json, recover, run_id, save_tensors, write_json
 from masksae.memory import check_memory
 from masksae.saes.config import AuxK, SAEConfig
-from masksae.saes.formats import SAE_FILES
-from masksae.saes.sae import SAE, read_tensors, seal
+from masksae.saes.sae import SAE, SAE_FILES, read_tensors, seal
 from masksae.training.config import TrainConfig
 from masksae.training.logs import Log
 from masksae.training.stack import own_stream, stacks

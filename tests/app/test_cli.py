@@ -44,6 +44,15 @@ def test_evaluate(run, folder, tmp_path, capsys):
         assert troubles(tmp_path / "out", ["report.html"]) == []
 
 
+def test_evaluate_and_explore_of_an_sae_of_another_model(run, tmp_path, capsys):
+    sae = run.saes["unmasked-plain-s0"].to_saelens(tmp_path / "theirs", model_name="gpt2", hook_name="blocks.7")
+    options = [str(sae), "--profile", str(run.source), "--out", str(tmp_path / "out")]
+    for command in (["evaluate", *options], ["explore", *options, "--context", "the"]):
+        assert cli.main(command) == 2
+        assert "trained on gpt2 at blocks.7" in (said := capsys.readouterr().err) and "--anyway" in said
+    assert "explained variance" in told(capsys, "evaluate", *options, "--metrics", "reconstruction", "--anyway")
+
+
 def test_train(run, capsys):
     text = told(capsys, "train", run.source)
     assert max(map(len, text.splitlines()[:-3])) <= 80 and "unmasked-plain-s0" in text
@@ -117,6 +126,9 @@ def test_export(folder, tmp_path, capsys):
     told(capsys, "export", folder, tmp_path / "lens", "--to", "saelens", "--model", "m", "--hook", "blocks.3")
     metadata = json.loads((tmp_path / "lens/cfg.json").read_text())["metadata"]
     assert (metadata["model_name"], metadata["hook_name"]) == ("m", "blocks.3")
+    told(capsys, "export", tmp_path / "lens", tmp_path / "again", "--to", "saelens", "--hook", "blocks.4")
+    metadata = json.loads((tmp_path / "again/cfg.json").read_text())["metadata"]
+    assert (metadata["model_name"], metadata["hook_name"]) == ("m", "blocks.4")
     assert cli.main(["export", str(folder), str(tmp_path / "x"), "--to", "saelens", "--layer", "3"]) == 2
     assert "saelens have no field for layer" in capsys.readouterr().err and not (tmp_path / "x").exists()
 

@@ -36,6 +36,14 @@ def test_the_folder_holds_every_sae_as_it_is(run):
     assert len([path for path in folder.iterdir() if path.is_dir()]) == len(run.table)
 
 
+def test_bos_is_prepended_only_where_the_profile_does(run, project):
+    for source, prepended in (run.source, True), (profile(project, "bare", model={"bos_token": None}), False):
+        [*_, part] = Run(source).parts
+        [folder, *_] = upload._export(Run(source), part, project / f"{prepended}")
+        told = json.loads((folder / "cfg.json").read_text())["metadata"]
+        assert told["prepend_bos"] is prepended and load_saelens(folder).origin["prepend_bos"] is prepended
+
+
 def test_the_hook_is_that_of_the_model_as_it_is_loaded(run):
     """Of a model that also sees pictures, blocks lie elsewhere than in its text model alone."""
     from test_families import FAMILIES, tiny

@@ -7,7 +7,6 @@ from tiny_project import profile
 from masksae import Run
 from masksae.app import cli, verify
 from masksae.errors import SourceError
-from masksae.export import to_dictionary_learning
 
 
 @pytest.fixture
@@ -15,7 +14,7 @@ def run(project, monkeypatch):
     """A trained tiny run that stands for a model with a published suite, its own unmasked SAEs released."""
     run = Run(profile(project, absorption={"min_word_letters": 1, "min_letters": 1}))
     for k, sae in ((3, run.saes["unmasked-plain-s0"]), (4, run.saes["unmasked-matryoshka-s0"])):
-        to_dictionary_learning(sae, project / f"suite/Matryoshka/resid_post_layer_1/trainer_{k}")
+        sae.to_dictionary_learning(project / f"suite/Matryoshka/resid_post_layer_1/trainer_{k}")
     suite = verify.Suite(
         "someone/suite", "Matryoshka", {3: (0.9, 3.0, None), 4: (0.9, 4.0, None)}, {"a_OOD": 0.9, "b_OOD": 0.7}
     )

@@ -143,7 +143,7 @@ def test_what_cannot_be_held_is_refused_with_the_reason(tmp_path):
     good = json.loads((folder / "cfg.json").read_text())
     for changes, words in [
         ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm' is done at run time"),
-        ({"reshape_activations": "hook_z"}, "reshape_activations"),
+        ({"reshape_activations": "heads"}, "reshape_activations"),
         ({"architecture": "temporal"}, "'temporal'. What can be read: topk"),
     ]:
         (folder / "cfg.json").write_text(json.dumps(good | changes))

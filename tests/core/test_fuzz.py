@@ -71,7 +71,9 @@ def accident(folder, draw) -> None:
 
 
 def random_sae(rule) -> SAE:
-    return SAE(SAEConfig(8, 32, rule)).requires_grad_(False)
+    sae = SAE(SAEConfig(8, 32, rule)).requires_grad_(False)
+    sae.threshold.fill_(0.1 if rule.estimates_threshold else 0)
+    return sae
 
 
 def stream():

@@ -1,12 +1,16 @@
-"""Streaming through the real clients of the hub from a fake one that fails: no token is lost or repeated, and a shard
-in trouble is named."""
+"""Through the real clients of the hub from a fake one that fails: streaming loses and repeats no token, and names a
+shard in trouble; of a folder with an SAE nothing is fetched but that."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import save_file
+
+from masksae import SAE, BatchTopK, SAEConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = ["502", "time-out", "cut", "short", "garbage"]
@@ -51,3 +55,51 @@ def test_a_shard_that_is_gone_is_named_at_once(outcomes):
 def test_shards_that_are_missing_or_changed_between_runs_are_named(outcomes):
     assert "shards 1 missing: " in outcomes["missing"]["outcome"] and "01.jsonl.zst" in outcomes["missing"]["outcome"]
     assert "shards 1 changed: " in outcomes["changed"]["outcome"] and "01.jsonl.zst" in outcomes["changed"]["outcome"]
+
+
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory):
+    """What came of each address of `fake_hub.saes`: SAEs in four forms, with files beside them that nobody needs."""
+    scratch = tmp_path_factory.mktemp("saes")
+    files, sae = scratch / "files", SAE(SAEConfig(8, 32, BatchTopK(2))).requires_grad_(False)
+    sae.threshold.fill_(0.25)
+    sae.to_saelens(files / "lens", model_name="gpt2", hook_name="blocks.1.hook_resid_post")
+    (files / "layers.3").mkdir()
+    (files / "layers.3/cfg.json").write_text(json.dumps({"d_in": 8, "num_latents": 32, "k": 2}))
+    (files / "config.json").write_text(json.dumps({"model": "EleutherAI/pythia-14m"}))
+    tensors = {"encoder.weight": sae.W_enc.T.contiguous(), "encoder.bias": sae.b_enc}
+    save_file(tensors | {"W_dec": sae.W_dec.data, "b_dec": sae.b_dec}, files / "layers.3/sae.safetensors")
+    scope = files / "gemma-scope-2b-pt-res/layer_1"
+    scope.mkdir(parents=True)
+    arrays = {name: getattr(sae, name).numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    np.savez(scope / "params.npz", threshold=np.full(32, 0.25, np.float32), **arrays)
+    for folder in (files / "lens", files / "layers.3", scope):
+        (folder / "optimizer.pt").write_bytes(bytes(1000))
+    command = [sys.executable, ROOT / "tests/support/fake_hub.py", scratch, "saes"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return sae.W_dec.sum().item(), [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_an_sae_of_the_hub_is_fetched_alone_and_once(fetched):
+    total, [lens, layer, same_commit, scope, again, *_] = fetched
+    for item, rule in ((lens, "BatchTopK"), (layer, "TopK"), (same_commit, "TopK"), (scope, "JumpReLU")):
+        assert item["outcome"]["config"]["selection"]["rule"] == rule, item
+        assert item["outcome"]["sum"] == pytest.approx(total, abs=1e-3)
+    assert {*lens["asked"]} == {"config.json", "lens/cfg.json", "lens/sae_weights.safetensors"}
+    assert {*layer["asked"]} == {"layers.3/cfg.json", "layers.3/sae.safetensors"}
+    assert [*scope["asked"]] == ["gemma-scope-2b-pt-res/layer_1/params.npz"] and not again["asked"]
+    assert lens["outcome"]["origin"] == {
+        "model_name": "gpt2", "hook_name": "blocks.1.hook_resid_post", "prepend_bos": True,
+    }  # fmt: skip
+    assert layer["outcome"]["origin"] == {"model_name": "EleutherAI/pythia-14m", "hook_name": "layers.3"}
+    assert scope["outcome"]["origin"]["hook_name"] == "blocks.1.hook_resid_post"
+
+
+def test_what_the_hub_does_not_have_is_named(fetched):
+    nothing, root, other, short, revision = (item["outcome"] for item in fetched[1][-5:])
+    assert "SourceError: hub:someone/pile/nothing has none of sae_weights.safetensors" in nothing
+    assert "SourceError" in root and "Name the folder of one SAE" in root
+    assert "hub:someone/else/lens cannot be fetched (RepositoryNotFoundError" in other and "HF_TOKEN" in other
+    assert "ConfigError: hub:someone names no repository. Expected hub:owner/name" in short
+    assert "hub:someone/pile/lens@nowhere cannot be fetched" in revision

@@ -16,6 +16,7 @@ from random_saes import ALL_RULES, random_batch, random_sae
 
 from masksae import MATRYOSHKA, TrainConfig, load_dictionary_learning, load_saelens
 from masksae.export import saebench_adapter
+from masksae.saes.formats import DICTIONARY_LEARNING
 
 every_case = pytest.mark.parametrize(
     "rule, prefixes",
@@ -69,12 +70,54 @@ def test_we_read_saelens(rule, prefixes, tmp_path):
 
 
 @every_case
+def test_a_checkpoint_of_saelens_is_the_finished_sae(rule, prefixes, tmp_path):
+    """Its trainer saves them with norms still in the decoder, and what is the threshold's own in double precision."""
+    theirs = saelens_sae(make(rule, prefixes))
+    with torch.no_grad():
+        theirs.W_dec *= 0.5 + torch.rand(96, 1, generator=torch.Generator().manual_seed(0))
+        if hasattr(theirs, "topk_threshold"):
+            theirs.topk_threshold.fill_(0.4)
+    theirs.save_model(tmp_path / "checkpoint")
+    theirs.save_inference_model(tmp_path / "sae")
+    checkpoint, finished = load_saelens(tmp_path / "checkpoint"), load_saelens(tmp_path / "sae")
+    assert_same(finished, checkpoint)
+    assert checkpoint.config == finished.config
+    assert checkpoint.config.group_sizes == make(rule, prefixes).config.group_sizes
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 8}},
+        {"architecture": "standard", "activation_fn": "topk", "activation_fn_kwargs": {"k": 8}},
+        {"apply_b_dec_to_input": False, "normalize_activations": False},
+    ],
+)
+def test_folders_of_before_version_6_are_read_alike(told, tmp_path):
+    from sae_lens import SAE
+    from safetensors.torch import load_file, save_file
+
+    folder = make(ALL_RULES[3]).to_saelens(tmp_path / "sae")
+    record = {"d_in": 24, "d_sae": 96, "dtype": "torch.float32", "hook_point": "blocks.3.hook_resid_post"}
+    record |= {"model_name": "gpt2-small", "hook_point_layer": 3, "l1_coefficient": 1e-3, "expansion_factor": 4} | told
+    (folder / "cfg.json").write_text(json.dumps(record))
+    w = load_file(folder / "sae_weights.safetensors")
+    save_file(w | {"scaling_factor": torch.ones(96)}, folder / "sae_weights.safetensors")
+    theirs, ours = SAE.load_from_disk(folder), load_saelens(folder)
+    assert_same(ours, theirs.requires_grad_(False))
+    assert ours.origin == {"model_name": "gpt2-small", "hook_name": theirs.cfg.metadata.hook_name}
+
+
+@every_case
 def test_dictionary_learning_reads_ours(rule, prefixes, tmp_path):
     from dictionary_learning import dictionary
     from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
 
     sae = make(rule, prefixes)
-    name = rule.dictionary_learning[-1 if prefixes else 0].name
+    [*_, name] = [
+        peer.name for peer in DICTIONARY_LEARNING if peer.rule is type(rule) and peer.prefixed == bool(prefixes)
+    ]
     module = next(m for m in (dictionary, batch_top_k, matryoshka_batch_top_k, top_k) if hasattr(m, name))
     theirs = getattr(module, name).from_pretrained(sae.to_dictionary_learning(tmp_path / "sae") / "ae.pt")
     assert_same(sae, theirs.requires_grad_(False))

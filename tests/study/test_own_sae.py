@@ -9,7 +9,7 @@ import torch
 from tiny_project import profile
 
 import masksae
-from masksae import SAE, BatchTopK, SAEConfig, TopK
+from masksae import SAE, BatchTopK, JumpReLU, SAEConfig, TopK
 from masksae.errors import ConfigError, MasksaeError
 from masksae.study import own_sae
 from masksae.study.report import own_sae as report
@@ -22,7 +22,7 @@ def test_three_forms_are_told_apart(run, tmp_path):
     for name, write in {"a": sae.to_saelens, "b": sae.to_dictionary_learning, "c": sae.save}.items():
         write(tmp_path / name)
         assert torch.equal(masksae.load_sae(tmp_path / name).W_dec, sae.W_dec)
-    with pytest.raises(ConfigError, match="holds none of sae_weights.safetensors, ae.pt, sae.safetensors"):
+    with pytest.raises(ConfigError, match="holds none of sae_weights.safetensors, ae.pt, .*sae.safetensors"):
         masksae.load_sae(tmp_path)
 
 
@@ -52,7 +52,8 @@ def test_a_guest_in_half_precision_scores_alike(run, folder, tmp_path):
 
 def test_an_sae_without_a_k_of_its_own_is_matched_at_the_l0_it_has(run, folder, tmp_path):
     record = json.loads((folder / "cfg.json").read_text())
-    del record["metadata"]["masksae"]  # as SAELens would have written it
+    for key in ("masksae", "training_architecture"):  # as SAELens before 6 wrote it
+        del record["metadata"][key]
     (folder / "cfg.json").write_text(json.dumps(record))
     visitor = own_sae.OwnSAE(run.source, folder, out=tmp_path / "out")
     rows = own_sae.evaluate(visitor, ["reconstruction"])["reconstruction"]
@@ -106,6 +107,44 @@ def test_a_metric_that_fails_leaves_the_others(project, tmp_path, capsys):
     assert {path.parent.name for path in saebench.write_scores(visitor, found, tmp_path / "saebench")} == {"core"}
     with pytest.raises(MasksaeError, match=re.escape(why)):
         own_sae.evaluate(visitor, ["absorption"])
+
+
+@pytest.mark.parametrize(
+    "named, refused",
+    [
+        ({"model_name": "HuggingFaceTB/SmolLM2-135M", "hook_name": "blocks.1.hook_resid_post"}, True),
+        ({"model_name": "owner/model", "hook_name": "blocks.1.hook_resid_post"}, False),
+        ({"hook_name": "model.layers.1"}, False),
+        ({"hook_name": "blocks.2.hook_resid_pre"}, False),
+        ({"hook_name": "blocks.1.hook_mlp_out"}, True),
+        ({"model_name": "model", "hook_name": "model.layers.2"}, True),
+        ({}, False),
+    ],
+)
+def test_an_sae_of_another_model_or_hook_point_is_refused(named, refused, project, tmp_path):
+    """The profile reads the folder `model` after block 1."""
+    SAE(SAEConfig(16, 32, TopK(3))).to_saelens(project / "mine", **named)
+    taken = (profile(project), project / "mine")
+    if refused:
+        words = (
+            f"{named.get('model_name', '')}.* at {named['hook_name']}, and the profile tiny reads .*/model at blocks.1"
+        )
+        with pytest.raises(ConfigError, match=words + ".* --anyway") as found:
+            own_sae.OwnSAE(*taken, out=tmp_path / "out")
+        assert named["hook_name"] in str(found.value)
+    assert own_sae.OwnSAE(*taken, out=tmp_path / "out", anyway=refused).k == 3
+
+
+def test_an_sae_that_hardly_fires_is_scored_as_trained(project, tmp_path, capsys):
+    sae = SAE(SAEConfig(16, 32, JumpReLU(None))).requires_grad_(False)
+    sae.thresholds.fill_(1e6)
+    sae.save(project / "mute")
+    visitor = own_sae.OwnSAE(profile(project), project / "mute", out=tmp_path / "out")
+    [row] = own_sae.evaluate(visitor, ["reconstruction"])["reconstruction"]
+    assert (row["mode"], row["l0"], row["k"]) == ("as_trained", 0.0, None) and row["dead_latents"] == 32
+    assert "mute is silent: L0 0 on the clean text, and its scores are those as trained" in capsys.readouterr().err
+    page = report.write(visitor, {"reconstruction": [row]}).read_text()
+    assert "This SAE is silent" in page and saebench.write_scores(visitor, {"reconstruction": [row]}, tmp_path / "sb")
 
 
 def test_weak_saes_are_told_in_a_sentence():

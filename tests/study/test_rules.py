@@ -17,8 +17,9 @@ from tiny_project import profile
 from masksae import MATRYOSHKA, SAE, AuxK, Run, SAEConfig, TopK, load_profile, load_sae, load_saelens, metrics
 from masksae.errors import ConfigError
 from masksae.memory import parameters, training_bytes
+from masksae.saes.formats import DIRECT, SAELENS, Peer
 from masksae.saes.loss import dense_step
-from masksae.saes.rules import DIRECT, SELECTIONS, Peer, Selection
+from masksae.saes.rules import SELECTIONS, Selection
 from masksae.saes.sparse import sparse_step
 from masksae.study.scores import reconstruction
 from masksae.study.sections import Grid
@@ -34,7 +35,6 @@ class Cutoff(Selection):
     start: float = 0.01
 
     scaled = ("cut",)
-    saelens = Peer("jumprelu", DIRECT | {"threshold": "cut"}, written_only=True)
 
     @property
     def goal(self):
@@ -65,6 +65,9 @@ class Cutoff(Selection):
         missing = self.k - len(f) / e.shape[0]
         sae.cut.grad = torch.full_like(sae.cut, weight * missing / len(sae.cut))
         return grad_f, weight * missing * sae.cut.mean()
+
+
+SAELENS.append(Peer(Cutoff, "jumprelu", DIRECT | {"threshold": "cut"}))
 
 
 def sae_config(**changes):

@@ -1,5 +1,5 @@
-"""A hub on this machine with one data set, for the real clients of the real hub; it can be told to fail in the ways
-that networks do.
+"""A hub on this machine with one data set and one repository of models, for the real clients of the real hub; it can be
+told to fail in the ways that networks do.
 
 Run as a script it is the child process of `test_hub.py`: the clients read the hub's address when they are imported.
 """
@@ -32,7 +32,7 @@ class FakeHub(ThreadingHTTPServer):
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.fault, self.met, self.commit = files, None, Counter(), "c" * 40
+        self.files, self.fault, self.met, self.commit, self.asked = files, None, Counter(), "c" * 40, []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -56,8 +56,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: str) -> None:
         url = urlparse(self.path)
-        path, api = unquote(url.path), f"/api/datasets/{NAME}"
-        if re.fullmatch(f"{api}(/revision/[^/]+)?", path):
+        path = unquote(url.path).replace(f"/api/models/{NAME}", f"/api/datasets/{NAME}")
+        path, api = re.sub(f"^/{NAME}/", f"/datasets/{NAME}/", path), f"/api/datasets/{NAME}"
+        if found := re.fullmatch(f"{api}(/revision/([^/]+))?", path):
+            if found[2] == "nowhere":
+                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             return self.send_json(
                 {
                     "_id": "1",
@@ -103,6 +106,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, name: str) -> None:
         data = self.server.files[name]
+        self.server.asked += [name] if self.command == "GET" else []
         headers = {
             "x-repo-commit": self.server.commit,
             "etag": f'"{hashlib.sha256(data).hexdigest()}"',
@@ -197,15 +201,45 @@ def tokens_of(folder: Path) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def main(scratch: Path) -> None:
-    """Print one line per scenario: its name, the tokens' hash or the error, and how often data was asked for."""
-    hub = FakeHub(pile())
+def serve(files: dict[str, bytes], scratch: Path) -> FakeHub:
+    """The hub of clients that are imported from now on."""
+    hub = FakeHub(files)
     os.environ |= {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(scratch / "home"),
         "HF_HUB_DOWNLOAD_TIMEOUT": "1",
         "HF_HUB_ETAG_TIMEOUT": "1",
     }
+    return hub
+
+
+def saes(scratch: Path) -> None:
+    """Print a line for each address of an SAE: what was loaded or the error, and which files were asked for."""
+    folder = scratch / "files"
+    hub = serve(
+        {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()},
+        scratch,
+    )
+    from masksae import errors, load_sae
+
+    for place in ("lens", "layers.3", f"layers.3@{hub.commit}", "gemma-scope-2b-pt-res/layer_1", "lens", "nothing", ""):
+        hub.asked.clear()
+        try:
+            sae = load_sae(f"hub:{NAME}/{place}")
+            outcome = {"config": sae.config.to_dict(), "origin": sae.origin, "sum": sae.W_dec.sum().item()}
+        except errors.MasksaeError as error:
+            outcome = f"{type(error).__name__}: {error}"
+        print(json.dumps({"place": place, "outcome": outcome, "asked": sorted(hub.asked)}), flush=True)
+    for address in ("hub:someone/else/lens", "hub:someone", f"hub:{NAME}/lens@nowhere"):
+        try:
+            load_sae(address)
+        except errors.MasksaeError as error:
+            print(json.dumps({"place": address, "outcome": f"{type(error).__name__}: {error}"}), flush=True)
+
+
+def main(scratch: Path) -> None:
+    """Print one line per scenario: its name, the tokens' hash or the error, and how often data was asked for."""
+    hub = serve(pile(), scratch)
     from huggingface_hub import HfFileSystem
 
     from masksae import errors
@@ -243,4 +277,4 @@ def main(scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (saes if sys.argv[2:] == ["saes"] else main)(Path(sys.argv[1]))

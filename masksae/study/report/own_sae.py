@@ -37,9 +37,13 @@ def write(own: OwnSAE, scores: dict[str, list[dict]]) -> Path:
         "<p><b>As trained</b> uses the SAE's own threshold. <b>Matched</b> moves it so that clean L0 is exactly the "
         "value shown: compare SAEs there, since most scores get better with more latents.</p>"
     )
+    if own.k is None:
+        head += (
+            f"<p>This SAE is silent: L0 {own.l0:.2g} on the clean text. It has no matched scores and no pictures.</p>"
+        )
     parts, reasons = [head, to_html(table(scores))], failed(scores)
     parts += [f"<p><b>{metric}</b> could not be taken: {html.escape(why)}</p>" for metric, why in reasons.items()]
-    taken = {metric: rows for metric, rows in scores.items() if metric not in reasons}
+    taken = {metric: rows for metric, rows in scores.items() if own.k and metric not in reasons}
     parts += [*(_figure(*drawn) for drawn in _drawings(own, taken))]
     parts.append(f"<p>{html.escape(style.scale_note(own.profile))}</p>")
     return write_text(own.results / "report.html", page(f"{own.name}, masksae", "\n".join(parts)))

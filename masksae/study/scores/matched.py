@@ -14,19 +14,24 @@ from masksae.study.store import Subject
 
 
 def thresholds(run: Subject) -> dict[str, dict[str, float | None]]:
-    """Inference thresholds of every SAE in each mode; TopK needs none, it keeps k latents of every token anyway."""
-
+    """Inference thresholds of every SAE in each mode; TopK needs none, it keeps k latents of every token anyway. One
+    without a k (somebody's own that is silent) has no matched mode."""
     rows = run.rows("thresholds", run.profile.text, _thresholds)
-    return {row["sae"]: {mode: row[mode] for mode in ("as_trained", "matched")} for row in rows}
+    return {row["sae"]: {mode: row[mode] for mode in ("as_trained", "matched") if mode in row} for row in rows}
 
 
 def _thresholds(run: Subject) -> list[dict]:
     saes, ks = run.load_saes(), {row["sae"]: row["k"] for row in run.table}
-    matched = in_threads(lambda name: matched_threshold(run, saes[name], ks[name]), ks, label="thresholds")
-    return [
-        {"sae": name, "as_trained": None if t is None else saes[name].threshold.item(), "matched": t}
-        for name, t in zip(ks, matched)
-    ]
+    names = [name for name, k in ks.items() if k]
+    matched = dict(
+        zip(names, in_threads(lambda name: matched_threshold(run, saes[name], ks[name]), names, label="thresholds"))
+    )
+    rows = []
+    for name in ks:
+        free = matched.get(name, ...) is not None  # TopK's threshold decides nothing
+        modes = {"as_trained": saes[name].threshold.item() if free else None}
+        rows.append({"sae": name} | modes | ({"matched": matched[name]} if name in matched else {}))
+    return rows
 
 
 def matched_threshold(run: Subject, sae: SAE, k: float) -> float | None:
