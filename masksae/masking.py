@@ -61,7 +61,7 @@ def mask_tokens(
 
 
 def draws(seed: int, number: int, stretch: int = 0) -> np.random.Generator:
-    """Random numbers of a pair of natural numbers below 2**64. Stretches of one pair (masks and orders take 0, noise 1)
+    """Random numbers of a pair of natural numbers below 2**64. Stretches of one pair (masks take 0, noise 1, orders 2)
     do not meet: 2**192 steps of the counter lie between them."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64), counter=stretch << 192))
 

@@ -296,7 +296,7 @@ def calibrated_threshold(sae: SAE, x: Tensor, k: float) -> float:
     if x.ndim != 2:
         raise DataError(f"Activations must have shape [tokens, d], found {tuple(x.shape)}. Flatten them.")
     wanted = round(k * len(x)) + 1
-    best, bound = torch.empty(0), -torch.inf
+    best, bound = torch.empty(0, dtype=torch.float32), -torch.inf
     for part in x.split(CHUNK):
         pre = sae.pre_activations(part.to(sae.device))
         margins = sae.margins(pre)
