@@ -228,11 +228,11 @@ class ActivationStream:
         x, is_masked, *targets = (_moved(values[rows], self._device) for values in pool)
         return x.float(), is_masked, *(target.float() for target in targets)
 
-    def scale(self, view: tuple[int, bool]) -> float:
-        """Root mean square norm of the inputs over a view's first 100 batches of the first pool: of the positions that
-        are trained on, so that what stands at dropped ones changes nothing. The stream does not move."""
-        (x, is_masked, *_), (seed, dropped) = self._hold(0), view
-        order = self._order(seed, 0, is_masked if dropped else None)[: 100 * self.batch_size]
+    def scale(self, dropped: bool) -> float:
+        """Root mean square norm of the inputs over the first 100 batches of the first pool, without the masked
+        positions if they are `dropped`: what is not trained on changes nothing. The stream does not move."""
+        x, is_masked, *_ = self._hold(0)
+        order = self._order(self.seed, 0, is_masked if dropped else None)[: 100 * self.batch_size]
         total = sum(x[rows].double().square().sum().item() for rows in order.to(x.device).split(8192))
         return (total / len(order)) ** 0.5
 
@@ -330,7 +330,7 @@ class ActivationStream:
                 if self._sinks:
                     pool = _without_sinks(pool, self._sinks)
                 small = sum(values.numel() * values.element_size() for values in pool) <= self._largest
-                return tuple(values.to(self._device if small else pool[0].device) for values in pool)
+                return tuple(values.detach().to(self._device if small else pool[0].device) for values in pool)
         finally:
             _here.reads -= 1
 

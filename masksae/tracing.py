@@ -167,10 +167,9 @@ def replacement_effects(
     check_ids(model, candidates.view(-1, 1))
     embedding, rows = model.get_input_embeddings(), torch.arange(len(ids), device=model.device)
     positions = positions.to(model.device)
+    ids = ids.to(model.device).clone()  # one of inference mode cannot be kept for the way back
     with _eval_mode(model):
-        embedded, x = _from_embeddings(
-            model, ids.to(model.device).clone(), block
-        )  # a tensor of inference cannot be saved
+        embedded, x = _from_embeddings(model, ids, block)
     with torch.no_grad():
         there, here = embedding(candidates.to(model.device)).float(), embedded[rows, positions].float()
     parts = []

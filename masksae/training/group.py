@@ -87,7 +87,7 @@ def train(
     """
     folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir)
     device = torch.device(device or "cpu")
-    with own_stream(device):
+    with own_stream(device), torch.autocast(device.type, enabled=False):  # a caller's; our own is `precision`
         return _train(sae_configs, stream, train_config, folder, device, progress, log)
 
 
@@ -168,7 +168,8 @@ class Group:
         """Scales and b_dec from the first batches."""
         beginning = {"pool": 0, "batch": 0}
         self.stream.load_state_dict(beginning)
-        self.scales = [self.stream.scale(view) for view in self.views]
+        found = {dropped: self.stream.scale(dropped) for dropped in {dropped for _, dropped in self.views}}
+        self.scales = [found[dropped] for _, dropped in self.views]
         if not min(self.scales) > 0:
             raise DataError("The first activations of the stream are all zero. Look at the model and the hook point.")
         with self.stream.until(1):
@@ -195,7 +196,7 @@ class Group:
                 f"The mean of the activations is {max(ratios):.0f} times their spread around it, of which "
                 f"{', '.join(dict.fromkeys(far))} will explain little. Subtract the mean first, or take TopK or "
                 "BatchTopK, which start at the median.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def run(self, config: TrainConfig, tick=lambda: None, folder: Path | None = None, log: Log | None = None) -> None:

@@ -491,7 +491,7 @@ def test_a_large_array_stays_where_it_is_and_its_batches_move(monkeypatch):
     [(batch, is_masked)] = next(stream.batches([(0, True)]))
     assert batch.is_meta and is_masked.is_meta and batch.shape == (8, 4)
     assert stream._held[1][0].data_ptr() == x.data_ptr()  # no copy of it was made
-    assert stream.scale((0, True)) > 0
+    assert stream.scale(True) > 0
 
 
 def test_memory_maps_are_read_without_a_word(tmp_path, recwarn):
@@ -501,11 +501,11 @@ def test_memory_maps_are_read_without_a_word(tmp_path, recwarn):
     assert batch.shape == (10, 16) and not len(recwarn)
 
 
-@pytest.mark.parametrize("size", [1e-9, 1e-7, 1e-3, 1.0, 1e4, 1e6])
+@pytest.mark.parametrize("size", [1e-9, 1e-7, 5e-4, 1.0, 1e4, 1e6])
 def test_scratch_keeps_activations_of_any_size(tmp_path, size):
     """Half precision has no digits for what is small: 1e-7 would be a tenth off, and 1e-9 would be 0."""
     x = size * torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
-    x[0] *= -3  # the largest is negative, or is not
+    x[0] *= -1  # the largest may be negative
     activations._write_pool(tmp_path / "pool", (x, torch.zeros(100, dtype=torch.bool)))
     found = activations._read_pool(tmp_path / "pool")[0]
     assert ((found - x).norm(dim=1) <= 2**-11 * x.norm(dim=1)).all()

@@ -298,10 +298,22 @@ def test_the_default_type_of_a_process_changes_nothing(in_single, double, tmp_pa
         assert kept(x[:3]).dtype == kept(x[:3].double()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+HALF = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, HALF], ids=["no_grad", "inference", "autocast"])
 def test_the_mode_of_the_caller_changes_nothing(in_single, mode):
+    x, masked = sparse_world()[0], torch.arange(6000) % 3 == 0
     with mode():
-        assert same(run(sae_configs=EVERY, source=stream()), in_single)
+        source = ActivationStream.from_array(x.clone(), batch_size=200, seed=0, is_masked=masked)
+        assert same(run(sae_configs=EVERY, source=source), in_single)
+
+
+def test_activations_with_a_gradient_are_trained_on(in_single):
+    x = sparse_world()[0].requires_grad_()
+    masked = torch.arange(len(x)) % 3 == 0
+    source = ActivationStream.from_array(x, batch_size=200, seed=0, is_masked=masked)
+    assert same(run(sae_configs=EVERY, source=source), in_single) and x.grad is None
 
 
 @pytest.mark.parametrize("rule, warned", [(JumpReLU(3.0), True), (ReLU(0.05), True), (TopK(2), False)], ids=str)
@@ -315,4 +327,5 @@ def test_a_mean_of_many_times_the_spread_is_warned_of(rule, warned, recwarn):
     told = [str(warning.message) for warning in recwarn]
     assert len(told) == int(warned)
     if warned:
+        assert recwarn[0].filename.endswith("small_training.py")  # where `train` was called
         assert re.search(f"(39|40|41) times their spread.*{type(rule).__name__}.*Subtract the mean", told[0])
