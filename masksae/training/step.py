@@ -53,7 +53,8 @@ class Update:
     def _autocast(self):
         if self.config.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.sae.device.type, dtype=torch.bfloat16)
+        # inside another autocast, even one that is off, a cache would keep the first step's weights
+        return torch.autocast(self.sae.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     def _ramp(self, step: int) -> float:
         """Share of the sparsity coefficient that this step takes."""

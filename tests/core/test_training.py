@@ -1,5 +1,6 @@
 """Training: learns a known dictionary, logs without touching anything, refuses what cannot work."""
 
+import contextlib
 import json
 import re
 from dataclasses import replace
@@ -307,6 +308,19 @@ def test_the_mode_of_the_caller_changes_nothing(in_single, mode):
     with mode():
         source = ActivationStream.from_array(x.clone(), batch_size=200, seed=0, is_masked=masked)
         assert same(run(sae_configs=EVERY, source=source), in_single)
+
+
+def test_half_precision_inside_an_autocast_sees_the_weights_of_every_step():
+    """Autocast keeps a copy of the weights until the outermost one ends."""
+    config, x = TrainConfig(20, lr=3e-3, precision="bfloat16"), sparse_world()[0]
+    found = []
+    for enabled in (False, True):
+        trainer = Trainer(SAE(SAEConfig(D, F, TopK(2))), config)
+        with torch.autocast("cpu", dtype=torch.bfloat16) if enabled else contextlib.nullcontext():
+            for step, batch in enumerate(x[:4000].split(200)):
+                trainer.step(batch, step)
+        found.append(trainer.sae)
+    assert same(found[:1], found[1:])
 
 
 def test_activations_with_a_gradient_are_trained_on(in_single):
