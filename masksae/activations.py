@@ -228,9 +228,11 @@ class ActivationStream:
         x, is_masked, *targets = (_moved(values[rows], self._device) for values in pool)
         return x.float(), is_masked, *(target.float() for target in targets)
 
-    def scale(self, batches: int = 100) -> float:
-        """Root mean square norm over the first `batches` batches of the first pool; the stream does not move."""
-        x, order = self._hold(0)[0], self._order(self.seed, 0)[: batches * self.batch_size]
+    def scale(self, dropped: bool) -> float:
+        """Root mean square norm of the inputs over the first 100 batches of the first pool, without the masked
+        positions if they are `dropped`: what is not trained on changes nothing. The stream does not move."""
+        x, is_masked, *_ = self._hold(0)
+        order = self._order(self.seed, 0, is_masked if dropped else None)[: 100 * self.batch_size]
         total = sum(x[rows].double().square().sum().item() for rows in order.to(x.device).split(8192))
         return (total / len(order)) ** 0.5
 
@@ -258,7 +260,7 @@ class ActivationStream:
         """Rows of a visit's pool in the order of a seed; without the `dropped` ones, the others repeated to the same
         number."""
         size = self._sizes[visit % len(self._sizes)]
-        order = torch.from_numpy(draws(seed, visit).permutation(size))
+        order = torch.from_numpy(draws(seed, visit, stretch=2).permutation(size))
         if dropped is None:
             return order
         order = order[~dropped.cpu()[order]]
@@ -328,7 +330,7 @@ class ActivationStream:
                 if self._sinks:
                     pool = _without_sinks(pool, self._sinks)
                 small = sum(values.numel() * values.element_size() for values in pool) <= self._largest
-                return tuple(values.to(self._device if small else pool[0].device) for values in pool)
+                return tuple(values.detach().to(self._device if small else pool[0].device) for values in pool)
         finally:
             _here.reads -= 1
 
@@ -505,7 +507,7 @@ def from_model(
 
     Raises ConfigError, DataError, OutputError.
     """
-    from masksae.tracing import hook_point, hook_width
+    from masksae.tracing import check_ids, hook_point, hook_width
 
     model, start = language_model.model, () if bos_id is None else (bos_id,)
     _check_options(blocks, len(start), share=share, pool_tokens=pool_tokens, sequences=sequences, noise=noise)
@@ -517,6 +519,8 @@ def from_model(
             "fresh_masks gives other activations in every epoch, which scratch cannot keep. Leave one of the two out."
         )
     hook_point(model, block)
+    if len(blocks):
+        check_ids(model, blocks[:1])
     with _loading:
         width = hook_width(model, block)
     ahead = model.device.type == "cuda" if overlap is None else overlap
@@ -677,14 +681,14 @@ def _claim(scratch: Path, made_of: dict) -> None:
     if not file.exists():
         if any(scratch.glob("pool-*")):
             raise DataError(
-                f"The activations in {scratch} do not say what they were made of (identity.json is missing; earlier "
-                "versions wrote none). Delete it; it is made again."
+                f"The activations in {scratch} do not say what they were made of (identity.json is missing). Give "
+                "another folder."
             )
         write_json(file, made_of)
     elif (found := read_json(file)) != made_of:
         raise DataError(
             f"The activations in {scratch} were made of something else: {differing(found, made_of)} differ. Give "
-            "another folder, or delete this one."
+            "another folder."
         )
 
 
@@ -694,10 +698,17 @@ def differing(found, ours: dict) -> str:
     return ", ".join(key for key in [*ours, *(found.keys() - ours)] if found.get(key) != ours.get(key))
 
 
+HALF = 2**-8, 6e4
+"""Least and most that the largest entry of a pool may be, in magnitude, for float16: above that there is infinity.
+Entries below 2^-14 are rounded to multiples of 2^-24 there, which from the least on is an error of at most 2^-17 of the
+largest entry; what is larger errs by at most 2^-11 of itself."""
+
+
 def _write_pool(file: Path, pool: Pool) -> None:
     """Half precision where the values fit into it, else single; atomically."""
     x, is_masked = pool
-    dtype = torch.float16 if x.abs().max() < 6e4 else torch.float32
+    low, high = torch.aminmax(x)  # of x.abs() there would be a second pool
+    dtype = torch.float16 if HALF[0] <= max(-low, high) < HALF[1] else torch.float32
     with atomic_file(file) as tmp:
         save_tensors({"x": x.to(dtype), "is_masked": is_masked}, tmp)
 

@@ -114,11 +114,9 @@ def allow_tf32() -> None:
     whole process, so that a result does not depend on what ran before. CPUs do not know of it."""
     import torch
 
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        matmul.fp32_precision = "tf32"
-    else:  # PyTorch before 2.9
-        matmul.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")  # after the newer flags PyTorch's older queries raise
+    if hasattr(torch.backends.mkldnn, "matmul"):  # some CPUs have a TF32 of their own since PyTorch 2.9
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
 def run_jobs(jobs: list[Job]) -> None:

@@ -36,13 +36,10 @@ def mask_tokens(
     tensor([[1, 0, 0, 7, 8, 0]])
     """
     _check(ids, p, token_id, seed, first_sequence, vocab_size)
-    if replacements is not None and (
-        replacements.ndim != 1 or len(replacements) == 0 or replacements.dtype != torch.int64
-    ):
-        raise DataError(
-            f"replacements must be int64 [m] with at least one id, found {replacements.dtype} "
-            f"{tuple(replacements.shape)}."
-        )
+    if replacements is not None:
+        found = getattr(replacements, "dtype", type(replacements).__name__), tuple(getattr(replacements, "shape", ()))
+        if found[0] != torch.int64 or len(found[1]) != 1 or found[1] == (0,):
+            raise DataError(f"replacements must be int64 [m] with at least one id, found {found[0]} {found[1]}.")
     n, s = ids.shape
     if p == 0:
         return ids.clone(), torch.zeros(n, s, dtype=torch.bool, device=ids.device)
@@ -61,7 +58,7 @@ def mask_tokens(
 
 
 def draws(seed: int, number: int, stretch: int = 0) -> np.random.Generator:
-    """Random numbers of a pair of natural numbers below 2**64. Stretches of one pair (masks and orders take 0, noise 1)
+    """Random numbers of a pair of natural numbers below 2**64. Stretches of one pair (masks take 0, noise 1, orders 2)
     do not meet: 2**192 steps of the counter lie between them."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64), counter=stretch << 192))
 

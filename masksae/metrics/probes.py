@@ -80,7 +80,7 @@ def f1(predicted: Tensor, true: Tensor) -> Tensor:
     return 2 * hits / (predicted.sum(0) + true.sum(0)).clamp(min=1)
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)  # with gradients, whatever the caller's mode is
 def fit_linear(
     x: Tensor, y: Tensor, *, batch: int, weight_decay: float, seed: int, epochs: int = 50,
     lr: tuple[float, float] = (1e-2, 1e-5),
@@ -93,7 +93,8 @@ def fit_linear(
     x, y = x.detach().float(), y.float()
     positives = y.sum(0).clamp(min=1)
     loss = torch.nn.BCEWithLogitsLoss(pos_weight=(len(y) - positives) / positives)
-    weight, bias = torch.zeros(y.shape[1], x.shape[1], requires_grad=True), torch.zeros(y.shape[1], requires_grad=True)
+    shapes = (y.shape[1], x.shape[1]), (y.shape[1],)
+    weight, bias = (torch.zeros(shape, dtype=torch.float32, requires_grad=True) for shape in shapes)
     adam = torch.optim.Adam([weight, bias], lr=lr[0], weight_decay=weight_decay, fused=True)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
@@ -167,6 +168,8 @@ def _l1_logistic(f: sparse.csc_array, y: np.ndarray, l1: float, tolerance: float
             promised = gradient[moving] @ step + force @ (np.abs(new) - np.abs(at))
             if reached <= value + 1e-4 * promised + 1e-14:  # what rounding leaves of a decrease
                 break
+        else:
+            raise DataError("No step lowers the loss of a ranking probe. Are its latents of a usual size?")
         w, z, value = trial, moved, reached
     raise DataError(
         f"The ranking probe of {f.shape[0]} words is not at its optimum after {MAX_STEPS} steps. Give more words."
@@ -273,4 +276,6 @@ def balanced_logistic(f: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
         while objective(w - t * step) > bound - 1e-4 * t * (gradient @ step):
             t /= 2
         w = w - t * step
+    else:
+        raise DataError(f"A logistic regression of {len(y)} rows is not at its optimum after {MAX_STEPS} steps.")
     return w[:-1], float(w[-1])

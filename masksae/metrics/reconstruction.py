@@ -272,7 +272,7 @@ def largest_cosines(directions: Tensor) -> Tensor:
         cosines = unit[low : low + CHUNK] @ unit.t()
         rows = torch.arange(len(cosines), device=unit.device)
         cosines[rows, low + rows] = -torch.inf
-        found.append(cosines.max(1).values)
+        found.append(cosines.max(1).values.clamp(min=-1))  # a single direction has no other
     return torch.cat(found)
 
 
@@ -283,7 +283,7 @@ def calibrated_threshold(sae: SAE, x: Tensor, k: float) -> float:
 
     It is the next largest margin of a latent that can be active, or the lowest threshold that means anything if there
     is no such; then L0 is as high as this SAE can reach. Needs memory for 2 k n numbers, not for F n. Raises
-    ConfigError for a k that is not positive.
+    ConfigError for a k that is not positive, DataError as `reconstruction`.
 
     >>> from masksae import BatchTopK, SAEConfig
     >>> sae, x = SAE(SAEConfig(8, 64, BatchTopK(4))), torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
@@ -293,10 +293,9 @@ def calibrated_threshold(sae: SAE, x: Tensor, k: float) -> float:
     """
     if not 0 < k < torch.inf:
         raise ConfigError(f"L0 can only be made a positive number, found k = {k!r}.")
-    if x.ndim != 2:
-        raise DataError(f"Activations must have shape [tokens, d], found {tuple(x.shape)}. Flatten them.")
+    mean_activation(x)  # checks them: of NaN nothing is above any threshold
     wanted = round(k * len(x)) + 1
-    best, bound = torch.empty(0), -torch.inf
+    best, bound = torch.empty(0, dtype=torch.float32), -torch.inf
     for part in x.split(CHUNK):
         pre = sae.pre_activations(part.to(sae.device))
         margins = sae.margins(pre)

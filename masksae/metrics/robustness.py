@@ -85,7 +85,7 @@ def jaccard(a: Tensor, b: Tensor) -> Tensor:
     tensor([0.3333, 1.0000])
     """
     common, either = (a & b).sum(1), (a | b).sum(1)
-    return torch.where(either > 0, common / either.clamp(min=1), 1.0)
+    return torch.where(either > 0, common.float() / either.clamp(min=1), 1.0)
 
 
 def _largest(f: Tensor, top: int) -> Tensor:

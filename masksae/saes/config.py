@@ -13,9 +13,6 @@ from masksae.saes.fields import keep_whole
 from masksae.saes.penalties import PENALTIES, Penalty
 from masksae.saes.rules import SELECTIONS, Selection
 
-MOST_GROUPS = 255
-"""Prefix groups; a step keeps their numbers in a byte each."""
-
 MOST_SILENT = 10_000_000
 """Tokens without firing after which a latent is dead in a long run; dictionary_learning's number."""
 
@@ -121,8 +118,6 @@ class SAEConfig:
                     f"prefixes must be positive fractions that sum to 1, found {self.prefixes} with "
                     f"sum {sum(self.prefixes):.6g}."
                 )
-            if len(self.prefixes) > MOST_GROUPS:
-                raise ConfigError(f"prefixes: at most {MOST_GROUPS} groups, found {len(self.prefixes)}.")
             if min(self.group_sizes) < 1:
                 raise ConfigError(
                     f"prefixes {self.prefixes} leave an empty group in a dictionary of {self.n_latents} latents. "

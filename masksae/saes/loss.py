@@ -122,7 +122,7 @@ def dense_step(
     encoder_gradients(sae, (pre.grad.t() @ xc).to(sae.dtype), pre.grad.sum(0, dtype=sae.dtype))
     smallest = sae.config.selection.smallest(f, None, len(f)) if estimate else None
     active = f > 0
-    return Outcome(loss.detach(), residual, active.any(0), active.sum() / len(f), smallest)
+    return Outcome(loss.detach(), residual, active.any(0), active.sum().to(sae.dtype) / len(f), smallest)
 
 
 def encoder_gradients(sae: SAE, w_enc: Tensor, b_enc: Tensor) -> None:

@@ -12,7 +12,9 @@ is its definition and all that it must have. What it takes besides, each with a 
 
 What it is called in other libraries stands in `saes/formats.py`.
 
-The formulas of the five rules here are those of dictionary_learning 0.1.0.
+The formulas of the five rules here are those of dictionary_learning 0.1.0, but for JumpReLU's thresholds, which stay at
+least 0, and for tokens and batches without an active latent, which the mean of a threshold leaves out: why, says
+`training/group.py`, with all that differs in the recipe.
 """
 
 from dataclasses import dataclass

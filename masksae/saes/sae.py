@@ -56,7 +56,7 @@ class SAE(nn.Module):
         self.origin: dict = {}
         rule, n = config.selection, config.n_latents
         generator = torch.Generator().manual_seed(config.seed)
-        directions = torch.randn(n, config.d_model, generator=generator)
+        directions = torch.randn(n, config.d_model, generator=generator, dtype=torch.float32)
         directions *= rule.decoder_norm / directions.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(directions.clone())
         self.W_enc = nn.Parameter(directions.t())
@@ -66,8 +66,7 @@ class SAE(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
         self.register_buffer("threshold", torch.tensor(-1.0 if rule.estimates_threshold else 0.0))
         self.register_buffer("tokens_since_fired", torch.zeros(n, dtype=torch.int64))
-        if device is not None:
-            self.to(device)
+        self.to(device, torch.float32)  # whatever the process's default type is
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +158,7 @@ class SAE(nn.Module):
     @classmethod
     def load(cls, folder, *, device=None) -> "SAE":
         """Read an SAE that `save` wrote. Raises CheckpointError if files are missing, damaged or of another schema."""
-        record, tensors = read_tensors(folder, "sae.safetensors", "config.json", (SCHEMA,))
+        record, tensors = read_tensors(folder, "sae.safetensors", "config.json", SCHEMA)
         with readable(folder):
             sae = cls(SAEConfig.from_dict(record["config"]))
             if "W_dec" in tensors:
@@ -205,13 +204,13 @@ def seal(record: dict, tensor_file: Path) -> str:
     return hashlib.sha256(f"{json.dumps(record, sort_keys=True)} {sha256(tensor_file)}".encode()).hexdigest()
 
 
-def read_tensors(folder, tensor_file: str, json_file: str, schemas: tuple[int, ...]) -> tuple[dict, dict[str, Tensor]]:
+def read_tensors(folder, tensor_file: str, json_file: str, schema: int) -> tuple[dict, dict[str, Tensor]]:
     """The JSON record and the tensors of a saved folder, checked. Raises CheckpointError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    remedy = "Restore it from a copy, or make it again."
+    remedy = "Restore it from a copy, or give another folder."
     missing = [name for name in (tensor_file, json_file) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} holds no complete checkpoint: {', '.join(missing)} is missing. {remedy}")
@@ -222,13 +221,12 @@ def read_tensors(folder, tensor_file: str, json_file: str, schemas: tuple[int, .
         raise CheckpointError(f"The checkpoint in {folder} is damaged ({error}). {remedy}") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"The checkpoint in {folder} is damaged ({json_file} holds no record). {remedy}")
-    if record.get("schema") not in schemas:
+    if record.get("schema") != schema:
         raise CheckpointError(
-            f"The checkpoint in {folder} has schema {record.get('schema')!r}, this version reads "
-            f"{', '.join(map(str, schemas))}. Use the version that wrote it."
+            f"The checkpoint in {folder} has schema {record.get('schema')!r}, this version reads {schema}. Use the "
+            "version that wrote it, or another folder."
         )
-    sealed = record.pop("sha256", None)  # files of before 0.2 have none
-    if sealed is not None and sealed != seal(record, folder / tensor_file):
+    if record.pop("sha256", None) != seal(record, folder / tensor_file):
         raise CheckpointError(f"The checkpoint in {folder} is damaged, or was changed (its sha256 differs). {remedy}")
     return record, tensors
 

@@ -26,6 +26,11 @@ DENSE_SHARE = 0.25
 """Share of active entries from which dense products are faster, measured on two cores."""
 
 
+def runs_sparse(device: torch.device, precision: str) -> bool:
+    """Whether SAEs train with the step of this module there, where a rule's `support` is small enough."""
+    return device.type == "cpu" and precision == "float32" and torch.backends.mkl.is_available()
+
+
 class Entries:
     """The latents that take part in a step, by prefix group and in a group by token: entry i is latent `col[i]` of
     token `row[i]`.
@@ -114,7 +119,7 @@ def sparse_step(
     # one
     fired = torch.zeros(e.shape[1], dtype=torch.bool).index_put_((e.col,), active, accumulate=True)
     smallest = rule.smallest(f, e.row.long(), e.shape[0]) if estimate else None
-    return Outcome(loss + penalty, residual, fired, active.sum() / e.shape[0], smallest)
+    return Outcome(loss + penalty, residual, fired, active.sum().to(sae.dtype) / e.shape[0], smallest)
 
 
 def _reconstruct(sae: SAE, x: Tensor, e: Entries, f: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -108,9 +108,11 @@ class Inputs:
 
     @once
     def language_model(self):
-        """The model with its tokenizer; it has the block that the profile names."""
+        """The model with its tokenizer; it has the block that the profile names, and positions for its
+        blocks of text."""
         loaded = models.load_model(self.profile.model.source, device=self.device, dtype=self.profile.model.dtype)
         tracing.hook_point(loaded.model, self.profile.model.block)
+        tracing.check_length(loaded.model, self.profile.text.block_length)
         return loaded
 
     @once

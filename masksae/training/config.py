@@ -55,8 +55,8 @@ class TrainConfig:
     """Memory of the threshold's running mean, per step; None: .999, or a memory of a tenth of the steps in a shorter
     run."""
     sparsity_warmup: int | None = None
-    """Steps over which the sparsity coefficient of L1 kinds and of JumpReLU grows linearly from 0; None: 5 times
-    `warmup`."""
+    """Steps over which the sparsity coefficient of L1 kinds and of JumpReLU grows linearly from 0, fewer than `steps`;
+    None: 5 times `warmup`, half of the steps at most. What adapts the coefficient starts after them."""
     precision: str = "float32"
     """"bfloat16": products in half precision by autocast, weights and Adam in single; worth it on GPUs, slow on most
     CPUs. "float32" on a GPU is what PyTorch is told: TF32 in a run of the command line, else whole single precision
@@ -87,6 +87,11 @@ class TrainConfig:
             raise ConfigError(f"lr and clip must be positive, decay in [0, 1], threshold_ema in [0, 1): found {self}.")
         if self.sparsity_warmup is not None:
             keep_whole(self, "sparsity_warmup", least=0)
+            if self.sparsity_warmup >= self.steps:
+                raise ConfigError(
+                    f"sparsity_warmup ({self.sparsity_warmup}) must be below steps ({self.steps}), or the sparsity "
+                    "coefficient never takes its value. Train longer, lower it, or leave it out."
+                )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision {self.precision!r} is unknown.{nearest(self.precision, PRECISIONS)}")
         self._check_snapshots()
@@ -102,7 +107,7 @@ class TrainConfig:
     @property
     def sparsity_steps(self) -> int:
         """`sparsity_warmup` with its default filled in."""
-        return 5 * self.warmup if self.sparsity_warmup is None else self.sparsity_warmup
+        return min(5 * self.warmup, self.steps // 2) if self.sparsity_warmup is None else self.sparsity_warmup
 
     @property
     def snapshot_steps(self) -> list[int]:
@@ -135,7 +140,7 @@ class TrainConfig:
         >>> [(c.steps, c.threshold_start, c.threshold_ema) for c in (config.branch(400), config.branch(100))]
         [(400, 200, 0.98), (100, 79, 0.9)]
         """
-        changes = {"steps": n, "snapshots": ()}
+        changes = {"steps": n, "snapshots": (), "sparsity_warmup": self.sparsity_steps}
         if self.threshold_start >= n - 1:
             changes["threshold_start"] = max(0, self.leaves(n) - 1)
             changes["threshold_ema"] = min(self.threshold_ema, sized(n)["threshold_ema"])

@@ -2,12 +2,24 @@
 
 The recipe is dictionary_learning's (August 2025): activations divided by their root mean square norm, b_dec from the
 geometric median of the first batch (where the rule wants it), loss, decoder gradients without their radial part,
-gradient clipping, Adam, rows of the decoder back to norm 1. The step itself is in `step.py`; here are the group, its
-checkpoints and its snapshots.
+gradient clipping, Adam, rows of the decoder back to norm 1. It differs on purpose in this:
+
+    norm            of the positions that an SAE trains on, theirs of all: what is dropped must change nothing
+    warm-up         step s has (s + 1) / warmup of the rate, theirs s / warmup: their first step moves nothing
+    sparsity        the warm-up of its coefficient is 5 warm-ups, half of the run at most; theirs is a number of its own
+    threshold       its mean leaves out batches without an active latent, and for TopK tokens without one; theirs mixes
+                    in 0, which lets everything through for a while, or infinity, which lets nothing through for good
+    JumpReLU        thresholds stay at least 0; theirs may fall below, where a latent can be active and negative
+    first rows      directions are Gaussian, none is preferred; theirs are uniform in a cube for TopK, BatchTopK,
+                    Matryoshka and JumpReLU, which prefers its corners
+    dead latents    after a sixteenth of the run's tokens, 10,000,000 at most; theirs always after those
+
+The step itself is in `step.py`; here are the group, its checkpoints and its snapshots.
 """
 
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,6 +32,7 @@ from masksae.files import atomic_dir, ensure_writable, read_json, recover, run_i
 from masksae.memory import check_memory
 from masksae.saes.config import AuxK, SAEConfig
 from masksae.saes.sae import SAE, SAE_FILES, read_tensors, seal
+from masksae.saes.sparse import runs_sparse
 from masksae.training.config import TrainConfig
 from masksae.training.logs import Log
 from masksae.training.stack import own_stream, stacks
@@ -29,11 +42,15 @@ STACKED = {"cuda"}
 """Kinds of devices on which SAEs of one architecture take their steps together; on CPUs the sparse step of each is
 faster."""
 
-SCHEMAS = (1, 2, 3)
-"""Forms of the checkpoint that are read; the last one is written. 2 added the sparsity coefficient and more keys of the
-configs, 3 what the stream is made of."""
+OFFSET = 4
+"""A mean of the activations of more times their spread is warned of, where b_dec starts at 0: ReLU then loses a sixth
+of the explained variance and JumpReLU most of it (sums of 100 sparse directions, 1,500 steps)."""
+
+SCHEMA = 4
+"""Version of the checkpoint's form; raise it when the files change meaning."""
 
 
+@torch.inference_mode(False)  # an SAE made inside could not be trained, by the caller neither
 def train(
     sae_configs: list[SAEConfig],
     stream: ActivationStream,
@@ -69,14 +86,14 @@ def train(
     """
     folder = None if checkpoint_dir is None else ensure_writable(checkpoint_dir)
     device = torch.device(device or "cpu")
-    with own_stream(device):
+    with own_stream(device), torch.autocast(device.type, enabled=False):  # a caller's; our own is `precision`
         return _train(sae_configs, stream, train_config, folder, device, progress, log)
 
 
 def _train(sae_configs, stream: ActivationStream, train_config: TrainConfig, folder, device, progress, log):
     stream.to(device)  # before anything asks for a pool
     _check(sae_configs, stream, train_config, folder)
-    sparse = device.type == "cpu" and train_config.precision == "float32"
+    sparse = runs_sparse(device, train_config.precision)
     check_memory(sae_configs, stream.batch_size, device, sparse=sparse, branch=bool(train_config.snapshots))
     group = Group(sae_configs, stream, train_config, device)
     if folder is not None and recover(folder / "checkpoint").exists():
@@ -130,9 +147,10 @@ class Group:
     def __init__(self, configs: list[SAEConfig], stream: ActivationStream, config: TrainConfig, device):
         buffers: dict = {}
         self.trainers = [Trainer(SAE(c), config, device, buffers) for c in configs]
-        self.stream, self.step, self.scale = stream.to(device), 0, 1.0
+        self.stream, self.step = stream.to(device), 0
         self.saved: int | None = None
         self.views = list(dict.fromkeys(view_of(c, stream) for c in configs))
+        self.scales: list[float] = []  # by view
         self.seen = [self.views.index(view_of(c, stream)) for c in configs]
         self.stacks, self.alone = [], list(range(len(configs)))
         if torch.device(device).type in STACKED:
@@ -146,20 +164,39 @@ class Group:
         }
 
     def start(self) -> None:
-        """Scale and b_dec from the first batches."""
+        """Scales and b_dec from the first batches."""
         beginning = {"pool": 0, "batch": 0}
         self.stream.load_state_dict(beginning)
-        self.scale = self.stream.scale()
-        if not self.scale > 0:
+        found = {dropped: self.stream.scale(dropped) for dropped in {dropped for _, dropped in self.views}}
+        self.scales = [found[dropped] for _, dropped in self.views]
+        if not min(self.scales) > 0:
             raise DataError("The first activations of the stream are all zero. Look at the model and the hook point.")
         with self.stream.until(1):
             first = next(self.stream.batches(self.views))
         self.stream.load_state_dict(beginning)
-        medians = [geometric_median(x / self.scale) for x, *_ in first]
+        first = [x / scale for (x, *_), scale in zip(first, self.scales)]
+        self._warn_of_offsets(first)
+        medians = [geometric_median(x) for x in first]
         with torch.no_grad():
             for trainer, view in zip(self.trainers, self.seen):
                 if trainer.sae.config.selection.median_start:
                     trainer.sae.b_dec.copy_(medians[view])
+
+    def _warn_of_offsets(self, first: list[Tensor]) -> None:
+        """Of rules that start from b_dec = 0, where the first batch of their view lies far from it."""
+        ratios = []
+        for x in first:
+            spread = (x - x.mean(0)).square().sum(1).mean().sqrt()
+            ratios.append((x.mean(0).norm() / spread).item() if spread > 0 else 0.0)
+        rules = [trainer.sae.config.selection for trainer in self.trainers]
+        far = [type(r).__name__ for r, view in zip(rules, self.seen) if not r.median_start and ratios[view] > OFFSET]
+        if far:
+            warnings.warn(
+                f"The mean of the activations is {max(ratios):.0f} times their spread around it, of which "
+                f"{', '.join(dict.fromkeys(far))} will explain little. Subtract the mean first, or take TopK or "
+                "BatchTopK, which start at the median.",
+                stacklevel=6,
+            )
 
     def run(self, config: TrainConfig, tick=lambda: None, folder: Path | None = None, log: Log | None = None) -> None:
         """Go on to the last step of `config`, with checkpoints and snapshots if there is a folder."""
@@ -169,7 +206,9 @@ class Group:
         while self.step < config.steps:
             for n, target in due.pop(self.step, []):
                 self._snapshot(config, n, target)
-            views = [[x / self.scale, *(t / self.scale for t in target)] for x, _, *target in next(batches)]
+            views = [
+                [x / scale, *(t / scale for t in target)] for (x, _, *target), scale in zip(next(batches), self.scales)
+            ]
             record = self.step % config.log_every == 0 or self.step == config.steps - 1
             for stack in self.stacks:
                 stack.step([views[i] for i in stack.views], self.step, record)
@@ -200,11 +239,9 @@ class Group:
                     known = read_json(target / "identity.json")
                 except (DataError, FileNotFoundError):
                     known = None
-                before = {key: value for key, value in self.identity.items() if key != "stream"}  # of schemas 1 and 2
-                if known not in (run_id(self.identity), run_id(before)):
+                if known != run_id(self.identity):
                     raise CheckpointError(
-                        f"{target} is damaged, or belongs to another configuration. Use another checkpoint_dir, or "
-                        "delete it."
+                        f"{target} is damaged, or belongs to another configuration. Use another checkpoint_dir."
                     )
                 continue
             leave = config.leaves(n)
@@ -226,8 +263,8 @@ class Group:
                 self.run(config.branch(n))
         with atomic_dir(target, ("identity.json", *(f"sae-*/{file}" for file in SAE_FILES))) as tmp:
             write_json(tmp / "identity.json", run_id(self.identity))
-            for i, trainer in enumerate(self.trainers):
-                _finish(copy.deepcopy(trainer.sae), self.scale).save(tmp / f"sae-{i:04d}")
+            for i, (trainer, view) in enumerate(zip(self.trainers, self.seen)):
+                _finish(copy.deepcopy(trainer.sae), self.scales[view]).save(tmp / f"sae-{i:04d}")
         self.step = step
         self.stream.load_state_dict(position)
         self._follow(config)
@@ -242,7 +279,7 @@ class Group:
         tensors = {
             f"{i}.{name}": value for i, trainer in enumerate(self.trainers) for name, value in trainer.tensors().items()
         }
-        record = {"schema": SCHEMAS[-1], "identity": self.identity, "step": self.step, "scale": self.scale}
+        record = {"schema": SCHEMA, "identity": self.identity, "step": self.step, "scales": self.scales}
         record |= {"stream": self.stream.state_dict(), "history": [trainer.sae.history for trainer in self.trainers]}
         with atomic_dir(folder, ("state.safetensors", "state.json")) as tmp:
             save_tensors(tensors, tmp / "state.safetensors")
@@ -272,22 +309,22 @@ class Group:
         """The SAEs, for raw activations."""
         for stack in self.stacks:
             stack.dissolve()
-        return [_finish(trainer.sae, self.scale) for trainer in self.trainers]
+        return [_finish(trainer.sae, self.scales[view]) for trainer, view in zip(self.trainers, self.seen)]
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint. Raises CheckpointError if it is damaged or of another configuration."""
-        record, tensors = read_tensors(folder, "state.safetensors", "state.json", SCHEMAS)
+        record, tensors = read_tensors(folder, "state.safetensors", "state.json", SCHEMA)
         with readable(folder):
             self._take_over(record, tensors, folder)
 
     def _take_over(self, record: dict, tensors: dict[str, Tensor], folder: Path) -> None:
-        found = {"stream": self.identity["stream"]} | _upgraded(record["identity"])  # schemas 1 and 2 did not know it
+        found = record["identity"]
         if run_id(found) != run_id(self.identity):
             inner = {"stream": f" ({differing(found['stream'], self.identity['stream'])})"}
             where = [key + inner.get(key, "") for key in self.identity if found.get(key) != self.identity[key]]
             raise CheckpointError(
                 f"The checkpoint in {folder} belongs to another configuration: {', '.join(where)} differ. Use another "
-                "checkpoint_dir, or delete this one."
+                "checkpoint_dir."
             )
         for i, trainer in enumerate(self.trainers):
             prefix = f"{i}."
@@ -295,7 +332,7 @@ class Group:
                 {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}, folder
             )
             trainer.sae.history = record["history"][i]
-        self.step, self.scale = record["step"], record["scale"]
+        self.step, self.scales = record["step"], record["scales"]
         self.saved = self.step
         self._look()
         self.stream.load_state_dict(record["stream"])
@@ -310,12 +347,6 @@ def _finish(sae: SAE, scale: float) -> SAE:
 def view_of(config: SAEConfig, stream: ActivationStream) -> tuple[int, bool]:
     """(seed of the order, whether masked positions are dropped): the view of the stream that an SAE trains on."""
     return (config.seed if config.own_order else stream.seed), config.drop_masked
-
-
-def _upgraded(identity: dict) -> dict:
-    """An identity of any schema with the keys of the present one: what was added later stood at its default."""
-    saes = [SAEConfig.from_dict(values).to_dict() for values in identity["saes"]]
-    return identity | {"saes": saes, "train": TrainConfig(**identity["train"]).identity()}
 
 
 def _check(sae_configs: list[SAEConfig], stream: ActivationStream, config: TrainConfig, folder) -> None:

@@ -58,9 +58,10 @@ class Stack(Update):
 
     members  their trainers, whose tensors become views of the stack's
     views    number of the view that each of them sees, in the order in which `step` gets them
+    pool     handle of the memory in which its graphs work; None: one of its own
     """
 
-    def __init__(self, members: list[Trainer], views: list[int]):
+    def __init__(self, members: list[Trainer], views: list[int], pool=None):
         sae, rule = members[0].sae, members[0].sae.config.selection
         self.members, self.config, self.steps = members, members[0].config, members[0].steps
         self.sae = Stacked([member.sae for member in members])
@@ -77,7 +78,7 @@ class Stack(Update):
         self.views = sorted(set(views))
         self.seen = torch.tensor([self.views.index(view) for view in views], device=where)
         self.known = 0, 0  # steps done, tokens for which some latent had been silent then
-        self.graphs = Graphs(where) if where.type == "cuda" else None
+        self.graphs = Graphs(where, pool) if where.type == "cuda" else None
 
     def _share_moments(self, sae: SAE) -> None:
         for name, _ in sae.named_parameters():
@@ -149,7 +150,7 @@ class Stack(Update):
         smallest = None
         if phase.estimate:
             smallest = torch.vmap(lambda f: rule.smallest(f, None, len(f)))(f.detach())
-        fired, l0 = active.any(1), active.sum((1, 2)) / x.shape[1]
+        fired, l0 = active.any(1), active.sum((1, 2)).to(sae.dtype) / x.shape[1]
         return Outcome(loss.detach(), residual, fired, l0, smallest)
 
     def _terms(self, leaves: dict[str, Tensor], target: Tensor, pre: Tensor, phase: Phase):
@@ -266,12 +267,14 @@ def with_tensors(sae: SAE, tensors: dict[str, Tensor], function, *arguments):
 
 
 class Graphs:
-    """CUDA graphs of one stack, by phase. They share memory, for no two run at once; inputs go into buffers that stay.
+    """CUDA graphs of one stack, by phase. They share memory, those of all stacks of a group, for no two run at once and
+    nothing of theirs is read after the next: the weights, Adam's state and the inputs lie outside, in buffers that
+    stay.
 
     To be used inside `own_stream`: the default stream cannot be captured."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device, pool=None):
+        self.device, self.pool = device, pool or torch.cuda.graph_pool_handle()
         self.inputs: list[Tensor] = []
         self.runs: dict[Phase, int] = {}
         self.captured: dict[Phase, tuple[torch.cuda.CUDAGraph, Outcome]] = {}
@@ -316,11 +319,12 @@ def stacks(trainers: list[Trainer], views: list[int]) -> tuple[list[Stack], list
     for i, trainer in enumerate(trainers):
         alike.setdefault(trainer.sae.config.alike, []).append(i)
     found, alone = [], []
+    pool = torch.cuda.graph_pool_handle() if trainers[0].sae.device.type == "cuda" else None
     for config, numbers in alike.items():
         if not config.selection.stacked:
             alone += numbers
             continue
         for low in range(0, len(numbers), MOST_STACKED):
             part = numbers[low : low + MOST_STACKED]
-            found.append(Stack([trainers[i] for i in part], [views[i] for i in part]))
+            found.append(Stack([trainers[i] for i in part], [views[i] for i in part], pool))
     return found, alone

@@ -16,7 +16,7 @@ from torch import Tensor
 from masksae.saes.config import AuxK
 from masksae.saes.loss import Outcome, aux_loss, dead_latents, dense_step
 from masksae.saes.sae import SAE, load_state
-from masksae.saes.sparse import DENSE_SHARE, sparse_step
+from masksae.saes.sparse import DENSE_SHARE, runs_sparse, sparse_step
 
 EPS = 1e-8
 
@@ -53,7 +53,8 @@ class Update:
     def _autocast(self):
         if self.config.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.sae.device.type, dtype=torch.bfloat16)
+        # inside another autocast, even one that is off, a cache would keep the first step's weights
+        return torch.autocast(self.sae.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     def _ramp(self, step: int) -> float:
         """Share of the sparsity coefficient that this step takes."""
@@ -122,7 +123,7 @@ class Trainer(Update):
         self.steps = config.steps  # of the whole run, on a snapshot's branch too
         self.buffers = {} if buffers is None else buffers
         device, rule = torch.device(device), sae.config.selection
-        self.sparse = device.type == "cpu" and torch.backends.mkl.is_available() and config.precision == "float32"
+        self.sparse = runs_sparse(device, config.precision)
         self.adam = torch.optim.Adam(
             sae.parameters(), lr=config.lr, betas=rule.betas, eps=EPS, fused=device.type in ("cpu", "cuda")
         )
@@ -227,5 +228,4 @@ class Trainer(Update):
             for key, value in state.items():  # in place: they may be a part of a stack's
                 given = tensors.get(f"adam.{name}.{key}")  # None: a start, before the first step
                 value.zero_() if given is None else value.copy_(given)
-        if "coefficient" in tensors:  # schema 1 knew no coefficient
-            self.coefficient.copy_(tensors["coefficient"])
+        self.coefficient.copy_(tensors["coefficient"])

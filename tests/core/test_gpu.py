@@ -247,3 +247,12 @@ def test_memory_is_what_the_formula_says():
     masksae.train(saes, source, TrainConfig(steps=8, warmup=2, threshold_start=2), device="cuda", progress=False)
     peak = torch.cuda.max_memory_allocated() - before - 4 * x.numel()
     assert 0.5 < peak / training_bytes(saes, 2048, sparse=False) < 1.1
+
+
+def test_graphs_of_all_stacks_share_their_memory_and_change_no_byte(monkeypatch):
+    """Ten architectures, each with phases of its own, replayed in another order than they were captured in."""
+    shared = on_gpu(sae_configs=MANY)
+    monkeypatch.setattr("masksae.training.stack.WARM_UP", 10**9)
+    assert same(shared, on_gpu(sae_configs=MANY))
+    found = group.Group(MANY, stream(), train_config(), "cuda")
+    assert len(found.stacks) > 3 and len({each.graphs.pool for each in found.stacks}) == 1

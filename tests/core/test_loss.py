@@ -339,3 +339,15 @@ def test_no_array_holds_the_model_width_for_every_kept_latent(rule):
         outcome = trainer.gradients(x, 50)
     active = outcome.l0.item() * batch
     assert max(sizes) == batch * n and active * d > 1.5 * batch * n
+
+
+@needs_mkl
+def test_more_groups_than_a_byte_counts():
+    sae, x = random_sae(BatchTopK(4), (1 / 320,) * 320, n=320), random_batch()
+    xc = sae.encoder_input(x).detach()
+    pre = (xc @ sae.W_enc + sae.b_enc).detach()
+    dense_step(sae, x, xc, pre, 0.1, None, False)
+    wanted = {name: p.grad.clone() for name, p in sae.named_parameters()}
+    sparse_step(sae, x, xc, pre, sae.config.selection.support(sae, pre, math.inf), 0.1, False)
+    for name, parameter in sae.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-9, atol=1e-12, msg=name)

@@ -123,8 +123,9 @@ def test_replacements_are_drawn_by_their_share_at_the_same_places():
     assert set(corrupted[again].tolist()) == {1, 2} and share == pytest.approx(0.75, abs=0.03)
     later, _ = mask_tokens(ids[3:], p=0.4, token_id=0, seed=5, first_sequence=3, replacements=drawn)
     assert torch.equal(later, corrupted[3:])
-    with pytest.raises(DataError, match="replacements must be int64"):
-        mask_tokens(ids, p=0.4, token_id=0, seed=5, replacements=torch.tensor([1.0]))
+    for none in (torch.tensor([1.0]), torch.tensor(1), torch.tensor([], dtype=torch.int64), [1, 2]):
+        with pytest.raises(DataError, match="replacements must be int64"):
+            mask_tokens(ids, p=0.4, token_id=0, seed=5, replacements=none)
 
 
 @pytest.mark.parametrize("replacements", [None, "here", "there"])

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from masksae import BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK
+from masksae import SAE, ActivationStream, BatchTopK, Gated, JumpReLU, ReLU, SAEConfig, TopK, TrainConfig, train
 from masksae.errors import ConfigError
 from masksae.memory import available_bytes, check_memory, host_bytes, training_bytes
+from masksae.training.step import Trainer
 
 MEASURE = """
 import json, sys
@@ -115,3 +116,17 @@ def test_what_cannot_fit_is_refused_before_the_start():
     with pytest.raises(ConfigError, match=r"needs about [\d.]+ GB on cpu, [\d.]+ GB are free. Train fewer at once"):
         check_memory([SAEConfig(10**5, 10**7, BatchTopK(32))], 2048, "cpu")
     check_memory([SAEConfig(8, 16, BatchTopK(2))], 64, "cpu")
+
+
+def test_without_sparse_products_the_estimate_is_that_of_the_dense_step(monkeypatch):
+    """As on ARM: what fits only with the sparse step is refused before it begins."""
+    saes, recipe = [SAEConfig(16, 4096, BatchTopK(2))], TrainConfig(2)
+    stream = ActivationStream.from_array(torch.randn(512, 16), batch_size=256, seed=0)
+    sparse, dense = (training_bytes(saes, 256, sparse=each) for each in (True, False))
+    monkeypatch.setattr("masksae.memory.available_bytes", lambda device: (sparse + dense) / 2)
+    if torch.backends.mkl.is_available():
+        train(saes, stream, recipe, progress=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not Trainer(SAE(saes[0]), recipe).sparse
+    with pytest.raises(ConfigError, match="Training 1 SAEs needs about"):
+        train(saes, stream, recipe, progress=False)

@@ -109,7 +109,7 @@ def test_controls_of_a_trained_sae_explain_less():
     features = torch.nn.functional.normalize(torch.randn(24, 8, generator=generator), dim=1)
     x = (torch.rand(4000, 24, generator=generator) < 0.08).float() @ features
     stream = ActivationStream.from_array(x, batch_size=200, seed=0)
-    recipe = TrainConfig(300, lr=3e-3, warmup=20, threshold_start=100)
+    recipe = TrainConfig(400, lr=3e-3, warmup=20, threshold_start=100)
     for sae in train([SAEConfig(8, 48, TopK(2)), SAEConfig(8, 48, BatchTopK(2))], stream, recipe, progress=False):
         ev = [
             reconstruction(each, x).ev_centred

@@ -193,3 +193,18 @@ def test_spellings_stay_on_one_side():
     is_test = probes.split_words(words, seed=5)
     assert is_test.double().mean().item() == pytest.approx(0.2, abs=0.01)
     assert len({(w.lower(), t) for w, t in zip(words, is_test.tolist())}) == 200
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_step_that_lowers_nothing_is_not_taken():
+    """Squares of 1e200 are infinite, and so is the curvature: there is no step, and no optimum to claim."""
+    f, y = rare_and_dense(0)
+    with pytest.raises(DataError, match="No step lowers the loss"):
+        probes.l1_logistic(sparse.csr_array(f * 1e200), torch.from_numpy(y), l1=0.01)
+
+
+def test_a_regression_that_is_not_at_its_optimum_is_not_given(monkeypatch):
+    f, y = rare_and_dense(0)
+    monkeypatch.setattr(probes, "MAX_STEPS", 1)
+    with pytest.raises(DataError, match="500 rows is not at its optimum after 1 steps"):
+        probes.balanced_logistic(f[:, :3], y[:, 0])

@@ -17,6 +17,7 @@ from masksae.metrics.reconstruction import (
     calibrated_threshold,
     ce_score,
     kl_score,
+    largest_cosines,
     reconstruction,
     silent_latents,
 )
@@ -187,6 +188,9 @@ def test_no_threshold_gives_an_impossible_l0(k):
         calibrated_threshold(random_sae(), tokens(), k=k)
     with pytest.raises(DataError, match="Flatten"):
         calibrated_threshold(random_sae(), tokens()[None], k=3)
+    for x, words in ((tokens()[:0], "no token to score"), (tokens() * torch.nan, "NaN or infinity")):
+        with pytest.raises(DataError, match=words):
+            calibrated_threshold(random_sae(), x, k=3)
 
 
 def test_dead_latents_are_counted():
@@ -255,3 +259,8 @@ def test_silent_latents_takes_three_sets_of_one_sae():
     ):
         with pytest.raises(DataError, match=r"must be three bool \[F\]"):
             silent_latents(*sets)
+
+
+def test_a_single_latent_has_no_other_to_be_near():
+    """The least cosine there is, so that the mean over latents is a number."""
+    assert largest_cosines(torch.ones(1, 3)).tolist() == [-1]

@@ -205,15 +205,6 @@ def test_snapshots_of_another_configuration_or_of_the_past(tmp_path):
         run(train_config(snapshots=(30,), lr=1e-3), checkpoint_dir=tmp_path)
 
 
-def test_a_checkpoint_of_the_first_schema_is_trained_on(tmp_path):
-    shutil.copytree(Path(__file__).parent / "data/checkpoint-schema-1", tmp_path / "checkpoint")
-    source = ActivationStream.from_array(sparse_world()[0], batch_size=200, seed=0)
-    resumed = run(source=source, checkpoint_dir=tmp_path)
-    assert [r["step"] for r in resumed[0].history] == [0, 7, 14, 21, 28, 35, 42, 49, 56, 59]
-    for a, b in zip(resumed, run(source=ActivationStream.from_array(sparse_world()[0], batch_size=200, seed=0))):
-        torch.testing.assert_close(a.W_dec, b.W_dec, rtol=1e-3, atol=1e-3)
-
-
 def test_interrupted_between_the_two_renames(tmp_path):
     run(train_config(checkpoint_every=10), checkpoint_dir=tmp_path)
     (tmp_path / "checkpoint").rename(tmp_path / ".old-checkpoint")

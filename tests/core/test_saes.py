@@ -3,7 +3,6 @@ test_loss.py."""
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,13 +134,6 @@ def test_what_is_no_activation_is_refused(act, words):
         act(random_sae(dtype=torch.float32))
 
 
-def test_reads_what_the_first_schema_wrote():
-    sae = SAE.load(Path(__file__).parent / "data/sae-schema-1")
-    assert sae.config == SAEConfig(16, 32, BatchTopK(3), (0.25, 0.75), seed=1)
-    assert sae.history[-1]["step"] == 59 and sae.threshold > 0
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
-
-
 def test_damaged_files_are_named(tmp_path):
     folder = random_sae(dtype=torch.float32).save(tmp_path / "sae")
     weights = (folder / "sae.safetensors").read_bytes()
@@ -160,11 +152,10 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "config.json").write_text(smaller)
     with pytest.raises(CheckpointError, match="damaged, or was changed"):
         SAE.load(folder)
-    (folder / "config.json").write_text(
-        re.sub(r',\s*"sha256": "\w+"', "", smaller)
-    )  # as written before there were seals
-    with pytest.raises(CheckpointError, match="W_dec"):
+    (folder / "config.json").write_text(re.sub(r',\s*"sha256": "\w+"', "", config))
+    with pytest.raises(CheckpointError, match="sha256 differs.*Restore it from a copy") as caught:
         SAE.load(folder)
+    assert "elete" not in str(caught.value)  # it may be anybody's folder
 
 
 @pytest.mark.parametrize(
@@ -178,7 +169,6 @@ def test_damaged_files_are_named(tmp_path):
         (lambda: SAEConfig(8, 16, BatchTopK(1), prefixes=(0.5, 0.4)), "sum to 1"),
         (lambda: SAEConfig(8, 16, BatchTopK(1), prefixes=(1.5, -0.5)), "positive fractions"),
         (lambda: SAEConfig(8, 16, BatchTopK(1), prefixes=(0.01, 0.99)), "empty group"),
-        (lambda: SAEConfig(8, 512, BatchTopK(1), prefixes=(1 / 256,) * 256), "at most 255 groups, found 256"),
         (lambda: SAEConfig(8, 16, BatchTopK(1), prefix_weighting="1/g"), "Did you mean '1/G^2'"),
         (lambda: SAEConfig(8, 16, "BatchTopk"), "Did you mean 'BatchTopK'"),
         (lambda: AuxK(k=0), "AuxK.k"),

@@ -213,3 +213,18 @@ def test_noise_is_sized_by_what_is_no_sink(make):
     wanted = 0.5 * (ordinary - ordinary.mean(0)).square().mean().sqrt()
     whole = 0.5 * (x - x.mean(0)).square().mean().sqrt()
     assert (noisy - x).std().item() == pytest.approx(wanted.item(), rel=0.05) and abs(whole / wanted - 1) > 0.05
+
+
+def test_orders_are_not_the_masks_in_another_form():
+    """The seed of a pair's masks is the seed of an SAE's own order, and a block may have the number of a visit."""
+    from masksae.masking import draws, mask_tokens
+
+    x = torch.arange(64.0)[:, None]
+    for seed, visit in ((100, 0), (100, 3)):
+        stream = masksae.ActivationStream.from_array(x, batch_size=64, seed=seed)
+        order = next(islice(stream, visit, None))[0].flatten().long()
+        assert sorted(order.tolist()) == list(range(64))
+        of_masks, of_noise = (draws(seed, visit, stretch).permutation(64).tolist() for stretch in (0, 1))
+        assert order.tolist() not in (of_masks, of_noise)
+        is_masked = mask_tokens(torch.zeros(1, 64).long(), p=0.5, token_id=1, seed=seed, first_sequence=visit)[1]
+        assert torch.equal(is_masked[0], torch.from_numpy(draws(seed, visit).random(64) < 0.5))  # what they start with

@@ -1,9 +1,15 @@
 """Tracing agrees with plain hooks on Llama, GPT-NeoX and Gemma-2 blocks."""
 
+import gc
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tiny_project import tiny_model
 from torch import nn
 
+from masksae.activations import from_model
 from masksae.errors import ConfigError, DataError
 from masksae.tracing import (
     activations,
@@ -231,3 +237,67 @@ def test_only_the_replaced_position_has_an_effect(model, ids):
     assert not replacement_effects(model, ids, at, torch.tensor([5, 6]), weights, block=2).any()
     own = replacement_effects(model, ids[:1], at[:1] - 2, ids[0, 2:4], weights[:, :1], block=2)
     assert own[0, 0, 0].abs() < 1e-5 < own[0, 0, 1].abs()
+
+
+def live_tensors():
+    """Of this process; what the collector has not seen yet counts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects warn when they are asked what they are
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+
+def test_stopped_traces_leave_nothing_alive(ids):
+    """Without the collector, which may come by late: nnsight's circles of references would keep 8 tensors a trace."""
+    model = tiny_model("llama")
+    options = dict(positions=torch.zeros(12).long(), candidates=ids[0, :3], weights=torch.ones(1, 12, 9, 16), block=1)
+    for trace in (lambda: activations(model, ids, block=1), lambda: replacement_effects(model, ids, **options)):
+        trace()
+        gc.collect()
+        gc.disable()
+        try:
+            before = live_tensors()
+            for _ in range(20):
+                trace()
+            assert live_tensors() <= before + 2
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_effects_of_replacements_in_any_mode(model, mode):
+    def effects():
+        ids = torch.randint(2, 128, (4, 9), generator=torch.Generator().manual_seed(0))
+        weights = torch.randn(2, 4, 9, 16, generator=torch.Generator().manual_seed(1))
+        return replacement_effects(model, ids, ids[:, 0] % 9, ids[0, :3], weights, block=1)
+
+    expected = effects()
+    model.requires_grad_(True)
+    with mode():
+        assert torch.equal(effects(), expected)
+
+
+def test_sequences_longer_than_the_table_of_positions_are_refused():
+    """Some tables are longer than the model says, and models that compute positions have none."""
+    import transformers as tr
+
+    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=128, max_position_embeddings=24)
+    small = dict(n_embd=16, n_layer=2, n_head=2, vocab_size=128, n_positions=24, bos_token_id=0, eos_token_id=0)
+    configs = [
+        (tr.GPT2Config(**small), True),
+        (tr.GPTJConfig(**small, rotary_dim=4), True),
+        (tr.OPTConfig(**shape, ffn_dim=32, word_embed_proj_dim=16), True),
+        (tr.LlamaConfig(**shape, intermediate_size=24), False),
+    ]
+    for config, refused in configs:
+        model = tr.AutoModelForCausalLM.from_config(config).eval()
+        assert activations(model, torch.zeros(2, 24).long(), block=0).shape == (2, 24, 16)
+        if not refused:
+            assert activations(model, torch.zeros(2, 25).long(), block=0).shape == (2, 25, 16)
+            continue
+        options = dict(block=0, p=0.3, token_id=1, mask_seed=0, bos_id=None, batch_size=4, seed=0)
+        for act in (
+            lambda: activations(model, torch.zeros(2, 25).long(), block=0),
+            lambda: from_model(SimpleNamespace(model=model), torch.zeros(2, 32).long(), **options),
+        ):
+            with pytest.raises(DataError, match="longer than the 24 positions of .*text.block_length: 24 at most"):
+                act()

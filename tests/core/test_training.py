@@ -1,6 +1,8 @@
 """Training: learns a known dictionary, logs without touching anything, refuses what cannot work."""
 
+import contextlib
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,18 @@ import torch
 from small_training import EVERY, D, F, configs, poisoned, run, same, sparse_world, stream, train_config
 
 import masksae
-from masksae import ActivationStream, AuxK, BatchTopK, Gated, SAEConfig, TopK, TrainConfig
+from masksae import (
+    ActivationStream,
+    AuxK,
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    ReLU,
+    SAEConfig,
+    TopK,
+    TrainConfig,
+    load_snapshots,
+)
 from masksae.errors import ConfigError, DataError
 from masksae.saes.sae import SAE
 from masksae.study.sections import Training
@@ -155,6 +168,7 @@ def test_learning_rate_by_hand():
         (lambda: masksae.train([], stream(), train_config(), progress=False), ConfigError, "empty"),
         (lambda: train_config(steps=0), ConfigError, "steps"),
         (lambda: train_config(steps=4), ConfigError, "warmup"),
+        (lambda: train_config(sparsity_warmup=60), ConfigError, r"sparsity_warmup \(60\) must be below steps \(60\)"),
         (lambda: train_config(lr=-1.0), ConfigError, "lr"),
         (lambda: train_config(steps=60.5), ConfigError, "TrainConfig.steps must be a positive integer, found 60.5"),
         (lambda: train_config(log_every=0), ConfigError, "log_every must be a positive integer, found 0"),
@@ -220,3 +234,112 @@ def test_targets_that_are_the_input_change_nothing():
     same_targets = ActivationStream.from_array(sparse_world()[0], batch_size=200, seed=0)
     [*again] = run(train_config(30), EVERY, source.with_targets(same_targets))
     assert same(plain, again)
+
+
+@pytest.mark.parametrize("rule", [ReLU(0.05), Gated(0.05), JumpReLU(3.0), TopK(2), BatchTopK(2)], ids=str)
+@pytest.mark.parametrize("denoise", [False, True])
+def test_what_stands_at_dropped_positions_changes_nothing(rule, denoise):
+    """Neither the scale nor anything else: masked rows may be as long as attention sinks are, or hold nothing."""
+    x, masked = sparse_world(2000)[0], torch.arange(2000) % 3 == 0
+    found = []
+    for times in (1.0, 30.0, 0.0):
+        rows = torch.where(masked[:, None], times * x, x)
+        source = ActivationStream.from_array(rows, batch_size=200, seed=0, is_masked=masked)
+        if denoise:
+            source = source.with_targets(ActivationStream.from_array(2 * rows, batch_size=200, seed=0))
+        found.append(run(sae_configs=[SAEConfig(D, F, rule, drop_masked=True)], source=source))
+    assert same(found[0], found[1]) and same(found[0], found[2])
+
+
+def test_each_view_has_a_scale_of_its_own(tmp_path):
+    """In company with an SAE that sees the masked rows too, and from a checkpoint and snapshots, an SAE is that of its
+    own positions."""
+    x, masked = sparse_world(2000)[0], torch.arange(2000) % 3 == 0
+    x[masked] *= 30
+    source = lambda: ActivationStream.from_array(x, batch_size=200, seed=0, is_masked=masked)
+    saes = [SAEConfig(D, F, TopK(2), drop_masked=dropped) for dropped in (False, True)]
+    config = train_config(40, snapshots=(20,))
+    together = run(config, saes, source(), checkpoint_dir=tmp_path)
+    assert same(together, [run(train_config(40), [sae], source())[0] for sae in saes])
+    assert same(load_snapshots(tmp_path)[20], [run(config.branch(20), [sae], source())[0] for sae in saes])
+    (short, long), ordinary = ((sae(x[~masked]).square().mean() for sae in together), x[~masked].square().mean())
+    assert long.item() == pytest.approx(ordinary.item(), rel=0.3) and short != long
+
+
+def test_the_coefficient_has_warmed_up_in_half_of_a_run():
+    """5 warm-ups are 500 steps of 400 here: l1 would never be whole, and its controller never at work."""
+    config = TrainConfig(400, lr=3e-3, warmup=100)
+    assert (config.sparsity_steps, TrainConfig(4000, warmup=100).sparsity_steps) == (200, 500)
+    assert config.branch(100).sparsity_steps == 200  # the trunk's, on which the branch begins
+    sae = run(config, [SAEConfig(D, F, ReLU(0.01, target_l0=4))])[0]
+    assert 2 < sae.history[-1]["l0"] < 6 and sae.history[-1]["l1"] > 0.02
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def in_single():
+    """Trained before anything changes a process's default type."""
+    return run(sae_configs=EVERY)
+
+
+def test_the_default_type_of_a_process_changes_nothing(in_single, double, tmp_path):
+    x, masked = sparse_world(dtype=torch.float32)[0], torch.arange(6000) % 3 == 0
+    source = ActivationStream.from_array(x, batch_size=200, seed=0, is_masked=masked)
+    found = run(sae_configs=EVERY, source=source)
+    assert same(found, in_single) and [a.history for a in found] == [b.history for b in in_single]
+    for sae in found:
+        kept = SAE.load(sae.save(tmp_path / "sae"))
+        assert {v.dtype for v in kept.state_dict().values()} == {torch.float32, torch.int64}
+        assert kept(x[:3]).dtype == kept(x[:3].double()).dtype == torch.float32
+
+
+HALF = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, HALF], ids=["no_grad", "inference", "autocast"])
+def test_the_mode_of_the_caller_changes_nothing(in_single, mode):
+    x, masked = sparse_world()[0], torch.arange(6000) % 3 == 0
+    with mode():
+        source = ActivationStream.from_array(x.clone(), batch_size=200, seed=0, is_masked=masked)
+        assert same(run(sae_configs=EVERY, source=source), in_single)
+
+
+def test_half_precision_inside_an_autocast_sees_the_weights_of_every_step():
+    """Autocast keeps a copy of the weights until the outermost one ends."""
+    config, x = TrainConfig(20, lr=3e-3, precision="bfloat16"), sparse_world()[0]
+    found = []
+    for enabled in (False, True):
+        trainer = Trainer(SAE(SAEConfig(D, F, TopK(2))), config)
+        with torch.autocast("cpu", dtype=torch.bfloat16) if enabled else contextlib.nullcontext():
+            for step, batch in enumerate(x[:4000].split(200)):
+                trainer.step(batch, step)
+        found.append(trainer.sae)
+    assert same(found[:1], found[1:])
+
+
+def test_activations_with_a_gradient_are_trained_on(in_single):
+    x = sparse_world()[0].requires_grad_()
+    masked = torch.arange(len(x)) % 3 == 0
+    source = ActivationStream.from_array(x, batch_size=200, seed=0, is_masked=masked)
+    assert same(run(sae_configs=EVERY, source=source), in_single) and x.grad is None
+
+
+@pytest.mark.parametrize("rule, warned", [(JumpReLU(3.0), True), (ReLU(0.05), True), (TopK(2), False)], ids=str)
+def test_a_mean_of_many_times_the_spread_is_warned_of(rule, warned, recwarn):
+    x = sparse_world(2000)[0]
+    x = x - x.mean(0)
+    spread = x.square().sum(1).mean().sqrt()
+    for times in (1, 40):
+        source = ActivationStream.from_array(x + times * spread / D**0.5, batch_size=200, seed=0)
+        run(TrainConfig(2), [SAEConfig(D, F, rule)], source)
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == int(warned)
+    if warned:
+        assert recwarn[0].filename.endswith("small_training.py")  # where `train` was called
+        assert re.search(f"(39|40|41) times their spread.*{type(rule).__name__}.*Subtract the mean", told[0])

@@ -40,7 +40,7 @@ def own(project, model, tokenizer=None, **keys):
         "name": "mine",
         "model": {"source": "model", "block": 1, "mask_token": "<mask>", "bos_token": "<bos>"} | keys,
         "text": {"sources": ["text.jsonl"], "block_length": 32, "train_tokens": 6400, "held_out_tokens": 320},
-        "training": {"batch_size": 128},
+        "training": {"batch_size": 128, "lr": 0.003},
         "saes": [{"name": "b4", "selection": {"rule": "batch_topk", "k": 4}, "n_latents": 64}],
         "blocks": [{"pairs": [0]}],
         "evaluation": {"ce_tokens": 320},

@@ -19,12 +19,12 @@ from masksae.saes.sae import SAE
 D, F = 16, 32
 
 
-def sparse_world(n=6000, seed=0):
+def sparse_world(n=6000, seed=0, dtype=None):
     """Activations that are sparse sums of 20 known directions, plus an offset."""
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(20, D, generator=generator), dim=1)
-    active = torch.rand(n, 20, generator=generator) < 0.1
-    amounts = 3 * (0.5 + torch.rand(n, 20, generator=generator))
+    directions = torch.nn.functional.normalize(torch.randn(20, D, generator=generator, dtype=dtype), dim=1)
+    active = torch.rand(n, 20, generator=generator, dtype=dtype) < 0.1
+    amounts = 3 * (0.5 + torch.rand(n, 20, generator=generator, dtype=dtype))
     return (active * amounts) @ directions + 2.0, directions
 
 
