@@ -32,14 +32,27 @@ def matched_threshold(run: Scored, sae: SAE, k: float) -> float | None:
     return None if sae.config.selection.keeps_k_per_token else calibrated_threshold(sae, run.held_out, k)
 
 
-def score_saes(run: Scored, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
-    """One row per SAE and mode with the scores that `score(sae, threshold)` gives; where both modes are one threshold,
-    the score is taken once."""
-    saes, at = run.load_saes(), thresholds(run)
-    cells = [(row["sae"], threshold) for row in run.table for threshold in dict.fromkeys(at[row["sae"]].values())]
-    scores = dict(zip(cells, in_threads(lambda cell: score(saes[cell[0]], cell[1]), cells, label=label, unit="score")))
+Cell = tuple[str, float | None]
+"""An SAE's name, and the threshold at which it is scored."""
+
+
+def cells(run: Scored) -> list[Cell]:
+    """What is scored: every SAE in every mode; where both modes are one threshold, once."""
+    at = thresholds(run)
+    return [(row["sae"], threshold) for row in run.table for threshold in dict.fromkeys(at[row["sae"]].values())]
+
+
+def by_mode(run: Scored, scores: dict[Cell, dict]) -> list[dict]:
+    """One row per SAE and mode with its scores."""
     return [
         row | {"mode": mode, "threshold": threshold} | scores[row["sae"], threshold]
         for row in run.table
-        for mode, threshold in at[row["sae"]].items()
+        for mode, threshold in thresholds(run)[row["sae"]].items()
     ]
+
+
+def score_saes(run: Scored, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
+    """One row per SAE and mode with the scores that `score(sae, threshold)` gives."""
+    saes, wanted = run.load_saes(), cells(run)
+    scores = in_threads(lambda cell: score(saes[cell[0]], cell[1]), wanted, label=label, unit="score")
+    return by_mode(run, dict(zip(wanted, scores)))
