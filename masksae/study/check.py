@@ -7,6 +7,7 @@ from pathlib import Path
 
 from masksae.errors import DataError
 from masksae.files import run_id
+from masksae.study.profile import Part
 from masksae.study.run import Run, RunPart
 from masksae.study.scores.absorption import absorption_noise
 from masksae.study.work import SCORES
@@ -50,6 +51,18 @@ def check(run: Run) -> list[dict]:
             score(asked)
         rows += [{"part": part.name, "score": kind, "state": state} for kind, state in asked.states.items()]
     return rows
+
+
+def missing(run: Run) -> list[Part]:
+    """The parts of a run that are still to be made: those with SAEs that are not trained; of a profile that keeps its
+    pairs, those without rows of this profile."""
+    if not run.profile.keep_pairs:
+        return [each.part for each in run.parts if not all((run.folder_of(g) / "saes").exists() for g in each.groups)]
+    asked = [Asked(run, part.part) for part in run.parts]
+    for part in asked if has_results(run.results) else ():
+        for score in SCORES.values():
+            score(part)
+    return [part.part for part in asked if not part.states or set(part.states.values()) & {*STATES[2:]}]
 
 
 def summary(rows: list[dict]) -> list[list[str]]:

@@ -21,7 +21,7 @@ from masksae.data.tasks import probe_table
 from masksae.errors import DataError
 from masksae.metrics.perturbation import Probe, Texts, fit_probe, scr, tpp
 from masksae.metrics.sparse_probing import probe, sparse_probing
-from masksae.parallel import LARGEST, in_threads
+from masksae.parallel import in_threads
 from masksae.saes.sae import SAE, at_least_single
 from masksae.study.inputs import Scored
 from masksae.study.scores.matched import by_mode, cells
@@ -34,10 +34,19 @@ TOKENS = 4096
 """Tokens that are encoded at a time."""
 KEPT = 2**30
 """Bytes of a group's tokens that are kept in scratch, at most."""
+POOLED = 8
+"""SAEs whose averaged latents of a group are in memory at a time: the model reads texts that are not kept again for as
+many."""
 SAEBENCH = dict(normalised=False, penalty="l2", strengths=(1.0,), scaled=False)
 """SAEBench's rule of k-sparse probing: ranked by difference of means, C = 1."""
 BASELINE_KS = (1, 2, 5)
 """Numbers of coordinates of raw activations that are probed beside the latents."""
+
+
+def kept_bytes(texts: int, max_tokens: int, width: int) -> int:
+    """What the tokens of so many texts take in scratch, at most; 0 where they are not kept."""
+    size = 4 * texts * max_tokens * width
+    return size if size <= KEPT else 0
 
 
 def averaged(x: Tensor, lengths: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -69,7 +78,7 @@ class TextPool:
             (torch.tensor(rows), torch.cat([text[:length] for text, length in zip(x, lengths.tolist())]), lengths)
             for rows, x, lengths in text_batches(self.run, self.texts, limit, from_end=False, label=self.label)
         )
-        if 4 * len(self.texts) * limit * self.run.width > KEPT:
+        if not kept_bytes(len(self.texts), limit, self.run.width):
             return made
 
         def make() -> dict[str, Tensor]:
@@ -274,8 +283,8 @@ def concept_scores(run: Scored) -> list[dict]:
         tables: dict = {cell: {"groups": [], "pairs": []} for cell in wanted}
         todo = [("groups", group, group_scores) for group in groups] + [("pairs", each, pair_scores) for each in pairs]
         for kind, texts, score in progress.bar(todo, label="concepts", unit="group"):
-            for low in range(0, len(wanted), LARGEST):  # SAEs at a time: their averaged latents are in memory
-                some = [(cell, saes[cell[0]]) for cell in wanted[low : low + LARGEST]]
+            for low in range(0, len(wanted), POOLED):
+                some = [(cell, saes[cell[0]]) for cell in wanted[low : low + POOLED]]
                 f = texts.pool.latents([(sae, threshold) for (_, threshold), sae in some])
                 rows = in_threads(lambda i: score(run, texts, some[i][1], f[i]), range(len(some)))
                 for (cell, _), row in zip(some, rows):
