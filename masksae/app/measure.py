@@ -51,7 +51,7 @@ def forward_rate(plan: Plan, device: str) -> float:
 
 def step_seconds(plan: Plan, config, size: int, device: str) -> float:
     """Of one training step, for each of `size` SAEs that take it together (`training/stack.py`; on a CPU alone)."""
-    batch, recipe = plan.profile.training.batch_size, plan.profile.training.config(max(plan.steps, 2))
+    batch, recipe = plan.profile.training.batch_size, plan.profile.training.config(max(plan.steps(), 2))
     x = torch.randn(batch, config.d_model, generator=torch.Generator().manual_seed(0)).to(device) / config.d_model**0.5
     with own_stream(torch.device(device)):
         trainers = [Trainer(SAE(replace(config, seed=seed)), recipe, device) for seed in range(size)]

@@ -51,8 +51,6 @@ class GPU:
     """A type of GPU by its data sheet."""
 
     name: str
-    memory: float
-    """GB."""
     half: float
     """TFLOP/s, dense bfloat16 products."""
     single: float
@@ -62,10 +60,10 @@ class GPU:
 
 
 GPUS = [
-    GPU("L4", 24, 121, 60, 0.30),
-    GPU("RTX 4090", 24, 165, 82.6, 1.01),
-    GPU("A100 80GB", 80, 312, 156, 2.04),
-    GPU("H100 SXM", 80, 989, 494, 3.35),
+    GPU("L4", 121, 60, 0.30),
+    GPU("RTX 4090", 165, 82.6, 1.01),
+    GPU("A100 80GB", 312, 156, 2.04),
+    GPU("H100 SXM", 989, 494, 3.35),
 ]
 
 SHARE = 0.4
@@ -138,6 +136,16 @@ class Plan:
             return AutoModelForCausalLM.from_config(self.config)
 
     @property
+    def number(self) -> int:
+        """Bytes of a number of the language model."""
+        return 2 if self.profile.model.dtype == "bfloat16" else 4
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of the language model."""
+        return self.number * sum(p.numel() for p in self.model.parameters())
+
+    @property
     def width(self) -> int:
         return hook_width(self.model, self.profile.model.block)
 
@@ -175,30 +183,25 @@ class Plan:
         """Positions of a block that give activations: all but the BOS."""
         return self.length - (self.profile.model.bos_token is not None)
 
-    def steps_of(self, arm: Arm) -> int:
-        """Of training: the batches that fill each pool, as the stream counts them."""
+    def steps(self, share: float = 1.0) -> int:
+        """Of training on a share of the text: the batches that fill each pool, as the stream counts them."""
         training, text = self.profile.training, self.profile.text
-        used = max(1, round(arm.tokens * -(-text.train_tokens // text.block_length)))
+        used = max(1, round(share * -(-text.train_tokens // text.block_length)))
         pool = -(-training.pool_tokens // self.rows)
         batches = [min(pool, used - first) * self.rows // training.batch_size for first in range(0, used, pool)]
         return training.epochs * sum(batches)
 
-    @property
-    def steps(self) -> int:
-        """Of training on the whole text."""
-        return self.steps_of(self.profile.baseline_arm.model_copy(update={"tokens": 1.0}))
-
     def recipe(self, group: Group) -> TrainConfig:
         """Of a group, with the snapshots that are taken of it."""
-        return self.profile.training.config(max(2, self.steps_of(group.arm)), group.snapshots)
+        return self.profile.training.config(max(2, self.steps(group.arm.tokens)), group.snapshots)
 
     def trained(self, group: Group) -> int:
         """Steps of each SAE of a group, the branches to its snapshots included."""
         recipe = self.recipe(group)
         return recipe.steps + sum(n - recipe.leaves(n) for n in recipe.snapshot_steps)
 
-    def seen(self, arm: Arm) -> list[Arm]:
-        """The arm, and where it has targets of its own, that of the targets."""
+    def read(self, arm: Arm) -> list[Arm]:
+        """The arm, and that of its targets where it has some of its own."""
         return [arm, *([Arm(name="clean", p=0, tokens=arm.tokens)] if arm.denoise else [])]
 
     def in_scratch(self, arm: Arm) -> bool:
@@ -211,12 +214,12 @@ class Plan:
         each draw of masks, and less text is part of it; else every group makes its own, in every epoch."""
         found: dict[tuple, tuple[int, float]] = {}
         for group in self.groups:
-            for arm in self.seen(group.arm):
-                key, read = arm.masks(group.pair), (1, arm.tokens)
+            for arm in self.read(group.arm):
+                key, times, again = arm.masks(group.pair), 1, 1.0
                 if not self.in_scratch(arm):
                     key, times = (arm.name, group.name), self.profile.training.epochs
-                    read = times, arm.tokens * times * self.trained(group) / self.recipe(group).steps
-                found[key] = max(found.get(key, read), read)
+                    again = self.trained(group) / self.recipe(group).steps
+                found[key] = max(found.get(key, (0, 0.0)), (times, times * arm.tokens * again))
         return found
 
     @property
@@ -228,13 +231,11 @@ class Plan:
     def kept_streams(self) -> int:
         """Streams whose activations lie in scratch at a time: all; or where pairs are kept, those that a part or a
         later one is trained on, and those of targets."""
-        every = self.profile.parts
-        own = [{m.arm.masks(m.pair) for m in part.members if self.in_scratch(m.arm)} for part in every]
-        made: set[tuple] = set()
-        most = 0
-        for number, part in enumerate(every):
+        own = [{m.arm.masks(m.pair) for m in part.members if self.in_scratch(m.arm)} for part in self.profile.parts]
+        made, most = set[tuple](), 0
+        for number, part in enumerate(self.profile.parts):
             if part in self.parts:
-                made |= {a.masks(m.pair) for m in part.members for a in self.seen(m.arm) if self.in_scratch(a)}
+                made |= {a.masks(m.pair) for m in part.members for a in self.read(m.arm) if self.in_scratch(a)}
             most = max(most, len(made))
             if self.profile.keep_pairs:
                 made -= own[number].difference(*own[number + 1 :])
@@ -267,9 +268,8 @@ class Plan:
     def pools(self) -> list[int]:
         """Texts of each group and of each pair of texts that are averaged, at most."""
         options = self.profile.perturbation
-        return [
-            (options.train + options.test) * n for n in (*map(len, options.groups.values()), *[4] * len(options.pairs))
-        ]
+        size = options.train + options.test
+        return [len(classes) * size for classes in options.groups.values()] + [4 * size] * len(options.pairs)
 
     def _evaluation(self) -> Work:
         """Scores on clean text: shared forwards to the block once, what lies behind it once for every SAE and mode;
@@ -298,25 +298,18 @@ class Plan:
 
     def memory(self, device: str = "cuda") -> dict[str, float]:
         """Peak bytes on the device while an arm trains, by part."""
-        profile, on_gpu = self.profile, not str(device).startswith("cpu")
-        size = 2 if profile.model.dtype == "bfloat16" else 4
-        config = self.config
+        on_gpu, config = not str(device).startswith("cpu"), self.config
         sequences = (256 if on_gpu else 16) * self.length
-        inner = (
-            3 * (getattr(config, "intermediate_size", None) or 4 * self.width)
-            + 8 * self.width
-            + 2 * config.num_attention_heads * self.length
-        )
-        pool = self.pool_tokens * self.width * (size if on_gpu else 4)
-        ahead = on_gpu and self.pool_tokens < profile.text.train_tokens  # the next pool is made beside the one in use
-        found = {
-            "language model": size * sum(p.numel() for p in self.model.parameters()),
-            "its forward": size * sequences * inner,
-        }
+        inner = 3 * (getattr(config, "intermediate_size", None) or 4 * self.width) + 8 * self.width
+        inner += 2 * config.num_attention_heads * self.length
+        pool = self.pool_tokens * self.width * (self.number if on_gpu else 4)
+        ahead = on_gpu and self.pool_tokens < self.profile.text.train_tokens  # the next one is made beside that in use
+        found = {"language model": self.weights, "its forward": self.number * sequences * inner}
         if self.groups:
             found["activations (two pools)" if ahead else "activations"] = pool * (2 if ahead else 1)
-            trained, saes = max((self._training_bytes(group, on_gpu), len(group.members)) for group in self.groups)
-            found[f"{saes} SAEs"] = trained
+            sizes = {group: self._training_bytes(group, on_gpu) for group in self.groups}
+            largest = max(sizes, key=sizes.__getitem__)
+            found[f"{len(largest.members)} SAEs"] = sizes[largest]
         if on_gpu:
             return found
         beyond = max(0.0, self.scores() - sum(found.values()))
@@ -338,16 +331,16 @@ class Plan:
         return len({part.pair for part in self.parts}) if masked else 0
 
     def scores(self) -> float:
-        """Bytes of ordinary memory while scores are taken: the language model, the text of the contexts and the words
-        in it, the held-out text (with masks too, once whole and once apart), labelled texts, a part's SAEs with their
-        snapshots, and for a few SAEs at a time the latents of the first-letter words, or of averaged texts."""
+        """Bytes of ordinary memory while scores are taken: the language model, contexts and the words in them, the
+        held-out text (with masks too, whole and apart), labelled texts, a part's SAEs with their snapshots, and for a
+        few SAEs at a time the latents of the first-letter words, or of averaged texts."""
         profile, largest = self.profile, max((c.n_latents for c in self.saes), default=0)
         taken = {m: 1 + len(self.recipe(group).snapshots) for group in self.groups for m in group.members}
         kept = max((sum(taken[member] for member in part.members) for part in self.parts), default=0)
         held, texts, limit = profile.text.held_out_tokens, max(self.pools), profile.perturbation.max_tokens
         words = LARGEST * COPIES * profile.absorption.words
         return (
-            (2 if profile.model.dtype == "bfloat16" else 4) * sum(p.numel() for p in self.model.parameters())
+            self.weights
             + 4 * (2 * profile.contexts.tokens + (3 if self.corrupted else 1) * held + self.labelled) * self.width
             + 4 * kept * max(map(parameters, self.saes), default=0)
             + max(4 * words * largest, 4 * (POOLED + LARGEST) * texts * largest + kept_bytes(texts, limit, self.width))
@@ -375,10 +368,8 @@ class Plan:
     def host(self) -> float:
         """Bytes of ordinary memory on a GPU machine: the model as it is loaded, a pool on its way into scratch, or
         scores."""
-        size = 2 if self.profile.model.dtype == "bfloat16" else 4
-        loaded = 2 * size * sum(p.numel() for p in self.model.parameters())
         pool = 6 * self.pool_tokens * self.width if self.profile.training.epochs > 1 else 0  # single and half precision
-        return BASE + max(loaded, pool, self.scores())
+        return BASE + max(2 * self.weights, pool, self.scores())
 
     def check(self, device: str, kept: float = 0.0) -> None:
         """Raise ConfigError, with the remedy, if the run cannot fit on the device, or on the disk beside the `kept`
@@ -388,8 +379,8 @@ class Plan:
             parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in self.memory(device).items())
             raise ConfigError(
                 f"Profile {self.profile.name} needs {needed / 1e9:.1f} GB on {device} ({parts}), {free / 1e9:.1f} GB "
-                "are free. Use a larger device, or "
-                "a profile of your own with fewer SAEs, a smaller training.pool_tokens, or model.dtype bfloat16."
+                "are free. Use a larger device, or a profile of your own with fewer SAEs, a smaller "
+                "training.pool_tokens, or model.dtype bfloat16."
             )
         disk, root = sum(self.disk().values()), cache_dir()
         while not root.exists():
@@ -398,8 +389,7 @@ class Plan:
         if disk > room:
             raise ConfigError(
                 f"Profile {self.profile.name} needs {disk / 1e9:.1f} GB of disk in {cache_dir()}, {room / 1e9:.1f} GB "
-                "are free. Point MASKSAE_CACHE to a "
-                "larger disk, or lower text.train_tokens."
+                "are free. Point MASKSAE_CACHE to a larger disk, or lower text.train_tokens."
             )
 
 
@@ -453,19 +443,31 @@ def duration(hours: float) -> str:
 
 def text(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float] | None = None) -> str:
     """The whole plan; `measured` holds hours of stages on this machine (`measure.hours_here`)."""
-    profile = plan.profile
-    head = [
-        f"{profile.name}: {profile.description}" if profile.description else profile.name,
-        _text(plan),
-        f"{len(plan.saes)} SAEs in {len(plan.groups)} groups on {plan.streams} streams of activations; {plan.steps:,} "
-        f"steps of {profile.training.batch_size:,} tokens",
-    ]
-    return "\n\n".join(["\n".join(head), costs(plan, measured), _verdict(plan, device, kept)])
+    profile, text = plan.profile, plan.profile.text
+    head = f"""{profile.name}{profile.description and f": {profile.description}"}
+Text needed: {plan.text_tokens:,.0f} tokens in whole blocks of {text.block_length}
+(train {text.train_tokens:,}, held out {text.held_out_tokens:,}, contexts {profile.contexts.tokens:,}; \
+{text.held_out_share:.3g} of documents held out)
+{len(plan.saes)} SAEs in {len(plan.groups)} groups on {plan.streams} streams of activations; {plan.steps():,} steps of \
+{profile.training.batch_size:,} tokens"""
+    return "\n\n".join([head, costs(plan, measured), _verdict(plan, device, kept)])
 
 
 def costs(plan: Plan, measured: dict[str, float] | None = None) -> str:
     """What does not depend on the machine: time and space."""
-    return f"{_times(plan, measured)}\n\n{_space(plan)}"
+    times = [["stage", "work", *(gpu.name for gpu in GPUS), *(["here, measured"] if measured else [])]]
+    for stage, works in (*((work.stage, [work]) for work in plan.work), ("all", plan.work)):
+        hours = [sum(plan.hours(work, gpu) for work in works) for gpu in GPUS]
+        here = [duration(measured[stage]) if stage in measured else ""] if measured else []
+        flop = sum(work.flop + work.sae_flop for work in works)
+        times.append([stage, amount(flop, "FLOP"), *map(duration, hours), *here])
+    space = []
+    for title, parts in (("memory of a GPU", plan.memory()), ("disk (user's cache)", plan.disk())):
+        space += [[title, sum(parts.values())], *([f"  {name}", value] for name, value in parts.items())]
+    space += [["ordinary memory beside a GPU", plan.host()]]
+    space += [["memory without a GPU", sum(plan.memory("cpu").values())]]
+    told = f"Time on one GPU, by arithmetic at {SHARE:.0%} of its data sheet:\n{to_text(times)}"
+    return f"{told}\n\nSpace:\n{to_text([[name, amount(value, 'B')] for name, value in space])}"
 
 
 def record(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float] | None = None) -> dict:
@@ -474,7 +476,7 @@ def record(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float
     return {
         "profile": plan.profile.name,
         "saes": len(plan.saes),
-        "steps": plan.steps,
+        "steps": plan.steps(),
         "text_tokens": plan.text_tokens,
         "flop": {name: work.flop + work.sae_flop for name, work in stages.items()},
         "hours": {gpu.name: {name: plan.hours(work, gpu) for name, work in stages.items()} for gpu in GPUS},
@@ -483,35 +485,6 @@ def record(plan: Plan, device: str, kept: float = 0.0, measured: dict[str, float
         "disk_bytes": sum(plan.disk().values()),
         "verdict": _verdict(plan, device, kept),
     }
-
-
-def _text(plan: Plan) -> str:
-    text, contexts = plan.profile.text, plan.profile.contexts.tokens
-    parts = f"train {text.train_tokens:,}, held out {text.held_out_tokens:,}, contexts {contexts:,}"
-    needed = f"Text needed: {plan.text_tokens:,.0f} tokens in whole blocks of {text.block_length}"
-    return f"{needed}\n({parts}; {text.held_out_share:.3g} of documents held out)"
-
-
-def _times(plan: Plan, measured: dict[str, float] | None) -> str:
-    rows = [["stage", "work", *(gpu.name for gpu in GPUS), *(["here, measured"] if measured else [])]]
-    for work in plan.work:
-        here = [duration(measured[work.stage]) if work.stage in measured else ""] if measured else []
-        hours = [duration(plan.hours(work, gpu)) for gpu in GPUS]
-        rows.append([work.stage, amount(work.flop + work.sae_flop, "FLOP"), *hours, *here])
-    total = [sum(plan.hours(work, gpu) for work in plan.work) for gpu in GPUS]
-    work = amount(sum(w.flop + w.sae_flop for w in plan.work), "FLOP")
-    rows.append(["all", work, *map(duration, total), *([""] if measured else [])])
-    return f"Time on one GPU, by arithmetic at {SHARE:.0%} of its data sheet:\n{to_text(rows)}"
-
-
-def _space(plan: Plan) -> str:
-    rows = []
-    for title, parts in (("memory of a GPU", plan.memory()), ("disk (user's cache)", plan.disk())):
-        rows.append([title, amount(sum(parts.values()), "B")])
-        rows += [[f"  {name}", amount(value, "B")] for name, value in parts.items()]
-    rows.append(["ordinary memory beside a GPU", amount(plan.host(), "B")])
-    rows.append(["memory without a GPU", amount(sum(plan.memory("cpu").values()), "B")])
-    return f"Space:\n{to_text(rows)}"
 
 
 def _verdict(plan: Plan, device: str, kept: float) -> str:

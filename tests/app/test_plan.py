@@ -59,7 +59,7 @@ def test_step_flop_are_those_that_torch_counts(paper, name):
     plan = paper[name]
     config, batch = plan.saes[0], 256
     with torch.device("meta"):
-        trainer = Trainer(SAE(config), TrainConfig(steps=plan.steps), "meta")
+        trainer = Trainer(SAE(config), TrainConfig(steps=plan.steps()), "meta")
         x = torch.empty(batch, config.d_model)
     with FlopCounterMode(display=False) as counter:
         trainer.step(x, 2000)
@@ -333,7 +333,7 @@ def test_scratch_that_is_freed_is_not_counted(paper):
 def test_the_profile_of_a_gpu_is_what_it_says():
     profile = load_profile("gpu")
     plan = Plan(profile)
-    assert plan.steps * profile.training.batch_size == pytest.approx(5e8, rel=0.02)
+    assert plan.steps() * profile.training.batch_size == pytest.approx(5e8, rel=0.02)
     widths = [sae.n_latents for sae in plan.saes]
     assert (widths.count(4096), widths.count(16384)) == (40, 4) and profile.keep_pairs
     assert profile.training.pool_tokens >= profile.text.train_tokens  # one pool, which stays on the card

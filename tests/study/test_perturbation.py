@@ -58,7 +58,7 @@ TEXTS = ["the cat sat", "a", "seven dogs ran past it and nobody saw them ever ag
 
 def test_a_mean_is_over_the_texts_own_tokens(run):
     pool = perturbation.TextPool(run, TEXTS, "texts")
-    for text, found in zip(TEXTS[:9], pool.means()):
+    for text, found in zip(TEXTS[:9], pool.means([lambda x: x])[0]):
         ids = [run.bos_id, *run.language_model.tokenizer(text, add_special_tokens=False)["input_ids"][:16]]
         alone = activations(run.language_model.model, torch.tensor([ids]), block=1)[0, 1:].mean(0)
         torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
@@ -68,25 +68,18 @@ def test_averages_are_those_of_all_tokens_at_once(run, monkeypatch):
     """Out of the model, where nothing is kept, bit for bit as out of scratch; and, to float rounding, what encoding
     one matrix of all tokens in the order of the texts gives."""
     saes = [(sae, threshold) for sae in run.saes.values() for threshold in (None, 0.3)]
+    encoders = [lambda x: x, *(perturbation.encoder(*each) for each in saes)]
     pool, found = perturbation.TextPool(run, TEXTS, "texts"), []
     for kept in (perturbation.KEPT, 0):
         monkeypatch.setattr(perturbation, "KEPT", kept)
-        found.append([pool.means(), *pool.latents(saes)])
+        found.append(pool.means(encoders))
         assert len([*cache_dir("pools").glob("*/tensors.safetensors")]) == 1
     assert all(torch.equal(first, second) for first, second in zip(*found))
-    parts = {row: text for rows, x, n in pool.batches() for row, text in zip(rows.tolist(), x.split(n.tolist()))}
+    parts = dict(pool.tokens())
     x, lengths = torch.cat([parts[i] for i in range(len(TEXTS))]), [len(parts[i]) for i in range(len(TEXTS))]
-    for values, means in zip([x, *(sae.encode(x, threshold) for sae, threshold in saes)], found[0]):
-        expected = torch.stack([part.mean(0) for part in values.split(lengths)])
+    for encode, means in zip(encoders, found[0]):
+        expected = torch.segment_reduce(encode(x), "mean", lengths=torch.tensor(lengths))
         torch.testing.assert_close(means, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 50])
-def test_pieces_do_not_matter(monkeypatch, tokens):
-    lengths, x = torch.tensor([3, 1, 9, 2, 2, 5]), torch.randn(22, 4, generator=torch.Generator().manual_seed(0))
-    expected = torch.stack([part.relu().mean(0) for part in x.split(lengths.tolist())])
-    monkeypatch.setattr(perturbation, "TOKENS", tokens)
-    torch.testing.assert_close(perturbation.averaged(x, lengths, torch.relu), expected)
 
 
 PEAK = """
@@ -102,10 +95,10 @@ perturbation.KEPT = 0
 model, options = tiny_model("llama", layers=1, width=256), Some(max_tokens=64)
 profile = Some(perturbation=options, model=Some(block=0))
 run = Some(profile=profile, start=[0], width=256, language_model=Some(model=model, tokenizer=byte_tokenizer()))
-saes = [(SAE(SAEConfig(256, 64, TopK(2))), None)]
+sae = SAE(SAEConfig(256, 64, TopK(2)))
 for n in (512, 2560):
     before = status("VmHWM")
-    perturbation.TextPool(run, ["x" * 64] * n, "texts").latents(saes)
+    perturbation.TextPool(run, ["x" * 64] * n, "texts").means([perturbation.encoder(sae, None)])
 print(status("VmHWM") - before)
 """
 

@@ -32,17 +32,13 @@ def matched_threshold(run: Scored, sae: SAE, k: float) -> float | None:
     return None if sae.config.selection.keeps_k_per_token else calibrated_threshold(sae, run.held_out, k)
 
 
-Cell = tuple[str, float | None]
-"""An SAE's name, and the threshold at which it is scored."""
-
-
-def cells(run: Scored) -> list[Cell]:
-    """What is scored: every SAE in every mode; where both modes are one threshold, once."""
+def cells(run: Scored) -> list[tuple[str, float | None]]:
+    """What is scored, by name and threshold: every SAE in every mode; where both modes are one threshold, once."""
     at = thresholds(run)
     return [(row["sae"], threshold) for row in run.table for threshold in dict.fromkeys(at[row["sae"]].values())]
 
 
-def by_mode(run: Scored, scores: dict[Cell, dict]) -> list[dict]:
+def by_mode(run: Scored, scores: dict[tuple[str, float | None], dict]) -> list[dict]:
     """One row per SAE and mode with its scores."""
     return [
         row | {"mode": mode, "threshold": threshold} | scores[row["sae"], threshold]

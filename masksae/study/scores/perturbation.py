@@ -12,6 +12,7 @@ width of 768, and one more pass of the model over them is cheap beside the train
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -30,8 +31,6 @@ from masksae.study.scores.probing import BATCH, labels, text_batches
 ROOM = 0.1
 """SCR of a pair counts if the oracle probe is better than the spurious one by this much: about two standard errors for
 100 test texts."""
-TOKENS = 4096
-"""Tokens that are encoded at a time."""
 KEPT = 2**30
 """Bytes of a group's tokens that are kept in scratch, at most."""
 POOLED = 8
@@ -49,19 +48,6 @@ def kept_bytes(texts: int, max_tokens: int, width: int) -> int:
     return size if size <= KEPT else 0
 
 
-def averaged(x: Tensor, lengths: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Mean over each text's tokens of encode(x), or of x: [n, m]. Those of text i are the next lengths[i] rows of x."""
-    bounds, means, low = lengths.cumsum(0), [], 0
-    while low < len(lengths):
-        start = int(bounds[low] - lengths[low])
-        high = max(low + 1, int(torch.searchsorted(bounds, start + TOKENS, right=True)))
-        values = x[start : int(bounds[high - 1])]
-        values = encode(values) if encode else values
-        means.append(torch.segment_reduce(values, "mean", lengths=lengths[low:high].to(values.device)).cpu())
-        low = high
-    return torch.cat(means)
-
-
 @dataclass(frozen=True)
 class TextPool:
     """Texts of a group or a pair."""
@@ -70,45 +56,43 @@ class TextPool:
     texts: list[str]
     label: str
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The tokens of some texts after others, short ones first: (rows int64 [b], x [tokens, d], lengths int64 [b]);
-        those of text rows[i] are the next lengths[i] rows of x."""
+    def tokens(self) -> Iterator[tuple[int, Tensor]]:
+        """(row, x [tokens, d]) of each text, short ones first."""
         limit = self.run.profile.perturbation.max_tokens
         made = (
-            (torch.tensor(rows), torch.cat([text[:length] for text, length in zip(x, lengths.tolist())]), lengths)
+            (row, text[:length])
             for rows, x, lengths in text_batches(self.run, self.texts, limit, from_end=False, label=self.label)
+            for row, text, length in zip(rows, x, lengths.tolist())
         )
         if not kept_bytes(len(self.texts), limit, self.run.width):
             return made
 
         def make() -> dict[str, Tensor]:
-            return {key: torch.cat(parts) for key, parts in zip(("rows", "x", "lengths"), zip(*made))}
+            rows, x = zip(*made)
+            return {"rows": torch.tensor(rows), "x": torch.cat(x), "lengths": torch.tensor([*map(len, x)])}
 
         kept = self.run.scratch("pools", [self.texts, limit], make)
-        lengths = kept["lengths"].split(BATCH)
-        return zip(kept["rows"].split(BATCH), kept["x"].split([int(each.sum()) for each in lengths]), lengths)
+        return zip(kept["rows"].tolist(), kept["x"].split(kept["lengths"].tolist()))
 
-    def means(self) -> Tensor:
-        """Activations averaged over each text's tokens: [n, d]."""
-        found = torch.empty(len(self.texts), self.run.width)
-        for rows, x, lengths in self.batches():
-            found[rows] = averaged(x, lengths)
-        return found
-
-    def latents(self, saes: list[tuple[SAE, float | None]]) -> list[Tensor]:
-        """Latents of some SAEs, each at a threshold, averaged over each text's tokens: [n, F] for each."""
+    def means(self, encoders: list[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+        """What each encoder makes of the tokens, averaged over those of a text: [n, m] for each."""
         found: dict[int, Tensor] = {}
 
-        def add(batch: tuple[Tensor, Tensor, Tensor], number: int) -> None:
-            (rows, x, lengths), (sae, threshold) = batch, saes[number]
-            values = averaged(x, lengths, lambda x: at_least_single(sae.encode(x.to(sae.device), threshold)))
+        def add(some: list[tuple[int, Tensor]], number: int) -> None:
+            values = torch.stack([encoders[number](x).mean(0) for _, x in some]).cpu()
             if number not in found:
                 found[number] = values.new_empty(len(self.texts), values.shape[1])
-            found[number][rows] = values
+            found[number][[row for row, _ in some]] = values
 
-        for batch in self.batches():
-            in_threads(partial(add, batch), range(len(saes)))
-        return [found[number] for number in range(len(saes))]
+        tokens = self.tokens()
+        while some := [*islice(tokens, BATCH)]:
+            in_threads(partial(add, some), range(len(encoders)))
+        return [found[number] for number in range(len(encoders))]
+
+
+def encoder(sae: SAE, threshold: float | None) -> Callable[[Tensor], Tensor]:
+    """Of an SAE at a threshold: activations [n, d] -> latents [n, F], in single precision at least."""
+    return lambda x: at_least_single(sae.encode(x.to(sae.device), threshold))
 
 
 def distinct_texts(task: str) -> dict[str, bool]:
@@ -170,7 +154,7 @@ def class_group(run: Scored, name: str) -> ClassGroup:
             )
         texts += own[:size]
     pool, classes = TextPool(run, texts, name), len(tasks)
-    x = pool.means()
+    [x] = pool.means([lambda x: x])
     sides = [[one_against_rest(x, cls, classes, rows) for rows in halves(run)] for cls in range(classes)]
     probes = tuple(fit_probe(*train) for train, _ in sides)
     every = [probe(*train, *test, strengths=(1.0,), scaled=True).accuracy for train, test in sides]
@@ -236,7 +220,8 @@ def pair(run: Scored, wanted: str, other: str) -> Pair:
     size = min(size, options.train + options.test)
     texts = [p for quadrant in quadrants.values() for p in shuffled(quadrant, options.seed)[:size]]
     pool = TextPool(run, texts, wanted)
-    x, y = pool.means(), torch.tensor(list(quadrants)).bool().repeat_interleave(size, 0)
+    [x] = pool.means([lambda x: x])
+    y = torch.tensor(list(quadrants)).bool().repeat_interleave(size, 0)
     is_test = (torch.arange(size) >= size - size // 3).repeat(4)
 
     def fit(rows: Tensor, attribute: int) -> Probe:
@@ -284,10 +269,10 @@ def concept_scores(run: Scored) -> list[dict]:
         todo = [("groups", group, group_scores) for group in groups] + [("pairs", each, pair_scores) for each in pairs]
         for kind, texts, score in progress.bar(todo, label="concepts", unit="group"):
             for low in range(0, len(wanted), POOLED):
-                some = [(cell, saes[cell[0]]) for cell in wanted[low : low + POOLED]]
-                f = texts.pool.latents([(sae, threshold) for (_, threshold), sae in some])
-                rows = in_threads(lambda i: score(run, texts, some[i][1], f[i]), range(len(some)))
-                for (cell, _), row in zip(some, rows):
+                some = wanted[low : low + POOLED]
+                f = texts.pool.means([encoder(saes[name], threshold) for name, threshold in some])
+                rows = in_threads(lambda i: score(run, texts, saes[some[i][0]], f[i]), range(len(some)))
+                for cell, row in zip(some, rows):
                     tables[cell][kind].append(row)
         return by_mode(run, {cell: _means(**found) | found for cell, found in tables.items()})
 
