@@ -392,7 +392,8 @@ def shares(report, device) -> None:
     }
     report["shares"] = {gpu.name: found}
     told = ", ".join(f"{stage} {share:.1%}" for stage, share in found.items())
-    print(f"\nShare of the data sheet of an {gpu.name} ({name}, torch {torch.__version__}): {told}; plans assume {SHARE:.0%}")
+    card = f"{gpu.name} ({name}, torch {torch.__version__})"
+    print(f"\nShare of the data sheet of {card}: {told}; plans assume {SHARE:.0%}")
 
 
 PARTS = {"steps": steps, "graphs": graphs, "harvest": harvest, "pair": pair}
