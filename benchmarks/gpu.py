@@ -44,7 +44,7 @@ from masksae import (
     train,
 )
 from masksae.activations import from_model
-from masksae.app.plan import GPUS, Plan, step_flop, step_traffic
+from masksae.app.plan import GPUS, SHARE, Plan, step_flop, step_traffic
 from masksae.jobs import allow_tf32
 from masksae.saes.loss import dense_terms
 from masksae.tracing import activations
@@ -367,7 +367,7 @@ def pair(sizes: Sizes, device, report) -> None:
 
 
 def shares(report, device) -> None:
-    """The line for `MEASURED` of masksae/app/plan.py."""
+    """The share of its data sheet that a card reached, where a plan assumes one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     known = [gpu for gpu in GPUS if re.search(CARDS[gpu.name], name)]
     if not known or not report["steps"] or not report["harvest"]:
@@ -391,7 +391,9 @@ def shares(report, device) -> None:
         "training": round(arithmetic * row["members"] / row["ours"], 3),
     }
     report["shares"] = {gpu.name: found}
-    print(f"\nFor masksae/app/plan.py: MEASURED = {json.dumps({gpu.name: found})}  # {name}, torch {torch.__version__}")
+    told = ", ".join(f"{stage} {share:.1%}" for stage, share in found.items())
+    card = f"{gpu.name} ({name}, torch {torch.__version__})"
+    print(f"\nShare of the data sheet of {card}: {told}; plans assume {SHARE:.0%}")
 
 
 PARTS = {"steps": steps, "graphs": graphs, "harvest": harvest, "pair": pair}

@@ -14,7 +14,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out
 # 1. Is it right? Two minutes.
 $python -m pytest -q -m gpu tests/core/test_gpu.py 2>&1 | tee "$out/suite.txt"
 
-# 2. How fast is it? Ten minutes; the line for MEASURED in masksae/app/plan.py stands at the end.
+# 2. How fast is it? Ten minutes; the share of the data sheet that was reached stands at the end.
 $peers benchmarks/gpu.py --out "$out/benchmark.json" 2>&1 | tee "$out/benchmark.txt"
 
 # 3. What would the whole run take here? Then as much of it as there is time for: pieces are kept in results/gpu/pairs.

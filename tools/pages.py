@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from masksae.app.amounts import amount
-from masksae.app.plan import GPUS, Plan
-from masksae.app.plan_text import costs
+from masksae.app.plan import GPUS, Plan, amount, costs
 from masksae.data.models import MODELS
 from masksae.data.packages import PACKAGES
 from masksae.data.tasks import VADER

@@ -262,11 +262,11 @@ def _run_with_terms(profile: str):
 
 def print_plan(options) -> None:
     """The cost of a profile."""
-    from masksae.app import plan_text
+    from masksae.app import plan
     from masksae.app.repro import planned
 
     given = planned(options.profile, options.measure)
-    _show(options, plan_text.record(*given), plan_text.text(*given))
+    _show(options, plan.record(*given), plan.text(*given))
 
 
 def train(options) -> None:

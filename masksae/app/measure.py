@@ -27,7 +27,7 @@ def hours_here(plan: Plan, device: str) -> dict[str, float]:
     rate = forward_rate(plan, device)
     stacked = torch.device(device).type in STACKED
     steps = sum(n * step_seconds(plan, *kind, device) for kind, n in _kinds(plan, stacked).items())
-    seen = training.sae_flop / sum(map(step_flop, plan.saes)) / plan.profile.training.batch_size
+    seen = training.sae_flop / sum(map(step_flop, plan.saes)) / plan.profile.training.batch_size  # steps of an SAE
     return {"activations": harvest.flop / rate / 3600, "training": seen * steps / 3600}
 
 
@@ -51,7 +51,7 @@ def forward_rate(plan: Plan, device: str) -> float:
 
 def step_seconds(plan: Plan, config, size: int, device: str) -> float:
     """Of one training step, for each of `size` SAEs that take it together (`training/stack.py`; on a CPU alone)."""
-    batch, recipe = plan.profile.training.batch_size, plan.profile.training.config(max(plan.steps, 2))
+    batch, recipe = plan.profile.training.batch_size, plan.profile.training.config(max(plan.steps(), 2))
     x = torch.randn(batch, config.d_model, generator=torch.Generator().manual_seed(0)).to(device) / config.d_model**0.5
     with own_stream(torch.device(device)):
         trainers = [Trainer(SAE(replace(config, seed=seed)), recipe, device) for seed in range(size)]
@@ -70,7 +70,7 @@ def _kinds(plan: Plan, stacked: bool = False) -> Counter:
     """(SAE, how many take their steps together) and how many SAEs of the plan do so."""
     found: Counter = Counter()
     for group in plan.groups:
-        for config, n in Counter(config.alike for config in group).items():
+        for config, n in Counter(config.alike for config in plan.configs(group)).items():
             found[config, min(n, MOST_STACKED) if stacked else 1] += n
     return found
 

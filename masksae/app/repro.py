@@ -75,13 +75,14 @@ def work_off_pairs(profile) -> None:
 
 
 def check_fit(profile) -> None:
-    """Say what a run needs at most, and refuse one that cannot fit here. Raises ConfigError."""
+    """Say what a run still needs at most, and refuse one that cannot fit here. Raises ConfigError."""
     from masksae.app.plan import Plan
+    from masksae.study.check import missing
     from masksae.study.run import Run
 
     run = Run(profile)
-    plan = Plan(run.profile)
-    if not run.finished:
+    if parts := missing(run):
+        plan = Plan(run.profile, parts)
         memory, disk = (sum(parts.values()) / 1e9 for parts in (plan.memory(run.device), plan.disk()))
         needs = f"{run.profile.name} needs about {memory:.1f} GB of memory on {run.device} and {disk:.1f} GB of disk"
         print(f"{needs} (`masksae plan {profile}`)", flush=True)
@@ -89,7 +90,7 @@ def check_fit(profile) -> None:
 
 
 def planned(profile, measure: bool) -> tuple:
-    """What `plan_text` takes: the plan of a profile, the device, the bytes kept already, and with `measure` the hours
+    """What `plan.text` takes: the plan of a profile, the device, the bytes kept already, and with `measure` the hours
     it would take here."""
     from masksae.app.plan import Plan
     from masksae.study.run import Run

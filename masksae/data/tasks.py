@@ -105,7 +105,12 @@ def _vader_table(domain: str):
 def binary_tasks() -> list[str]:
     """Names of the tasks of `sae-probes` with two classes, in the order of their numbers. Reads all tables once: some
     seconds."""
-    with zipfile.ZipFile(fetch("sae-probes")) as archive:
+    return [*_binary_tasks(fetch("sae-probes"))]
+
+
+@lru_cache(maxsize=1)
+def _binary_tasks(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
         files = [Path(n).name for n in archive.namelist() if "/cleaned_data/" in n and n.endswith(".csv.zst")]
     names = sorted((file.removesuffix(".csv.zst") for file in files), key=lambda name: int(name.partition("_")[0]))
     return [name for name in names if _packaged_probe_table(name)["target"].nunique() == 2]

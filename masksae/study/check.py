@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 from masksae.errors import DataError
+from masksae.study.profile import Part
 from masksae.study.run import Run
 from masksae.study.scores.absorption import absorption_noise
-from masksae.study.store import STATES
+from masksae.study.store import STATES, Subject
 from masksae.study.work import SCORES
 
 
@@ -23,14 +24,27 @@ def check(run: Run) -> list[dict]:
     (modules and libraries since). Raises DataError for a run without results."""
     if not has_results(run.results):
         raise DataError(f"There are no results of {run.profile.name}. `make repro PROFILE={run.source}` makes them.")
-    rows: list[dict] = []
-    for part in run.parts:
-        asked = part.of(part.entries)
-        asked.asked = []
-        for score in (*SCORES.values(), absorption_noise):
-            score(asked)
-        rows += [{"part": part.name} | row for row in asked.asked]
-    return rows
+    return [
+        {"part": part.name} | row for part in run.parts for row in asked(part, (*SCORES.values(), absorption_noise))
+    ]
+
+
+def asked(part: Subject, scores) -> list[dict]:
+    """How some scores of a part stand; none is made."""
+    part = part.of(part.entries)
+    part.asked = []
+    for score in scores:
+        score(part)
+    return part.asked
+
+
+def missing(run: Run) -> list[Part]:
+    """The parts of a run that are still to be made: those with SAEs that are not trained; of a profile that keeps its
+    pairs, those without rows of this profile."""
+    if not run.profile.keep_pairs:
+        return [part.part for part in run.parts if any(map(run.missing, part.groups))]
+    states = {part.part: {row["state"] for row in asked(part, SCORES.values())} for part in run.parts}
+    return [part for part, found in states.items() if found & {"missing", "another profile"}]
 
 
 def summary(rows: list[dict]) -> list[list[str]]:

@@ -92,11 +92,6 @@ class Run(Inputs):
         return next(grid.n_latents for grid in self.profile.saes if grid.name == row["grid"])
 
     @property
-    def finished(self) -> bool:
-        """Whether every SAE is trained."""
-        return not any(map(self.missing, self.profile.groups))
-
-    @property
     def kept_bytes(self) -> int:
         """What the run has in the user's cache already."""
         folders = {self.folder_of(member) for member in self.profile.members}

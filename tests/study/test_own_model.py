@@ -9,8 +9,7 @@ import yaml
 from tiny_project import byte_tokenizer, tiny_model
 
 from masksae import Run, load_profile
-from masksae.app import plan_text
-from masksae.app.plan import Plan
+from masksae.app.plan import Plan, record
 from masksae.data import models
 from masksae.errors import ConfigError, DataError, SourceError
 from masksae.study.scores import absorption, reconstruction
@@ -62,7 +61,7 @@ def test_a_profile_of_a_dozen_lines_lives_on_one_text_file_of_200_k_tokens(proje
     run = Run("mine.yaml")
     tokens = {split: 128 * len(blocks) for split, blocks in run.blocks.items()}
     assert tokens["train"] >= 60_000 and tokens["held_out"] > 5_000 and tokens["contexts"] > 12_000  # less what repeats
-    assert plan_text.record(Plan(run.profile), "cpu")["text_tokens"] < 100_000
+    assert record(Plan(run.profile), "cpu")["text_tokens"] < 100_000
 
 
 def test_text_without_words_has_no_contexts_and_says_so(project):

@@ -1,7 +1,10 @@
 """Texts averaged over tokens on a tiny model: no padding in any mean, classes apart, balanced quadrants, unusable ones
 named."""
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,12 +12,13 @@ from tiny_project import profile
 
 from masksae import Run
 from masksae.errors import DataError
-from masksae.files import read_json
+from masksae.files import cache_dir, read_json
 from masksae.study import own_sae
 from masksae.study.report import saebench
 from masksae.study.scores import absorption, perturbation, probing, reconstruction
 from masksae.tracing import activations
 
+WITH_SUPPORT = os.environ | {"MALLOC_ARENA_MAX": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 WORDS = "the one two three sat on mat ran past".split()
 
 
@@ -49,22 +53,62 @@ def run(project):
     return Run(profile(project, perturbation={"groups": groups, "pairs": pairs}))
 
 
+TEXTS = ["the cat sat", "a", "seven dogs ran past it and nobody saw them ever again", *sentences(150, 7)]
+
+
 def test_a_mean_is_over_the_texts_own_tokens(run):
-    texts = ["the cat sat", "a", "seven dogs ran past it and nobody saw them ever again"]
-    pool = perturbation.text_pool(run, texts, "texts")
-    for text, found in zip(texts, pool.averaged()):
+    pool = perturbation.TextPool(run, TEXTS, "texts")
+    for text, found in zip(TEXTS[:9], pool.means([lambda x: x])[0]):
         ids = [run.bos_id, *run.language_model.tokenizer(text, add_special_tokens=False)["input_ids"][:16]]
         alone = activations(run.language_model.model, torch.tensor([ids]), block=1)[0, 1:].mean(0)
         torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 50])
-def test_pieces_do_not_matter(monkeypatch, tokens):
-    lengths = torch.tensor([3, 1, 9, 2, 2, 5])
-    pool = perturbation.TextPool(torch.randn(22, 4, generator=torch.Generator().manual_seed(0)), lengths)
-    expected = torch.stack([part.relu().mean(0) for part in pool.x.split(lengths.tolist())])
-    monkeypatch.setattr(perturbation, "TOKENS", tokens)
-    torch.testing.assert_close(pool.averaged(torch.relu), expected)
+def test_averages_are_those_of_all_tokens_at_once(run, monkeypatch):
+    """Out of the model, where nothing is kept, bit for bit as out of scratch; and, to float rounding, what encoding
+    one matrix of all tokens in the order of the texts gives."""
+    saes = [(sae, threshold) for sae in run.saes.values() for threshold in (None, 0.3)]
+    encoders = [lambda x: x, *(perturbation.encoder(*each) for each in saes)]
+    pool, found = perturbation.TextPool(run, TEXTS, "texts"), []
+    for kept in (perturbation.KEPT, 0):
+        monkeypatch.setattr(perturbation, "KEPT", kept)
+        found.append(pool.means(encoders))
+        assert len([*cache_dir("pools").glob("*/tensors.safetensors")]) == 1
+    assert all(torch.equal(first, second) for first, second in zip(*found))
+    parts = dict(pool.tokens())
+    x, lengths = torch.cat([parts[i] for i in range(len(TEXTS))]), [len(parts[i]) for i in range(len(TEXTS))]
+    for encode, means in zip(encoders, found[0]):
+        expected = torch.segment_reduce(encode(x), "mean", lengths=torch.tensor(lengths))
+        torch.testing.assert_close(means, expected, rtol=1e-5, atol=1e-6)
+
+
+PEAK = """
+import sys
+from types import SimpleNamespace as Some
+import torch
+from tiny_project import byte_tokenizer, tiny_model
+from masksae import SAE, SAEConfig, TopK
+from masksae.study.scores import perturbation
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+perturbation.KEPT = 0
+model, options = tiny_model("llama", layers=1, width=256), Some(max_tokens=64)
+profile = Some(perturbation=options, model=Some(block=0))
+run = Some(profile=profile, start=[0], width=256, language_model=Some(model=model, tokenizer=byte_tokenizer()))
+sae = SAE(SAEConfig(256, 64, TopK(2)))
+for n in (512, 2560):
+    before = status("VmHWM")
+    perturbation.TextPool(run, ["x" * 64] * n, "texts").means([perturbation.encoder(sae, None)])
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_there_is_never_a_whole_pool_in_memory():
+    """2,560 texts of 64 tokens are 168 MB, a batch of them is 4 MB; a fifth of them first, then all. What
+    is left are holes in the heap."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, env=WITH_SUPPORT)
+    assert int(done.stdout) < 100e6
 
 
 def test_one_against_rest_is_balanced_and_keeps_the_sides_apart():

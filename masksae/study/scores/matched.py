@@ -39,14 +39,24 @@ def matched_threshold(run: Subject, sae: SAE, k: float) -> float | None:
     return None if sae.config.selection.keeps_k_per_token else calibrated_threshold(sae, run.held_out, k)
 
 
-def score_saes(run: Subject, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
-    """One row per SAE and mode with the scores that `score(sae, threshold)` gives; where both modes are one threshold,
-    the score is taken once."""
-    saes, at = run.load_saes(), thresholds(run)
-    cells = [(row["sae"], threshold) for row in run.table for threshold in dict.fromkeys(at[row["sae"]].values())]
-    scores = dict(zip(cells, in_threads(lambda cell: score(saes[cell[0]], cell[1]), cells, label=label, unit="score")))
+def cells(run: Subject) -> list[tuple[str, float | None]]:
+    """What is scored, by name and threshold: every SAE in every mode; where both modes are one threshold, once."""
+    at = thresholds(run)
+    return [(row["sae"], threshold) for row in run.table for threshold in dict.fromkeys(at[row["sae"]].values())]
+
+
+def by_mode(run: Subject, scores: dict[tuple[str, float | None], dict]) -> list[dict]:
+    """One row per SAE and mode with its scores."""
+    at = thresholds(run)
     return [
         row | {"mode": mode, "threshold": threshold} | scores[row["sae"], threshold]
         for row in run.table
         for mode, threshold in at[row["sae"]].items()
     ]
+
+
+def score_saes(run: Subject, label: str, score: Callable[[SAE, float | None], dict]) -> list[dict]:
+    """One row per SAE and mode with the scores that `score(sae, threshold)` gives."""
+    saes, wanted = run.load_saes(), cells(run)
+    scores = in_threads(lambda cell: score(saes[cell[0]], cell[1]), wanted, label=label, unit="score")
+    return by_mode(run, dict(zip(wanted, scores)))

@@ -2,75 +2,97 @@
 concept's latents does (TPP, SCR).
 
 A text is its first tokens, BOS left out; activations and latents are averaged over exactly these, so there is no
-padding that could leak into a mean. One pass over the tokens per SAE gives the averaged latents, and everything else
-follows from them: decoding is linear, so ablating latents moves an averaged activation by their averages times their
-decoder rows.
+padding that could leak into a mean. The averages are all that is kept of a text, and everything follows from them:
+decoding is linear, so ablating latents moves an averaged activation by their averages times their decoder rows. The
+texts come batch by batch, each for a few SAEs: out of scratch where all tokens of a group fit into KEPT bytes, else out
+of the model again. At the scale of SAEBench (25,000 texts of 128 tokens) the tokens of a group would be 10 GB for a
+width of 768, and one more pass of the model over them is cheap beside the training text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from masksae import progress
 from masksae.data.tasks import probe_table
 from masksae.errors import DataError
 from masksae.metrics.perturbation import Probe, Texts, fit_probe, scr, tpp
 from masksae.metrics.sparse_probing import probe, sparse_probing
+from masksae.parallel import in_threads
 from masksae.saes.sae import SAE, at_least_single
-from masksae.study.scores.matched import score_saes
-from masksae.study.scores.probing import labels, text_batches
+from masksae.study.scores.matched import by_mode, cells
+from masksae.study.scores.probing import BATCH, labels, text_batches
 from masksae.study.store import Subject
 
 ROOM = 0.1
 """SCR of a pair counts if the oracle probe is better than the spurious one by this much: about two standard errors for
 100 test texts."""
-TOKENS = 4096
-"""Tokens that are encoded at a time."""
+KEPT = 2**30
+"""Bytes of a group's tokens that are kept in scratch, at most."""
+POOLED = 8
+"""SAEs whose averaged latents of a group are in memory at a time: the model reads texts that are not kept again for as
+many."""
 SAEBENCH = dict(normalised=False, penalty="l2", strengths=(1.0,), scaled=False)
 """SAEBench's rule of k-sparse probing: ranked by difference of means, C = 1."""
 BASELINE_KS = (1, 2, 5)
 """Numbers of coordinates of raw activations that are probed beside the latents."""
 
 
+def kept_bytes(texts: int, max_tokens: int, width: int) -> int:
+    """What the tokens of so many texts take in scratch, at most; 0 where they are not kept."""
+    size = 4 * texts * max_tokens * width
+    return size if size <= KEPT else 0
+
+
 @dataclass(frozen=True)
 class TextPool:
-    """Texts as tokens: those of text i are the next lengths[i] rows of x."""
+    """Texts of a group or a pair."""
 
-    x: Tensor
-    """[tokens, d]"""
-    lengths: Tensor
-    """int64 [n]"""
+    run: Subject
+    texts: list[str]
+    label: str
 
-    def averaged(self, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Mean over each text's tokens of encode(x), or of x: [n, m]."""
-        bounds, means, low = self.lengths.cumsum(0), [], 0
-        while low < len(self.lengths):
-            start = int(bounds[low] - self.lengths[low])
-            high = max(low + 1, int(torch.searchsorted(bounds, start + TOKENS, right=True)))
-            values = self.x[start : int(bounds[high - 1])]
-            values = encode(values) if encode else values
-            means.append(torch.segment_reduce(values, "mean", lengths=self.lengths[low:high].to(values.device)).cpu())
-            low = high
-        return torch.cat(means)
+    def tokens(self) -> Iterator[tuple[int, Tensor]]:
+        """(row, x [tokens, d]) of each text, short ones first."""
+        limit = self.run.profile.perturbation.max_tokens
+        made = (
+            (row, text[:length])
+            for rows, x, lengths in text_batches(self.run, self.texts, limit, from_end=False, label=self.label)
+            for row, text, length in zip(rows, x, lengths.tolist())
+        )
+        if not kept_bytes(len(self.texts), limit, self.run.width):
+            return made
 
-    def latents(self, sae: SAE, threshold: float | None) -> Tensor:
-        """Mean over each text's tokens of an SAE's latents: [n, F]."""
-        return self.averaged(lambda x: at_least_single(sae.encode(x.to(sae.device), threshold)))
+        def make() -> dict[str, Tensor]:
+            rows, x = zip(*made)
+            return {"rows": torch.tensor(rows), "x": torch.cat(x), "lengths": torch.tensor([*map(len, x)])}
+
+        kept = self.run.scratch("pools", [self.texts, limit], make)
+        return zip(kept["rows"].tolist(), kept["x"].split(kept["lengths"].tolist()))
+
+    def means(self, encoders: list[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+        """What each encoder makes of the tokens, averaged over those of a text: [n, m] for each."""
+        found: dict[int, Tensor] = {}
+
+        def add(some: list[tuple[int, Tensor]], number: int) -> None:
+            values = torch.stack([encoders[number](x).mean(0) for _, x in some]).cpu()
+            if number not in found:
+                found[number] = values.new_empty(len(self.texts), values.shape[1])
+            found[number][[row for row, _ in some]] = values
+
+        tokens = self.tokens()
+        while some := [*islice(tokens, BATCH)]:
+            in_threads(partial(add, some), range(len(encoders)))
+        return [found[number] for number in range(len(encoders))]
 
 
-def text_pool(run: Subject, texts: list[str], label: str) -> TextPool:
-    """Activations of texts, kept in scratch under an id of the texts."""
-    limit = run.profile.perturbation.max_tokens
-
-    def make() -> dict[str, Tensor]:
-        parts: list = [None] * len(texts)
-        for rows, x, lengths in text_batches(run, texts, limit, from_end=False, label=label):
-            for row, values, length in zip(rows, x, lengths.tolist()):
-                parts[row] = values[:length]
-        return {"x": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])}
-
-    return TextPool(**run.scratch("pools", [texts, limit], make))
+def encoder(sae: SAE, threshold: float | None) -> Callable[[Tensor], Tensor]:
+    """Of an SAE at a threshold: activations [n, d] -> latents [n, F], in single precision at least."""
+    return lambda x: at_least_single(sae.encode(x.to(sae.device), threshold))
 
 
 def distinct_texts(task: str) -> dict[str, bool]:
@@ -131,8 +153,8 @@ def class_group(run: Subject, name: str) -> ClassGroup:
                 f"Lower them or leave {name} out."
             )
         texts += own[:size]
-    pool, classes = text_pool(run, texts, name), len(tasks)
-    x = pool.averaged()
+    pool, classes = TextPool(run, texts, name), len(tasks)
+    [x] = pool.means([lambda x: x])
     sides = [[one_against_rest(x, cls, classes, rows) for rows in halves(run)] for cls in range(classes)]
     probes = tuple(fit_probe(*train) for train, _ in sides)
     every = [probe(*train, *test, strengths=(1.0,), scaled=True).accuracy for train, test in sides]
@@ -148,10 +170,9 @@ def halves(run: Subject) -> tuple[slice, slice]:
     return slice(train), slice(train, None)
 
 
-def group_scores(run: Subject, group: ClassGroup, sae: SAE, threshold: float | None) -> dict:
-    """TPP and SAEBench's k-sparse probing of one SAE on one group."""
-    options, classes = run.profile.perturbation, len(group.classes)
-    f, w_dec = group.pool.latents(sae, threshold), sae.W_dec.cpu()
+def group_scores(run: Subject, group: ClassGroup, sae: SAE, f: Tensor) -> dict:
+    """TPP and SAEBench's k-sparse probing of one SAE on one group, whose averaged latents are f [n, F]."""
+    options, classes, w_dec = run.profile.perturbation, len(group.classes), sae.W_dec.cpu()
     sides, accuracy = ([], []), {k: 0.0 for k in (*options.ks, "all")}
     for cls in range(classes):
         for rows, side in zip(halves(run), sides):
@@ -198,8 +219,9 @@ def pair(run: Subject, wanted: str, other: str) -> Pair:
         raise DataError(f"{wanted} and {other} share texts {counts}; 30 of each kind are needed. Take another pair.")
     size = min(size, options.train + options.test)
     texts = [p for quadrant in quadrants.values() for p in shuffled(quadrant, options.seed)[:size]]
-    pool = text_pool(run, texts, wanted)
-    x, y = pool.averaged(), torch.tensor(list(quadrants)).bool().repeat_interleave(size, 0)
+    pool = TextPool(run, texts, wanted)
+    [x] = pool.means([lambda x: x])
+    y = torch.tensor(list(quadrants)).bool().repeat_interleave(size, 0)
     is_test = (torch.arange(size) >= size - size // 3).repeat(4)
 
     def fit(rows: Tensor, attribute: int) -> Probe:
@@ -210,11 +232,11 @@ def pair(run: Subject, wanted: str, other: str) -> Pair:
     return Pair(wanted, pool, x, y, is_test, spurious, oracles=(fit(everything, 0), fit(everything, 1)))
 
 
-def pair_scores(run: Subject, pair: Pair, sae: SAE, threshold: float | None) -> dict:
-    """SCR of one SAE on one pair, averaged over those of the two ways in which the attributes can go together that
-    leave room for it."""
+def pair_scores(run: Subject, pair: Pair, sae: SAE, f: Tensor) -> dict:
+    """SCR of one SAE on one pair, whose averaged latents are f [n, F], averaged over those of the two ways in which the
+    attributes can go together that leave room for it."""
     ns, w_dec = tuple(run.profile.perturbation.ns), sae.W_dec.cpu()
-    f, (first, second) = pair.pool.latents(sae, threshold), pair.oracles
+    first, second = pair.oracles
     results = {}
     for agree, spurious in pair.spurious.items():
         # where they disagree, attribute 2 is replaced by its opposite
@@ -242,13 +264,17 @@ def concept_scores(run: Subject) -> list[dict]:
         options = run.profile.perturbation
         groups = run.shared("groups", lambda: [class_group(run, name) for name in options.groups])
         pairs = run.shared("pairs", lambda: [pair(run, *names) for names in options.pairs])
-
-        def score(sae, threshold) -> dict:
-            by_group = [group_scores(run, group, sae, threshold) for group in groups]
-            by_pair = [pair_scores(run, pair, sae, threshold) for pair in pairs]
-            return _means(by_group, by_pair) | {"groups": by_group, "pairs": by_pair}
-
-        return score_saes(run, "concepts", score)
+        saes, wanted = run.load_saes(), cells(run)
+        tables: dict = {cell: {"groups": [], "pairs": []} for cell in wanted}
+        todo = [("groups", group, group_scores) for group in groups] + [("pairs", each, pair_scores) for each in pairs]
+        for kind, texts, score in progress.bar(todo, label="concepts", unit="group"):
+            for low in range(0, len(wanted), POOLED):
+                some = wanted[low : low + POOLED]
+                f = texts.pool.means([encoder(saes[name], threshold) for name, threshold in some])
+                rows = in_threads(lambda i: score(run, texts, saes[some[i][0]], f[i]), range(len(some)))
+                for cell, row in zip(some, rows):
+                    tables[cell][kind].append(row)
+        return by_mode(run, {cell: _means(**found) | found for cell, found in tables.items()})
 
     return run.rows("concepts", run.profile.perturbation, make)
 
