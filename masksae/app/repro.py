@@ -140,8 +140,8 @@ def run_group(command: list[str], **options) -> int:
     """Exit status of a command whose whole family (DVC, its stage, the stage's kernel) ends when we are told to end.
 
     It gets a process group of its own, and from us one SIGINT, whichever signal came and whoever sent it: DVC waits for
-    its stage then, and lets go of its locks. What has not ended after PATIENCE seconds, or at a second signal, is killed. A shell that starts
-    us in the background has its children ignore SIGINT; these do not.
+    its stage then, and lets go of its locks. What has not ended after PATIENCE seconds, or at a second signal, is
+    killed. A shell that starts us in the background has its children ignore SIGINT; these do not.
     """
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, process_group=0, preexec_fn=heed, **options)

@@ -18,7 +18,8 @@ FILE = "reproduced.json"
 def compared(there: dict, here: dict) -> list[dict]:
     """A row for each endpoint, and each of the other grids with a claim, that both have an effect of: claim, endpoint;
     effect and verdict there and here; the interval there (low, high; None of one pair, which has none); `same`: the
-    verdicts are equal, and the effect here lies in that interval, or both are the same number. Raises DataError if there is none.
+    verdicts are equal, and the effect here lies in that interval, or both are the same number. Raises DataError if
+    there is none.
 
     there, here  of claims.json
     """

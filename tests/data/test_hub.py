@@ -2,6 +2,7 @@
 in trouble is named."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,19 @@ def test_a_shard_that_is_gone_is_named_at_once(outcomes):
 def test_shards_that_are_missing_or_changed_between_runs_are_named(outcomes):
     assert "shards 1 missing: " in outcomes["missing"]["outcome"] and "01.jsonl.zst" in outcomes["missing"]["outcome"]
     assert "shards 1 changed: " in outcomes["changed"]["outcome"] and "01.jsonl.zst" in outcomes["changed"]["outcome"]
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
+def test_a_machine_that_is_offline_on_purpose_is_told_at_once(variable):
+    code = (
+        "from masksae.data import hub\nhub.time.sleep = None\n"
+        "for look in (lambda: hub.shards('owner/name'), lambda: hub.unchanged([dict(url='hf://datasets/owner/name/a', "
+        "form='json', size=1, version='')])):\n"
+        "    try: look()\n    except hub.SourceError as error: print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {variable: "1"}
+    )
+    told = result.stdout.splitlines()
+    assert len(told) == 2 and all("HF_HUB_OFFLINE" in line and "Unset it" in line for line in told), result
+    assert "owner/name" in told[0] and result.stderr == ""
