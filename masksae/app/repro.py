@@ -46,7 +46,7 @@ def reproduce(profile) -> int:
         print(f"\n{to_text(times.table(times.times(repository() / 'results' / name)))}")
         from masksae.app import site
 
-        print(f"\nTo read: {site.build().as_uri()}")
+        print(f"\n{site.where_to_read()}")
     return status
 
 

@@ -121,13 +121,8 @@ def test_the_k_at_which_an_arm_has_the_wanted_clean_l0(project):
     found = search.k_for_clean_l0(run, "masked", "matryoshka", pilot=9, within=0.02)
     k, reached = found["trials"][-1].values()
     assert abs(reached / 4 - 1) <= 0.02 and k != 4 and found["trials"][0]["at"] == 4
-    chosen = search._score(
-        run,
-        {"saes": [run.profile.saes[1].model_dump(mode="json") | {"selection": {"rule": "batch_topk", "k": k}}]},
-        "masked",
-        "matryoshka",
-        9,
-    )
+    grids = [run.profile.saes[1].model_dump(mode="json") | {"selection": {"rule": "batch_topk", "k": k}}]
+    chosen = search._score(run, {"saes": grids}, "masked", "matryoshka", 9)
     assert chosen.l0 == reached
     with pytest.raises(ConfigError, match="keeps k latents of every token"):
         grids = [{"name": "topk", "selection": {"rule": "topk", "k": 3}, "n_latents": 32}]
