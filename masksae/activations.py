@@ -677,14 +677,14 @@ def _claim(scratch: Path, made_of: dict) -> None:
     if not file.exists():
         if any(scratch.glob("pool-*")):
             raise DataError(
-                f"The activations in {scratch} do not say what they were made of (identity.json is missing; earlier "
-                "versions wrote none). Delete it; it is made again."
+                f"The activations in {scratch} do not say what they were made of (identity.json is missing). Give "
+                "another folder."
             )
         write_json(file, made_of)
     elif (found := read_json(file)) != made_of:
         raise DataError(
             f"The activations in {scratch} were made of something else: {differing(found, made_of)} differ. Give "
-            "another folder, or delete this one."
+            "another folder."
         )
 
 

@@ -60,8 +60,8 @@ def readable(path):
         ValueError,
     ) as error:
         raise CheckpointError(
-            f"{path} is damaged, or not what it says it is ({type(error).__name__}: {error}). Delete it, or restore it "
-            "from a copy."
+            f"{path} is damaged, or not what it says it is ({type(error).__name__}: {error}). Restore it from a copy, "
+            "or move it away."
         ) from error
 
 

@@ -206,7 +206,7 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}). Delete it; it is made again.") from error
+        raise DataError(f"{path} is damaged ({error}). Restore it from a copy, or move it away.") from error
 
 
 def sha256(path) -> str:

@@ -180,8 +180,8 @@ def pipeline_file(profile) -> Path:
         made_for = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["profile_file"]
         if made_for != params["profile_file"]:
             raise ConfigError(
-                f"build/{name} belongs to the profile {made_for}, not to {file}. Rename one of them, or remove "
-                f"build/{name}."
+                f"build/{name} belongs to the profile {made_for}, not to {file}. Rename one of them; if the file "
+                f"was only moved, remove build/{name}/params.yaml."
             )
     write_text(folder / "params.yaml", yaml.safe_dump(params))
     if not (folder / "dvc.yaml").is_symlink():

@@ -371,7 +371,7 @@ def test_scratch_of_before_is_refused(tmp_path, ids):
     model = SimpleNamespace(model=tiny_model("llama"))
     next(iter(from_model(model, ids, scratch=tmp_path, **MODEL)))
     (tmp_path / "identity.json").unlink()
-    with pytest.raises(DataError, match="do not say what they were made of.*Delete it"):
+    with pytest.raises(DataError, match="do not say what they were made of.*Give another"):
         from_model(model, ids, scratch=tmp_path, **MODEL)
 
 
