@@ -5,13 +5,17 @@ import os
 import sys
 from pathlib import Path
 
+from masksae.errors import ConfigError, nearest
 from masksae.files import atomic_file, ensure_writable, write_text
 
 
 def execute(source: Path, target: Path, parameters: dict, *, cwd: Path) -> Path:
     """Execute the notebook `source` into `target`. Progress goes to the terminal and not into the file; a notebook that
     fails is kept as TARGET.failed.ipynb. The kernel is this Python, whatever other one is registered under its name.
-    Raises papermill's errors."""
+    Raises ConfigError for a notebook that is not there, and papermill's errors."""
+    if not source.is_file():
+        known = [path.stem for path in sorted(source.parent.glob("*.ipynb"))]
+        raise ConfigError(f"There is no notebook {source}.{nearest(source.stem, known)}")
     import nbformat
     import papermill
     from jupyter_client.kernelspec import KernelSpecManager

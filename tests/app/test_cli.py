@@ -142,6 +142,8 @@ def test_what_only_reads_makes_no_folder(tmp_path, monkeypatch, capsys):
     told(capsys, "plan", "paper", "--json")
     assert cli.main(["reliability", "paper"]) == 2
     assert "claims.json is missing" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert cli.main(["check"]) == 2
+    assert "No shipped profile has results" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_errors_are_one_line_and_a_status(run, tmp_path, capsys):

@@ -289,6 +289,14 @@ def test_a_short_profile_gets_every_key_that_a_stage_depends_on(project):
     assert keys <= set(values) and values["blocks"][0]["pairs"] == [0, 1, 2] and values["arms"][1]["p"] == 0.3
 
 
+def test_a_notebook_that_is_not_there_is_told_in_a_line(project, capsys):
+    write_notebook(project, "1")
+    assert cli.main(["run", "01_tri", "smoke"]) == 2
+    told = capsys.readouterr().err
+    assert "notebooks/01_tri.ipynb. Did you mean '01_try'?" in told and told.count("\n") == 1
+    assert not list(project.glob("build/smoke/*.ipynb"))
+
+
 @pytest.mark.parametrize("command", ["repro", "status", "project"])
 def test_bad_profiles_are_told_in_a_line(command, capsys, project):
     assert cli.main([command, "smok"]) == 2

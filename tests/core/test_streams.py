@@ -354,7 +354,7 @@ def test_another_model_or_text_is_noticed(ids):
 def test_scratch_is_read_back_for_what_it_was_made_of_only(tmp_path, ids, changes, words):
     model = SimpleNamespace(model=tiny_model("llama"))
     next(iter(from_model(model, ids, scratch=tmp_path, **MODEL)))
-    with pytest.raises(DataError, match=f"{words}.*Give another folder, or delete"):
+    with pytest.raises(DataError, match=f"{words}.*Give another folder"):
         from_model(model, ids, scratch=tmp_path, **MODEL | changes)
     same_pools = {"share": 0.5, "seed": 4, "batch_size": 4}
     assert from_model(model, ids, scratch=tmp_path, **MODEL | same_pools).batches_per_epoch == 13
