@@ -18,6 +18,7 @@ from tiny_project import profile
 import masksae
 from masksae import SAE
 from masksae.app import cli
+from masksae.app.exits import exit_status
 from masksae.errors import ConfigError
 from masksae.files import write_text
 from masksae.study.report.results import present
@@ -163,6 +164,18 @@ def test_an_interrupt_is_130(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "print_plan", interrupted)
     assert cli.main(["plan", "smoke"]) == 130 and "interrupted; what was finished is kept" in capsys.readouterr().err
+
+
+def test_a_file_that_is_closed_to_the_user_is_told_in_a_line(as_nobody, tmp_path, capfd):
+    file = tmp_path / "closed"
+    file.touch(0o000)
+
+    def read():
+        assert exit_status(file.read_text) == 2
+
+    assert as_nobody(read) is None
+    told = capfd.readouterr().err
+    assert told.startswith(f"masksae: {file}") and "permissions" in told and told.count("\n") == 1
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
