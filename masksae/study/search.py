@@ -32,7 +32,7 @@ def secant(measure: Callable[[float], float], wanted: float, start: float, secon
             return trials
     while len(trials) < TRIALS:
         (x0, y0), (x1, y1) = (tuple(trial.values()) for trial in trials[-2:])
-        if y0 == y1 or min(y0, y1) <= 0:
+        if y0 == y1 or min(y0, y1, wanted) <= 0:
             break
         slope = (math.log(y1) - math.log(y0)) / (math.log(x1) - math.log(x0))
         x = x1 * (wanted / y1) ** (1 / slope)
@@ -54,8 +54,12 @@ def k_for_clean_l0(run: Run, arm: str, grid: str, pilot: int, *, within: float =
     selection = chosen.selection
     key = next((key for key in ("k", "target_l0") if key in selection.model_extra), None)
     if key is None or selection.config.keeps_k_per_token:
-        why = "has no k" if key is None else "keeps k latents of every token: its clean L0 is k, whatever the arm"
-        raise ConfigError(f"--grid {grid}: {selection.rule} {why}. Expected a batch_topk or jump_relu grid.")
+        why = (
+            "has no k or target_l0"
+            if key is None
+            else "keeps k latents of every token: its clean L0 is k, whatever the arm"
+        )
+        raise ConfigError(f"--grid {grid}: {selection.rule} {why}. Expected a rule such as batch_topk.")
     wanted = chosen.l0
 
     def clean_l0(k: float) -> float:
