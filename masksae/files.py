@@ -206,11 +206,13 @@ def write_json(path, value, *, compact: bool = False) -> Path:
 
 
 def read_json(path):
-    """Read a JSON file. Raises DataError if it is damaged."""
+    """Read a JSON file. Raises DataError if it is damaged, or cannot be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}). Delete it; it is made again.") from error
+        raise DataError(f"{path} is damaged ({error}). Restore it from a copy, or move it away.") from error
 
 
 def sha256(path) -> str:

@@ -333,8 +333,10 @@ def print_states(options) -> int:
     from masksae.study.store import STATES
 
     names = [name for name in shipped_profiles() if has_results(repository() / "results" / name)]
+    if not (asked := options.profiles or names):
+        raise ConfigError(f"No shipped profile has results in {repository() / 'results'}. Change into a clone.")
     rows, told = [], []
-    for name in options.profiles or names:
+    for name in asked:
         run = Run(name, writes=False)
         found = check(run)
         rows += [{"profile": run.profile.name} | row for row in found]

@@ -41,6 +41,10 @@ def exit_status(work, debug: bool = False) -> int:
         _drop_output()
         return 0
     except OSError as error:
+        if not debug and isinstance(error, PermissionError) and error.filename:
+            what = f"{error.filename} is closed to this user. Change its permissions, or name another place."
+            print(f"masksae: {what}", file=sys.stderr)
+            return 2
         if debug or error.errno != errno.ENOSPC:
             raise
         _drop_output()

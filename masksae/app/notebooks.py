@@ -5,14 +5,25 @@ import os
 import sys
 from pathlib import Path
 
+from masksae.errors import ConfigError, nearest
 from masksae.files import atomic_file, ensure_writable, write_text
 
 
 def execute(source: Path, target: Path, parameters: dict, *, cwd: Path) -> Path:
     """Execute the notebook `source` into `target`. Progress goes to the terminal and not into the file; a notebook that
-    fails is kept as TARGET.failed.ipynb. Raises papermill's errors."""
+    fails is kept as TARGET.failed.ipynb. The kernel is this Python, whatever other one is registered under its name.
+    Raises ConfigError for a notebook that is not there, and papermill's errors."""
+    if not source.is_file():
+        known = [path.stem for path in sorted(source.parent.glob("*.ipynb"))]
+        raise ConfigError(f"There is no notebook {source}.{nearest(source.stem, known)}")
     import nbformat
     import papermill
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Kernel(AsyncKernelManager):
+        def _kernel_spec_manager_default(self):
+            return KernelSpecManager(kernel_dirs=[])  # leaves the native one
 
     failed = target.with_suffix(".failed.ipynb")
     ensure_writable(target.parent)
@@ -20,7 +31,7 @@ def execute(source: Path, target: Path, parameters: dict, *, cwd: Path) -> Path:
     with environment(PYTHONHASHSEED="0", MASKSAE_PROGRESS=shown, PYDEVD_DISABLE_FILE_VALIDATION="1"):
         papermill.execute_notebook(
             source, failed, parameters=parameters, cwd=cwd, kernel_name="python3", progress_bar=False,
-            stdout_file=sys.stdout,
+            kernel_manager_class=Kernel, stdout_file=sys.stdout,
             # Jupyter interrupts a kernel before it ends it: an ERROR
             stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"],
         )  # fmt: skip

@@ -7,8 +7,10 @@ the profile: its own lock, its own outputs.
 
 import contextlib
 import functools
+import json
 import os
 import pydoc
+import shlex
 import signal
 import subprocess
 import sys
@@ -46,7 +48,7 @@ def reproduce(profile) -> int:
         print(f"\n{to_text(times.table(times.times(repository() / 'build' / name)))}")
         from masksae.app import site
 
-        print(f"\nTo read: {site.build().as_uri()}")
+        print(f"\n{site.where_to_read()}")
     return status
 
 
@@ -134,29 +136,45 @@ def dvc(command: str, profile) -> int:
     if not (repository() / "dvc.yaml").exists():
         raise ConfigError(f"{repository()} is in no clone of the project (there is no dvc.yaml). Change into one.")
     file = pipeline_file(profile)
+    _drop_torn_lock(repository() / ".dvc/tmp/rwlock")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the stages call `python`
     command_line = [sys.executable, "-m", "dvc", command, str(file)]
     return run_group(command_line, cwd=repository(), env=os.environ | {"PATH": path})
+
+
+def _drop_torn_lock(file: Path) -> None:
+    """Remove DVC's list of what its stages hold if a kill left it empty or cut short, since DVC would not start then.
+    Another DVC that is at work could not go on with such a file either."""
+    from dvc.lock import make_lock
+
+    if file.exists():
+        with make_lock(f"{file}.lock", tmp_dir=str(file.parent)):  # as DVC does to write it
+            try:
+                json.loads(file.read_bytes())
+            except ValueError:
+                file.unlink()
 
 
 def run_group(command: list[str], **options) -> int:
     """Exit status of a command whose whole family (DVC, its stage, the stage's kernel) ends when we are told to end.
 
     It gets a process group of its own, and from us one SIGINT, whichever signal came and whoever sent it: DVC waits for
-    its stage then, and lets go of its locks. What has not ended after PATIENCE seconds is killed. A shell that starts
-    us in the background has its children ignore SIGINT; these do not.
+    its stage then, and lets go of its locks. What has not ended after PATIENCE seconds, or at a second signal, is
+    killed. A shell that starts us in the background has its children ignore SIGINT; these do not.
     """
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, process_group=0, preexec_fn=heed, **options)
     try:
         return process.wait()
     except BaseException:
-        os.killpg(process.pid, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+        finally:  # a second Ctrl-C ends the waiting
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         raise
 
 
@@ -166,18 +184,23 @@ def pipeline_file(profile) -> Path:
     name, file = loaded.name, os.path.relpath(path, repository())
     if name == DEFAULT:
         return Path("dvc.yaml")
+    if not file.isprintable() or file.startswith("-"):  # DVC runs each line of a command by itself
+        raise ConfigError(
+            f"{file!r} cannot stand in a command of the pipeline: expected a path in printable characters that does "
+            "not start with a dash. Rename it."
+        )
     folder = ensure_writable(repository() / "build" / name)
     values = file
     if path.resolve().parent != PROFILES or loaded.keep_pairs:
         values = f"build/{name}/values.yaml"
         write_text(folder / "values.yaml", yaml.safe_dump(_values(loaded), sort_keys=False))
-    params = {"profile": name, "profile_file": file, "profile_values": values, "root": "../.."}
+    params = {"profile": name, "profile_file": shlex.quote(file), "profile_values": values, "root": "../.."}
     if values != file and (folder / "params.yaml").exists():  # a shipped name is nobody else's
         made_for = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["profile_file"]
-        if made_for != file:
+        if made_for != params["profile_file"]:
             raise ConfigError(
-                f"build/{name} belongs to the profile {made_for}, not to {file}. Rename one of them, or remove "
-                f"build/{name}."
+                f"build/{name} belongs to the profile {made_for}, not to {file}. Rename one of them; if the file "
+                f"was only moved, remove build/{name}/params.yaml."
             )
     write_text(folder / "params.yaml", yaml.safe_dump(params))
     if not (folder / "dvc.yaml").is_symlink():

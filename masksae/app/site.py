@@ -9,6 +9,7 @@ The pages open from the disk and need no network.
 import inspect
 import io
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from masksae.errors import DataError
+from masksae import progress
+from masksae.errors import DataError, MasksaeError
 from masksae.files import ANYTHING, PROFILES, atomic_dir, ensure_writable, read_json, repository, write_text
 from masksae.study.profile import load_profile
 from masksae.study.report.claims import CLAIMS
@@ -104,7 +106,7 @@ def build(root: Path | None = None) -> Path:
     that were there are then left as they are.
     """
     root = root or repository()
-    runs = [_Run(root, name) for name in _executed(root)]
+    runs = list(filter(None, (_run(root, name) for name in _executed(root))))
     if not runs:
         raise DataError(
             f"{root / 'build'} holds no executed notebook. Run `make repro` first (or PROFILE=smoke for minutes)."
@@ -118,6 +120,22 @@ def build(root: Path | None = None) -> Path:
                 pages, site, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".buildinfo*", "*macros.html")
             )
     return root / "build" / "site" / "index.html"
+
+
+def where_to_read() -> str:
+    """A sentence for the end of a run: where the pages are, or why there are none, which is no fault of the run."""
+    try:
+        return f"To read: {build().as_uri()}"
+    except Exception as error:  # of Sphinx too, and of its extensions
+        return f"The pages to read could not be made ({error}). All results are there; `make site` tries again."
+
+
+def _run(root: Path, name: str) -> "_Run | None":
+    """What is there of a profile; None, with a sentence, if it cannot be read any longer."""
+    try:
+        return _Run(root, name)
+    except (MasksaeError, OSError, ValueError) as error:
+        progress.say(f"build/{name} is left out of the pages, since its profile or a notebook cannot be read: {error}")
 
 
 def _executed(root: Path) -> list[str]:
@@ -141,9 +159,11 @@ class _Run:
     def __init__(self, root: Path, name: str):
         self.name, self.figures = name, root / "figures" / name
         shipped, pipeline = PROFILES / f"{name}.yaml", root / "build" / name / "params.yaml"
-        self.source = (
-            shipped if shipped.exists() else root / yaml.safe_load(pipeline.read_text(encoding="utf-8"))["profile_file"]
-        )
+        if shipped.exists():
+            self.source = shipped
+        else:
+            [file] = shlex.split(yaml.safe_load(pipeline.read_text(encoding="utf-8"))["profile_file"])
+            self.source = root / file
         self.profile = load_profile(self.source)
         self.notebooks = {path.stem: _Notebook(path) for path in _notebooks(root / "build" / name)}
         verdicts = root / "results" / name / "claims.json"
@@ -243,7 +263,7 @@ def _lay_out(root: Path, runs: list[_Run], source: Path) -> None:
         _profile(run, source / run.name)
         if run.latents:
             write_text(source / "_extra" / run.latents, (run.figures / ALONE).read_text(encoding="utf-8"))
-    write_text(source / "claims.md", _claims(runs))
+    write_text(source / "claims.md", _claims(root, runs))
     modules = _api(source / "api")
     write_text(
         source / "api" / "index.md",
@@ -302,23 +322,30 @@ def _told(value: dict) -> str:
     return told or value.get("reason", "")
 
 
-def _claims(runs: list[_Run]) -> str:
-    """The page of claims: each with its verdicts, and the notebooks and figures that show it."""
-    parts = ["# Claims\n\nWhat the paper claims, what the profiles that were run here found, and where to look.\n"]
+def _claims(root: Path, runs: list[_Run]) -> str:
+    """The page of claims: each with the verdicts of every profile that has results, and the notebooks and figures that
+    show it, if they were run here."""
+    parts = ["# Claims\n\nWhat the paper claims, what every profile with results found, and where to look.\n"]
+    here = {run.name: run for run in runs}
+    files = sorted((root / "results").glob("*/claims.json"), key=lambda file: _place(file.parent.name, ORDER))
+    found = {file.parent.name: read_json(file) for file in files}
     for claim, words in CLAIMS.items():
         rows = [["profile", "verdict", "unmasked → masked", "notebooks", "figures"]]
-        for run in runs:
-            if claim in run.claims:
-                value, notebooks = run.claims[claim], run.shown_by(claim)
-                shown = [
-                    f"[{_text(svg.stem)}](#{_figure_label(run, svg)})" for n in notebooks for svg in run.pictures(n)
-                ]
-                chapters = [f"[{_text(n)}]({run.name}/{n}.ipynb)" for n in notebooks]
-                row = [f"[{_text(run.name)}]({run.name}/index.md)", value["verdict"], _text(_told(value))]
-                rows.append([*row, ", ".join(chapters), ", ".join(shown)])
-        found = to_markdown(rows) if len(rows) > 1 else "No profile that was run here says anything of it.\n"
-        parts.append(f"({_label(claim)})=\n## {claim}: {_text(words)}\n\n{found}")
+        for name, verdicts in found.items():
+            if claim in verdicts:
+                link = f"[{_text(name)}]({name}/index.md)" if name in here else _text(name)
+                value, shown = verdicts[claim], _shown(here[name], claim) if name in here else ["not run here", ""]
+                rows.append([link, value["verdict"], _text(_told(value)), *shown])
+        table = to_markdown(rows) if len(rows) > 1 else "No profile says anything of it.\n"
+        parts.append(f"({_label(claim)})=\n## {claim}: {_text(words)}\n\n{table}")
     return "\n".join(parts)
+
+
+def _shown(run: _Run, claim: str) -> list[str]:
+    """Links to the notebooks, and to the figures, that a claim rests on."""
+    notebooks = run.shown_by(claim)
+    pictures = [f"[{_text(svg.stem)}](#{_figure_label(run, svg)})" for n in notebooks for svg in run.pictures(n)]
+    return [", ".join(f"[{_text(n)}]({run.name}/{n}.ipynb)" for n in notebooks), ", ".join(pictures)]
 
 
 def _profile(run: _Run, target: Path) -> None:

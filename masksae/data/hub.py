@@ -185,8 +185,15 @@ def _patiently(look, what: str, local: bool):
 
 def _wait(error: Exception, failures: int, what: str, local: bool) -> None:
     """Pause before another attempt; raise SourceError if there is none to be made."""
+    import datasets
+
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if not local and datasets.config.HF_HUB_OFFLINE:
+        raise SourceError(
+            f"{what} is on the hub, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set ({reason}). Unset it, or use a "
+            "local copy."
+        ) from error
     if isinstance(error, FileNotFoundError) or status in (401, 403, 404, 410):
         raise SourceError(
             f"{what} is missing or out of reach ({reason}). Check the name and the network, or use a local copy."

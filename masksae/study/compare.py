@@ -10,15 +10,16 @@ from pathlib import Path
 
 from masksae.errors import DataError, SourceError
 from masksae.files import read_json, write_json
-from masksae.study.report.claims import endpoints
+from masksae.study.report.claims import CLAIMS, endpoints
 
 FILE = "reproduced.json"
 
 
 def compared(there: dict, here: dict) -> list[dict]:
-    """A row for each endpoint that both have an effect of: claim, endpoint; effect and verdict there and here; the
-    interval there (low, high); `same`: the verdicts are equal and the effect here lies in that interval, or both are
-    the same number.
+    """A row for each endpoint, and each of the other grids with a claim, that both have an effect of: claim, endpoint;
+    effect and verdict there and here; the interval there (low, high; None of one pair, which has none); `same`: the
+    verdicts are equal, and the effect here lies in that interval, or both are the same number. Raises DataError if
+    there is none.
 
     there, here  of claims.json
     """
@@ -26,19 +27,25 @@ def compared(there: dict, here: dict) -> list[dict]:
     for key, old in _measured(there).items():
         if key in others:
             new = others[key]
-            within = old["low"] <= new["difference"] <= old["high"] or new["difference"] == old["difference"]
+            within = old["low"] is not None and old["low"] <= new["difference"] <= old["high"]
+            same = within or new["difference"] == old["difference"]
             rows.append(
                 dict(zip(("claim", "endpoint"), key))
                 | {"there": old["difference"], "low": old["low"], "high": old["high"], "here": new["difference"]}
                 | {"verdict_there": old["verdict"], "verdict_here": new["verdict"]}
-                | {"same": within and old["verdict"] == new["verdict"]}
+                | {"same": same and old["verdict"] == new["verdict"]}
             )
+    if not rows:
+        raise DataError("The two runs have no effect in common, so nothing can be compared. Give another run: --with.")
     return rows
 
 
 def _measured(claims: dict) -> dict[tuple[str, str], dict]:
-    """(claim, endpoint) -> its row, of each that has an effect."""
-    return {(claim, name): row for claim, name, row in endpoints(claims) if row.get("difference") is not None}
+    """(claim, endpoint) -> its row, of each that has an effect; C4 has those of every other grid, "letters, topk10"."""
+    rows = {(claim, name): row for claim, name, row in endpoints(claims)}
+    for grid, cells in claims["C4"]["cells"].items():
+        rows |= {("C4", f"{name}, {grid}"): row for name, row in cells.items()}
+    return {key: row for key, row in rows.items() if row.get("difference") is not None}
 
 
 def committed(root: Path, profile: str) -> dict:
@@ -55,9 +62,10 @@ def committed(root: Path, profile: str) -> dict:
 
 def claims_of(results: Path) -> dict:
     """claims.json in a folder of results. Raises DataError."""
-    if not (results / "claims.json").exists():
-        raise DataError(f"{results} holds no claims.json. Give results/PROFILE of a run that is finished.")
-    return read_json(results / "claims.json")
+    found = read_json(results / "claims.json") if (results / "claims.json").is_file() else None
+    if not isinstance(found, dict) or not CLAIMS.keys() <= found.keys():
+        raise DataError(f"{results} holds no claims.json of a profile. Give results/PROFILE of a run that is finished.")
+    return found
 
 
 def note(results: Path, name: str, machine: dict, rows: list[dict]) -> None:
@@ -75,8 +83,9 @@ def table(rows: list[dict]) -> list[list[str]]:
     lines = [["claim", "endpoint", "committed", "its interval", "here", "verdict", "same"]]
     for row in rows:
         verdicts = dict.fromkeys((row["verdict_there"], row["verdict_here"]))
+        interval = "unknown" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
         lines.append(
-            [row["claim"], row["endpoint"], f"{row['there']:+.4f}", f"{row['low']:+.4f} to {row['high']:+.4f}"]
+            [row["claim"], row["endpoint"], f"{row['there']:+.4f}", interval]
             + [f"{row['here']:+.4f}", " → ".join(verdicts), "yes" if row["same"] else "no"]
         )
     return lines

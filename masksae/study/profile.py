@@ -334,10 +334,10 @@ def load_profile(name_or_path) -> Profile:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values, found {type(raw).__name__}.")
-    if raw.get("name") != path.stem or (path.resolve().parent != PROFILES and (PROFILES / path.name).exists()):
+    if raw.get("name") != path.stem or (path.resolve().parent != PROFILES and path.stem in shipped_profiles()):
         raise ConfigError(
             f"{path} holds a profile named {raw.get('name')!r}. Outputs are kept apart by name: "
-            "call the file NAME.yaml and choose a NAME that no shipped profile has."
+            "call the file NAME.yaml or NAME.yml and choose a NAME that no shipped profile has."
         )
     if raw["name"] in RESERVED:
         raise ConfigError(

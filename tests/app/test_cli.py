@@ -2,20 +2,25 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from browser import CHROMIUM, troubles
+from tiny_project import profile
 
 import masksae
 from masksae import SAE
 from masksae.app import cli
+from masksae.app.exits import exit_status
 from masksae.errors import ConfigError
+from masksae.files import write_text
 from masksae.study.report.results import present
 
 COMMANDS = (
@@ -150,6 +155,8 @@ def test_what_only_reads_makes_no_folder(tmp_path, monkeypatch, capsys):
     told(capsys, "plan", "paper", "--json")
     assert cli.main(["reliability", "paper"]) == 2
     assert "claims.json is missing" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert cli.main(["check"]) == 2
+    assert "No shipped profile has results" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_errors_are_one_line_and_a_status(run, tmp_path, capsys):
@@ -171,6 +178,18 @@ def test_an_interrupt_is_130(monkeypatch, capsys):
     assert cli.main(["plan", "smoke"]) == 130 and "interrupted; what was finished is kept" in capsys.readouterr().err
 
 
+def test_a_file_that_is_closed_to_the_user_is_told_in_a_line(as_nobody, tmp_path, capfd):
+    file = tmp_path / "closed"
+    file.touch(0o000)
+
+    def read():
+        assert exit_status(file.read_text) == 2
+
+    assert as_nobody(read) is None
+    told = capfd.readouterr().err
+    assert told.startswith(f"masksae: {file}") and "permissions" in told and told.count("\n") == 1
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} -m masksae plan paper --json | head -1"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
@@ -185,6 +204,82 @@ def test_help_teaches_in_80_columns(command, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert caught.value.code == 0 and max(map(len, text.splitlines())) <= 80
     assert all(name in text for name in COMMANDS) if not command else f"\n  masksae {command[0]}" in text
+
+
+class Began(BaseException):
+    """Raised in the place of long work."""
+
+
+def examples() -> list[list[str]]:
+    """The arguments of every example of every --help."""
+    [commands] = [action for action in cli.parser()._actions if action.choices]
+    helps = [command.format_help().partition("\nexamples:\n")[2] for command in commands.choices.values()]
+    lines = [line.strip() for shown in helps for line in shown.splitlines() if line.strip()]
+    assert all(line.startswith("masksae ") for line in lines) and len(helps) == len(COMMANDS)
+    return [shlex.split(re.split(r" {2,}| \| ", line)[0])[1:] for line in lines]
+
+
+@pytest.fixture
+def reader(new_project, monkeypatch):
+    """A reader's clone of this project, with a profile, an SAE and committed results; long work begins but is not
+    done."""
+    (new_project / "dvc.yaml").unlink()
+    for name in ("notebooks", "dvc.yaml", "params.yaml"):
+        (new_project / name).symlink_to(ROOT / name)
+    profile(new_project, "mine")
+    SAE(masksae.SAEConfig(16, 32, masksae.TopK(3))).save("MY_SAE")
+    for folder in (new_project, new_project.parent / "other"):
+        shutil.copytree(ROOT / "results/laptop", folder / "results/laptop", dirs_exist_ok=True)
+    write_text(new_project / "build/laptop/01_data.ipynb", (ROOT / "notebooks/01_data.ipynb").read_text())
+    person = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "results"], [*person, "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], check=True)
+    monkeypatch.setenv("MASKSAE_ACCEPT_TERMS", "gemma3-270m")
+
+    def begin(*_, **__):
+        raise Began
+
+    for place in (
+        "masksae.app.repro.run_group", "masksae.app.plan.Plan.check", "masksae.app.measure.hours_here",
+        "masksae.app.notebooks.execute", "masksae.app.site._render", "masksae.data.packages._download",
+        "masksae.data.hub._patiently", "masksae.data.models.load_model", "huggingface_hub.snapshot_download",
+        "masksae.study.run.Run.train_group",
+    ):  # fmt: skip
+        monkeypatch.setattr(place, begin)
+
+
+def test_every_example_of_every_help_starts(reader, capsys):
+    """In an empty cache: what is quick is done, what is long begins."""
+    refused = []
+    for arguments in examples():
+        try:
+            status = cli.main(arguments)
+        except Began:
+            status = 0
+        if status not in (0, 1):
+            refused.append((arguments, capsys.readouterr().err))
+    assert refused == []
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"--grid": "matryoshka"}, "--grid: profile overnight has no 'matryoshka'. Did you mean 'matryoshka"),
+        ({"--arm": "keptt"}, "--arm: profile overnight has no 'keptt'. Did you mean 'kept'?"),
+        ({"--arm": "noise", "--like": "droped"}, "--like: profile overnight has no 'droped'. Did you mean 'dropped'?"),
+        ({"--arm": "noise", "--like": "unmasked"}, "--like unmasked is the arm"),
+        ({"--arm": "unmasked", "--like": "kept"}, "--arm unmasked is the arm"),
+        ({"--grid": "topk20"}, "--grid topk20: topk keeps k latents of every token"),
+        ({"--pilot": "100"}, "--pilot: found 100, expected"),
+        ({"--pilot": "-1"}, "--pilot: found -1, expected"),
+    ],
+)
+def test_a_search_for_what_is_not_there_is_refused_at_once(options, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = {"--arm": "kept", "--grid": "matryoshka_clean", "--pilot": "99"} | options
+    assert cli.main(["match", "overnight", *chain.from_iterable(given.items())]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"masksae: {words}") and told.count("\n") == 1
 
 
 def test_one_parser_knows_every_command():

@@ -9,11 +9,6 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_readme_is_short():
-    words = [word for word in re.sub(r"\]\([^)]*\)", "]", README).split() if re.search(r"\w", word)]
-    assert len(words) <= 1100, len(words)
-
-
 def test_the_tree_is_the_tree():
     tree = README[README.index("## The tree") : README.index("## Limits")]
     for name in re.findall(r"^ {6}(\w+)/ ", tree, re.MULTILINE):

@@ -38,9 +38,15 @@ def build(source: Path, target: Path, kind: str) -> Path:
     return target / result.stdout.split()[-1]
 
 
+def package_files() -> list[Path]:
+    """Every file of the package, relative to the root."""
+    found = (ROOT / "masksae").rglob("*")
+    return [path.relative_to(ROOT) for path in found if path.is_file() and "__pycache__" not in path.parts]
+
+
 def test_every_folder_and_file_of_the_package_is_declared():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    files = [p.relative_to(ROOT) for p in (ROOT / "masksae").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    files = package_files()
     assert {".".join(file.parent.parts) for file in files} == {
         *find_namespace_packages(ROOT, **declared["packages"]["find"])
     }
@@ -79,12 +85,10 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_modules_and_nothing_else(wheel):
+def test_the_wheel_holds_the_files_of_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "masksae").rglob("*.py")}
-    profiles = {f"masksae/profiles/{path.name}" for path in (ROOT / "masksae/profiles").glob("*.yaml")}
-    assert names == modules | profiles | {"masksae/data/page.txt", "masksae/study/report/page.html"}
+    assert names == {str(file) for file in package_files()}
     assert wheel.name == f"masksae-{masksae.__version__}-py3-none-any.whl" and wheel.stat().st_size < 400_000
 
 

@@ -1,6 +1,7 @@
 """The site of a small run: every page, figure and link; and the checks themselves, on pages with planted faults."""
 
 import re
+import shutil
 
 import nbformat
 import pytest
@@ -55,6 +56,7 @@ def lay(root):
     effect |= dict.fromkeys(("p_value", "size", "items", "items_low", "items_high")) | {"score": "mean_full"}
     claims = {"C1": {"verdict": "inconclusive"} | effect, "C2": {"verdict": "not measured", "reason": "No <result>."}}
     write_json(root / "results/smoke/claims.json", claims)
+    write_json(root / "results/laptop/claims.json", {"C1": {"verdict": "supported"} | effect})
     return root
 
 
@@ -82,7 +84,11 @@ def test_claims_figures_notebooks_and_parameters_lead_to_each_other(project, pag
     [c1, c2] = (re.search(rf'(?s)<section id="{c}.*?</section>', pages["claims.html"])[0] for c in ("c1", "c2"))
     for link in ("smoke/index.html", "smoke/04_absorption.html", "smoke/index.html#figure-smoke-04-absorption-along"):
         assert f'href="{link}"' in c1
-    assert "old.svg" not in profile + front and not any(name.startswith("mine/") for name in pages)
+    row = re.search(r"(?s)<tr[^>]*><td><p>laptop</p>.*?</tr>", c1)[0]
+    assert "supported" in row and "0.200 → 0.100" in row and "href" not in row  # committed, and not run here
+    assert (
+        "laptop" not in c2 and "old.svg" not in profile + front and not any(name.startswith("mine/") for name in pages)
+    )
     assert "not measured" in c2 and "04_absorption" not in c2
     assert "<td><p>2</p></td>" in profile and "train_tokens" in pages["smoke/parameters.html"]
 
@@ -145,6 +151,39 @@ def test_a_fault_is_told_and_leaves_the_site_as_it_was(project, monkeypatch):
     finally:
         write_text(page, good)
     assert (project / "build/site/index.html").read_bytes() == before
+
+
+def test_a_profile_that_cannot_be_read_any_longer_is_left_out_in_a_sentence(project, monkeypatch, capsys):
+    monkeypatch.setattr(site, "_render", lambda source, pages: 1 / 0)  # all is laid out by then
+    for name, made_for in ("moved", "gone.yaml"), ("changed", "changed.yaml"), ("quoted", "'a b/quoted.yaml'"):
+        write_text(project / f"build/{name}/params.yaml", f"profile_file: {made_for!r}\n")
+        write_text(
+            project / f"build/{name}/04_absorption.ipynb", (project / "build/smoke/04_absorption.ipynb").read_text()
+        )
+    write_text(project / "changed.yaml", "name: changed\nmodell: {}\n")
+    text = (site.PROFILES / "smoke.yaml").read_text().replace("name: smoke", "name: quoted", 1)
+    write_text(project / "a b/quoted.yaml", text)
+    write_text(project / "build/bare/04_absorption.ipynb", "{}")
+    try:
+        with pytest.raises(ZeroDivisionError):
+            site.build(project)
+    finally:
+        for name in ("moved", "changed", "quoted", "bare"):
+            shutil.rmtree(project / "build" / name)
+    told = capsys.readouterr().err
+    assert all(f"build/{name} is left out" in told for name in ("moved", "changed", "bare")), told
+    assert "gone.yaml" in told and "modell" in told and "build/quoted" not in told and "build/smoke" not in told
+
+
+def test_a_site_that_cannot_be_built_is_no_fault_of_a_run(tmp_path, monkeypatch):
+    def fault():
+        raise DataError("docs/own.md:3: no link")
+
+    monkeypatch.chdir(tmp_path)
+    assert "holds no executed notebook" in site.where_to_read()
+    monkeypatch.setattr(site, "build", fault)
+    told = site.where_to_read()
+    assert "docs/own.md:3" in told and "make site" in told
 
 
 def test_without_a_run_it_says_what_to_do(tmp_path):

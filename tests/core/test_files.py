@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from masksae import files
-from masksae.errors import MasksaeError, OutputError
+from masksae.errors import DataError, MasksaeError, OutputError
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -41,6 +41,8 @@ def test_text_and_json(tmp_path):
     with pytest.raises(ValueError):
         files.write_json(path, {"x": float("nan")})
     assert files.read_json(path)["b"] == 1
+    with pytest.raises(DataError, match="y.json cannot be read: No such file"):
+        files.read_json(tmp_path / "y.json")
 
 
 def test_run_id_sees_every_value():

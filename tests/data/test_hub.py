@@ -2,6 +2,7 @@
 shard in trouble; of a folder with an SAE nothing is fetched but that."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,19 @@ def test_what_the_hub_does_not_have_is_named(fetched):
     assert "hub:someone/else/lens cannot be fetched (RepositoryNotFoundError" in other and "HF_TOKEN" in other
     assert "ConfigError: hub:someone names no repository. Expected hub:owner/name" in short
     assert "hub:someone/pile/lens@nowhere cannot be fetched" in revision
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
+def test_a_machine_that_is_offline_on_purpose_is_told_at_once(variable):
+    code = (
+        "from masksae.data import hub\nhub.time.sleep = None\n"
+        "for look in (lambda: hub.shards('owner/name'), lambda: hub.unchanged([dict(url='hf://datasets/owner/name/a', "
+        "form='json', size=1, version='')])):\n"
+        "    try: look()\n    except hub.SourceError as error: print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {variable: "1"}
+    )
+    told = result.stdout.splitlines()
+    assert len(told) == 2 and all("HF_HUB_OFFLINE" in line and "Unset it" in line for line in told), result
+    assert "owner/name" in told[0] and result.stderr == ""

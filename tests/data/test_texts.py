@@ -375,6 +375,12 @@ def test_probe_tables_with_marks_and_nul(tmp_path):
     assert table["target"].tolist() == [1, 0] and len(table["prompt"]) == 2
 
 
+def test_words_for_what_is_missing_are_words(tmp_path):
+    words = ["None", "NA", "null", "nan"]
+    (tmp_path / "a.csv").write_text("prompt,target,other\n" + "".join(f"{word},{word},\n" for word in words))
+    assert tasks.probe_table(str(tmp_path / "a.csv")).to_dict("list") == {"prompt": words, "target": words}
+
+
 def test_every_text_source_and_model_has_its_package():
     for package, _ in texts.TEXTS.values():
         assert package in packages.PACKAGES

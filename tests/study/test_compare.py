@@ -18,18 +18,19 @@ def claims(letters=-0.1, probing=0.2, verdict="supported", gap=None):
         return {"endpoint": endpoint, "difference": difference, "low": low, "high": high, "verdict": verdict} | more
 
     contexts = {"contexts": record("contexts", letters / 2)}
-    not_measured = {"verdict": "not measured", "reason": "No grid."}
     return {
         "C1": record("letters", letters, endpoints=contexts),
         "C2": record("probing", probing),
         "C3": record("gap", gap),
-    } | {"C4": not_measured}
+        "C5": {"verdict": "not measured"},
+        "R": {"verdict": "not measured"},
+    } | {"C4": {"verdict": "inconclusive", "cells": {"topk10": {"letters": record("letters", letters)}}}}
 
 
 def test_each_endpoint_that_both_measured_is_compared():
     rows = compare.compared(claims(), claims(letters=-0.13, probing=0.26, gap=0.1))
     assert [(row["claim"], row["endpoint"], row["same"]) for row in rows] == [
-        ("C1", "letters", True), ("C1", "contexts", True), ("C2", "probing", False),
+        ("C1", "letters", True), ("C1", "contexts", True), ("C2", "probing", False), ("C4", "letters, topk10", True),
     ]  # fmt: skip
     assert (rows[2]["there"], rows[2]["low"], rows[2]["here"]) == (0.2, pytest.approx(0.15), 0.26)
 
@@ -40,10 +41,16 @@ def test_another_verdict_is_not_the_same_however_near_the_effect():
     assert compare.table(rows)[1][-2:] == ["supported → inconclusive", "no"]
 
 
-def test_an_effect_without_a_spread_is_the_same_if_it_is_equal():
+def test_an_effect_of_one_pair_which_has_no_interval_is_the_same_if_it_is_equal(project, capsys):
     point = claims()
-    point["C2"] |= {"low": float("nan"), "high": float("nan")}
+    point["C2"] |= {"low": None, "high": None}
+    rows = compare.compared(point, claims(probing=0.21))
+    assert [row["same"] for row in rows] == [True, True, False, True]
     assert all(row["same"] for row in compare.compared(point, point))
+    write_json(project / "other/claims.json", point)
+    write_json(project / "results/laptop/claims.json", point)
+    assert cli.main(["compare", "laptop", "--with", "other", "--save", "one pair"]) == 0
+    assert "unknown" in capsys.readouterr().out and "| one pair" in again(project / "results/laptop")
 
 
 @pytest.fixture
@@ -65,20 +72,24 @@ def test_the_command_compares_with_the_last_commit(project, capsys):
     write_json(project / "results/laptop/claims.json", claims(verdict="contradicted"))
     assert cli.main(["compare", "laptop"]) == 1
     out = capsys.readouterr().out
-    assert [row["same"] for row in json.loads(out[: out.index("]") + 1])] == [True] * 3
+    assert [row["same"] for row in json.loads(out[: out.index("]") + 1])] == [True] * 4
     assert "supported → contradicted" in out
 
 
 def test_the_command_compares_with_another_run_and_keeps_what_it_found(project, capsys):
     assert cli.main(["compare", "laptop", "--with", "other", "--save", "an old laptop"]) == 1
     assert "an old laptop" in (page := again(project / "results/laptop"))
-    assert "| an old laptop (2 cores, AVX2, 100 GFLOP/s) | 3 | 3 | 2 | 0.1000 (letters) |" in page
+    assert "| an old laptop (2 cores, AVX2, 100 GFLOP/s) | 4 | 4 | 2 | 0.1000 (letters) |" in page
     assert cli.main(["compare", "laptop", "--with", "results/laptop", "--save", "an old laptop"]) == 0
-    assert "| 3 | 3 | 3 | 0.0000" in again(project / "results/laptop")  # in the place of the first
+    assert "| 4 | 4 | 4 | 0.0000" in again(project / "results/laptop")  # in the place of the first
 
 
 def test_what_is_not_there_is_named(project):
-    with pytest.raises(DataError, match="holds no claims.json"):
-        compare.claims_of(project / "nowhere")
+    write_json(project / "foreign/claims.json", [])
+    for folder in ("nowhere", "foreign"):
+        with pytest.raises(DataError, match=f"{folder} holds no claims.json.*results/PROFILE"):
+            compare.claims_of(project / folder)
+    with pytest.raises(DataError, match="no effect in common.*--with"):
+        compare.compared(claims(), {"C4": {"verdict": "not measured", "cells": {}}})
     with pytest.raises(SourceError, match="The last commit has no results/gemma/claims.json.*--with"):
         compare.committed(project, "gemma")

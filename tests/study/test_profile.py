@@ -226,8 +226,9 @@ def test_shares_are_the_arms_that_change_nothing_but_p():
 
 
 def test_nobody_writes_into_the_folders_of_another_profile(tmp_path):
-    with pytest.raises(ConfigError, match="no shipped profile has"):
-        load_profile(written(tmp_path, name="laptop"))
+    for ending in ("yaml", "yml"):
+        with pytest.raises(ConfigError, match=f"laptop.{ending}.*no shipped profile has"):
+            load_profile(written(tmp_path, name="laptop").rename(tmp_path / f"laptop.{ending}"))
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(SMOKE))
     with pytest.raises(ConfigError, match="named 'smoke'"):
         load_profile(tmp_path / "other.yaml")

@@ -122,13 +122,8 @@ def test_the_k_at_which_an_arm_has_the_wanted_clean_l0(project):
     found = search.k_for_clean_l0(run, "masked", "matryoshka", pilot=9, within=0.02)
     k, reached = found["trials"][-1].values()
     assert abs(reached / 4 - 1) <= 0.02 and k != 4 and found["trials"][0]["at"] == 4
-    chosen = search._score(
-        run,
-        {"saes": [run.profile.saes[1].model_dump(mode="json") | {"selection": {"rule": "batch_topk", "k": k}}]},
-        "masked",
-        "matryoshka",
-        9,
-    )
+    grids = [run.profile.saes[1].model_dump(mode="json") | {"selection": {"rule": "batch_topk", "k": k}}]
+    chosen = search._score(run, {"saes": grids}, "masked", "matryoshka", 9)
     assert chosen.l0 == reached
     with pytest.raises(ConfigError, match="keeps k latents of every token"):
         grids = [{"name": "topk", "selection": {"rule": "topk", "k": 3}, "n_latents": 32}]
@@ -147,3 +142,21 @@ def test_the_noise_that_costs_as_much_as_masking(project):
 def test_a_search_that_gets_nowhere_says_what_it_tried():
     with pytest.raises(DataError, match=r"No value measures 5 within 1.0%: tried \[.*1.0.*Start nearer"):
         search.secant(lambda x: 3.0, wanted=5, start=1.0, second=2.0, within=0.01)
+    for measure, wanted in (lambda x: x - 1.5, 5), (lambda x: x, -5):  # of which there is no logarithm
+        with pytest.raises(DataError, match="Start nearer"):
+            search.secant(measure, wanted=wanted, start=1.0, second=2.0, within=0.01)
+
+
+@pytest.mark.parametrize("rule", ["relu", "gated"])
+def test_the_rest_of_a_rule_stays_while_its_l0_is_searched_for(new_project, monkeypatch, rule):
+    grids = [{"name": "a", "selection": {"rule": rule, "l1": 1.5, "target_l0": 3}, "n_latents": 32}]
+    tried = []
+
+    def train(run, group):
+        tried.append(group.members[0].grid.selection.config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "train_group", train)
+    with pytest.raises(KeyboardInterrupt):
+        search.k_for_clean_l0(Run(profile(new_project, saes=grids, blocks=[{}])), "masked", "a", pilot=9)
+    assert (tried[0].l1, tried[0].target_l0) == (1.5, 3)

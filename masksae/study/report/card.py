@@ -116,7 +116,7 @@ def again(results: Path) -> str:
                 name + on,
                 str(len(rows)),
                 str(sum(row["verdict_there"] == row["verdict_here"] for row in rows)),
-                str(sum(row["low"] <= row["here"] <= row["high"] for row in rows)),
+                str(sum(row["low"] is not None and row["low"] <= row["here"] <= row["high"] for row in rows)),
                 f"{abs(shift['here'] - shift['there']):.4f} ({shift['endpoint']})",
             ]
         )
