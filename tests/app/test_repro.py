@@ -17,8 +17,9 @@ import psutil
 import pytest
 import yaml
 
+from masksae import provenance
 from masksae.app import DEFAULT, cli, repro
-from masksae.errors import ConfigError
+from masksae.errors import CodeError, ConfigError
 from masksae.files import PROFILES, write_json, write_text
 from masksae.study.profile import Profile
 
@@ -147,7 +148,26 @@ def test_a_notebook_that_fails_is_kept_for_reading(project):
     assert [path.name for path in kept] == ["01_try.failed.ipynb"] and "arithmetic" in kept[0].read_text()
 
 
-from masksae.files import PROFILES
+def test_a_stage_fails_whose_notebook_or_code_changes_while_it_runs(project, monkeypatch):
+    """DVC would note the new text, and not run it: what it notes a stage depends on it looks up after the stage."""
+    write_notebook(project, 'profile = "x"', "open('notebooks/01_try.ipynb', 'a').write(' ')")
+    with pytest.raises(CodeError, match="01_try.ipynb changed while 01_try ran.*Run it again"):
+        repro.execute("01_try", "smoke")
+    assert not list((project / "build/smoke").glob("*.ipynb"))
+    write_notebook(project, 'profile = "x"', "1")
+    monkeypatch.setattr(provenance, "changed", lambda: ["training.step"])
+    with pytest.raises(CodeError, match="training.step changed while"):
+        repro.execute("01_try", "smoke")
+
+
+def test_the_kernel_is_this_python_whatever_is_registered(project, monkeypatch):
+    spec = {"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}
+    write_json(project / "jupyter/kernels/python3/kernel.json", spec)
+    monkeypatch.setenv("JUPYTER_PATH", str(project / "jupyter"))
+    write_notebook(project, 'profile = "other"', "import sys\nprint(sys.executable)")
+    repro.execute("01_try", "smoke")
+    outputs = [o for c in nbformat.read(project / "build/smoke/01_try.ipynb", 4).cells for o in c.outputs]
+    assert [output.text for output in outputs] == [f"{sys.executable}\n"]
 
 
 def test_each_profile_has_a_pipeline_of_its_own(project):
