@@ -43,10 +43,10 @@ _texts: dict[Path, str] = {}
 _stamps: dict[Path, tuple[int, int]] = {}
 
 
-def remember(path: Path) -> str:
-    """The text of a file of source code as it was when it was first asked for; of the package's own files, when the
-    package was imported."""
-    if path not in _texts:
+def remember(path: Path, anew: bool = False) -> str:
+    """The text of a file of source code as it was when it was first asked for, or is now if it is loaded `anew`; of the
+    package's own files, when the package was imported."""
+    if anew or path not in _texts:
         _stamps[path] = _stamp(path)
         _texts[path] = path.read_text(encoding="utf-8")
     return _texts[path]

@@ -240,7 +240,7 @@ def execute(notebook: str, profile) -> None:
 
     root, name = repository(), load_profile(profile).name
     target, source = root / "build" / name / f"{notebook}.ipynb", root / "notebooks" / f"{notebook}.ipynb"
-    read = {file: file.read_bytes() for file in (source, profile_path(profile))}
+    read = {file: file.read_bytes() for file in (source, profile_path(profile)) if file.is_file()}
     with times.timed(root / "build" / name, notebook):
         execute(source, target, {"profile": str(profile)}, cwd=root)
         # DVC notes what a stage depends on only after it: what it would note now is not what was run

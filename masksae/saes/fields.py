@@ -50,4 +50,4 @@ def register(known: dict[str, type], kind: type, what: str) -> None:
             raise ConfigError(f"{other.__module__} has a {what} {name} already. Call {kind} something else.")
     known[kind.__name__] = kind
     if file := getattr(sys.modules.get(kind.__module__), "__file__", None):
-        provenance.remember(Path(file).resolve())  # somebody's own, as it is loaded
+        provenance.remember(Path(file).resolve(), anew=True)  # somebody's own, as it is loaded

@@ -294,8 +294,8 @@ def test_what_cannot_fit_is_refused_with_the_remedy(paper, monkeypatch):
     assert "does not fit" in text(plan, "cpu") or sum(plan.memory("cpu").values()) < 24e9
 
 
-def test_make_repro_refuses_before_it_starts(project, monkeypatch):
-    tiny = profile(project)
+def test_make_repro_refuses_before_it_starts(new_project, monkeypatch):
+    tiny = profile(new_project)
     monkeypatch.setattr("masksae.app.plan.available_bytes", lambda _: 1e6)
     monkeypatch.setattr(repro, "dvc", lambda *_: pytest.fail("started"))
     with pytest.raises(ConfigError, match="0.0 GB are free"):

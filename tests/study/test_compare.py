@@ -47,9 +47,9 @@ def test_an_effect_of_one_pair_which_has_no_interval_is_the_same_if_it_is_equal(
     rows = compare.compared(point, claims(probing=0.21))
     assert [row["same"] for row in rows] == [True, True, False, True]
     assert all(row["same"] for row in compare.compared(point, point))
-    write_json(project / "other/claims.json", point)
+    write_json(project / "other/results/laptop/claims.json", point)
     write_json(project / "results/laptop/claims.json", point)
-    assert cli.main(["compare", "laptop", "--with", "other", "--save", "one pair"]) == 0
+    assert cli.main(["compare", "laptop", "--with", "other/results/laptop", "--save", "one pair"]) == 0
     assert "unknown" in capsys.readouterr().out and "| one pair" in again(project / "results/laptop")
 
 
@@ -61,9 +61,9 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
         subprocess.run(["git", *command], check=True)
-    write_json(tmp_path / "other/claims.json", claims(letters=-0.2))
+    write_json(tmp_path / "other/results/laptop/claims.json", claims(letters=-0.2))
     machine = {"cores": 2, "vectors": "AVX2", "gflops": 100}
-    write_json(tmp_path / "other/times.json", {"machine": machine, "stages": {}})
+    write_json(tmp_path / "other/build/laptop/times.json", {"machine": machine, "stages": {}})
     return tmp_path
 
 
@@ -77,7 +77,7 @@ def test_the_command_compares_with_the_last_commit(project, capsys):
 
 
 def test_the_command_compares_with_another_run_and_keeps_what_it_found(project, capsys):
-    assert cli.main(["compare", "laptop", "--with", "other", "--save", "an old laptop"]) == 1
+    assert cli.main(["compare", "laptop", "--with", "other/results/laptop", "--save", "an old laptop"]) == 1
     assert "an old laptop" in (page := again(project / "results/laptop"))
     assert "| an old laptop (2 cores, AVX2, 100 GFLOP/s) | 4 | 4 | 2 | 0.1000 (letters) |" in page
     assert cli.main(["compare", "laptop", "--with", "results/laptop", "--save", "an old laptop"]) == 0

@@ -18,7 +18,7 @@ def scored(monkeypatch):
     x, sae = torch.randn(900, 12, generator=generator), SAE(SAEConfig(12, 24, TopK(4))).requires_grad_(False)
     task = SimpleNamespace(min_parents=1, seed=0)
     run = SimpleNamespace(profile=SimpleNamespace(contexts=task), shared=lambda name, make: make())
-    run.rows = lambda kind, section, make: make()
+    run.rows = lambda kind, section, make: make(run)
 
     def rows(columns):
         labels = torch.zeros(len(x), len(ALL), dtype=torch.bool)

@@ -15,7 +15,7 @@ from small_training import D, F, run, same, sparse_world, train_config
 from tiny_project import profile
 
 from masksae import MATRYOSHKA, SAE, AuxK, Run, SAEConfig, TopK, load_profile, load_sae, load_saelens, metrics
-from masksae.errors import ConfigError
+from masksae.errors import CodeError, ConfigError
 from masksae.memory import parameters, training_bytes
 from masksae.saes.formats import DIRECT, SAELENS, Peer
 from masksae.saes.loss import dense_step
@@ -220,13 +220,16 @@ def test_its_code_is_in_the_id_of_what_it_trains(project, monkeypatch):
         blocks=[{"pairs": [0]}],
     )
     (project / "edited.py").write_text(EDITED.format(goal=2))
-    importlib.import_module("edited")
+    module = importlib.import_module("edited")
     try:
-        ids = lambda run: [run.id_of(group) for group in run.profile.groups]
+        ids = lambda run: [run.id_of(member) for member in run.profile.members]
         before = ids(Run(path))
         assert ids(Run(path)) == before
         (project / "edited.py").write_text(EDITED.format(goal=3))
         os.utime(project / "edited.py", ns=(10**18, 10**18))
+        with pytest.raises(CodeError, match="edited.py .* has changed since it was loaded"):
+            ids(Run(path))
+        importlib.reload(module)
         assert not {*ids(Run(path))} & {*before}
     finally:
         del SELECTIONS["Edited"]
