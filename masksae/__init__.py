@@ -6,7 +6,7 @@ on first use, so `import masksae` costs nothing.
 
 import importlib
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOME = {
     "load_profile": "masksae.study.profile",

@@ -22,6 +22,8 @@ from masksae.study.scores.absorption import context_probes, context_sample, lett
 
 BEFORE, AFTER = 8, 4
 """Tokens shown around the one that fires."""
+PLACES, ROWS = 5, 8
+"""Places shown of a latent, and missed words of a parent."""
 
 
 @dataclass(frozen=True)
@@ -66,59 +68,55 @@ class Explorer:
     def __init__(self, run: Inputs):
         self.run = run
 
-    def letters(self, sae: SAE, threshold: float | None = None) -> dict[str, Story]:
+    def letters(self, sae: SAE) -> dict[str, Story]:
         """The parents "starts with LETTER" by letter, on words in the prompts of the first-letter task; those that pass
         the probe gate."""
-        return self._letters(sae, threshold)[0]
+        return self._letters(sae)[0]
 
-    def letter(self, sae: SAE, letter: str, threshold: float | None = None) -> Story:
+    def letter(self, sae: SAE, letter: str) -> Story:
         """One of `letters`. Raises ConfigError for one that does not pass the probe gate."""
-        stories, excluded = self._letters(sae, threshold)
+        stories, excluded = self._letters(sae)
         return _passed(stories, letter.lower(), excluded)
 
-    def _letters(self, sae: SAE, threshold: float | None) -> tuple[dict[str, Story], tuple[str, ...]]:
+    def _letters(self, sae: SAE) -> tuple[dict[str, Story], tuple[str, ...]]:
         words, x, probe = letter_task(self.run)
-        metric = first_letter(sae, x, words, probe=probe, threshold=threshold, min_letters=1)
-        stories, first, f = {}, first_letters(words), sae.latents(x, threshold)
+        metric = first_letter(sae, x, words, probe=probe, min_letters=1)
+        stories, first, f = {}, first_letters(words), sae.latents(x)
         for found in metric.letters:
             [number] = first_letters([found.letter])
             sample = (x, f, words, first == number, probe.is_test, probe.weight[number])
             stories[found.letter] = _story(f"starts with {found.letter.upper()}", sae, found, *sample)
         return stories, metric.excluded
 
-    def contexts(self, sae: SAE, threshold: float | None = None) -> dict[str, Story]:
+    def contexts(self, sae: SAE) -> dict[str, Story]:
         """The parents "follows PARENT" by parent, on words of held-out text; those that have a probe and pass its
         gate."""
-        return self._stories_of_contexts(sae, [probe.name for probe in self._contexts[1]], threshold)[0]
+        return self._stories_of_contexts(sae, [probe.name for probe in self._contexts[1]])[0]
 
-    def context(self, sae: SAE, parent: str, threshold: float | None = None) -> Story:
+    def context(self, sae: SAE, parent: str) -> Story:
         """One of `contexts`. Raises ConfigError for a parent without a probe, or one that does not pass its gate."""
         known = [probe.name for probe in self._contexts[1]]
         if parent not in known:
             raise ConfigError(f"There is no parent {parent!r} here.{nearest(parent, known)}")
-        stories, excluded = self._stories_of_contexts(sae, [parent], threshold)
+        stories, excluded = self._stories_of_contexts(sae, [parent])
         return _passed(stories, parent, excluded)
 
-    def _stories_of_contexts(
-        self, sae: SAE, parents: list[str], threshold: float | None
-    ) -> tuple[dict[str, Story], tuple[str, ...]]:
+    def _stories_of_contexts(self, sae: SAE, parents: list[str]) -> tuple[dict[str, Story], tuple[str, ...]]:
         x, probes, texts = self._contexts
-        metric = context_absorption(sae, x, probes, among=parents, min_parents=1, threshold=threshold)
+        metric = context_absorption(sae, x, probes, among=parents, min_parents=1)
         stories, by_name = {}, {probe.name: probe for probe in probes}
         for found in metric.letters:
             probe = by_name[found.letter]
             names, mine = [texts[i] for i in probe.rows.tolist()], x[probe.rows]
-            sample = (mine, sae.latents(mine, threshold), names, probe.positive, probe.is_test, probe.weight)
+            sample = (mine, sae.latents(mine), names, probe.positive, probe.is_test, probe.weight)
             stories[probe.name] = _story(f"follows {probe.name}", sae, found, *sample)
         return stories, metric.excluded
 
-    def places(
-        self, sae: SAE, latents: list[int], n: int = 5, threshold: float | None = None
-    ) -> dict[int, list[Place]]:
+    def places(self, sae: SAE, latents: list[int], n: int) -> dict[int, list[Place]]:
         """By latent, the `n` places in held-out text where it fires most, at most one a block, the strongest first."""
         ids = self.run.ids("held_out")[:, len(self.run.start) :]
         fires = torch.cat(
-            [sae.encode(part.to(sae.device), threshold)[:, latents].cpu() for part in self.run.held_out_all.split(4096)]
+            [sae.encode(part.to(sae.device))[:, latents].cpu() for part in self.run.held_out_all.split(4096)]
         ).view(*ids.shape, len(latents))
         best, where = fires.max(1)
         found: dict[int, list[Place]] = {latent: [] for latent in latents}
@@ -129,9 +127,9 @@ class Explorer:
                     found[latent].append(_place(self._texts, ids[block], strength, int(where[block, i])))
         return found
 
-    def top_contexts(self, sae: SAE, latent: int, n: int = 5, threshold: float | None = None) -> str:
+    def top_contexts(self, sae: SAE, latent: int) -> str:
         """HTML of a latent's `places`, tokens shaded by how strongly it fires."""
-        lines = [_line(place) for place in self.places(sae, [latent], n, threshold)[latent]]
+        lines = [_line(place) for place in self.places(sae, [latent], PLACES)[latent]]
         return "".join(lines) or "<p>It fires nowhere in the held-out text.</p>"
 
     @once
@@ -204,7 +202,7 @@ def side_by_side(columns: dict[str, str]) -> str:
     return f'<div style="display:flex;flex-wrap:wrap;gap:1.5em">{inside}</div>'
 
 
-def story_html(story: Story, rows: int = 8) -> str:
+def story_html(story: Story) -> str:
     """HTML: one line about the main latents, and the words they miss with who absorbed them."""
     share = len(story.missed) / max(1, story.tested)
     told = f"F1 {story.f1:.2f}, decoder cosine with the parent {story.main_cosine:.2f}"
@@ -213,7 +211,7 @@ def story_html(story: Story, rows: int = 8) -> str:
     head = f"<p>{html.escape(story.parent)}: {main}; {missed}</p>"
     if not story.missed:
         return head
-    return head + to_html(cells(story.clearest(rows), form=_two_digits))
+    return head + to_html(cells(story.clearest(ROWS), form=_two_digits))
 
 
 def _two_digits(value) -> str:

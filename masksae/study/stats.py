@@ -10,7 +10,7 @@ items random  pairs and items both vary (parents, tasks, sets: a sample of what 
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import combinations
 from typing import Literal
@@ -19,7 +19,7 @@ import numpy as np
 
 from masksae.errors import DataError
 
-CONFIDENCE, POWER = 0.95, 0.8
+LEVEL, POWER = 0.05, 0.8
 
 Items = Literal["fixed", "random"]
 
@@ -33,10 +33,10 @@ class Effect:
     difference: float
     low: float | None
     high: float | None
-    """95 % interval, by the rule for the items."""
+    """Interval that covers the truth with probability 1 - `level`, by the rule for the items."""
     pairs: int
     detectable: float | None
-    """Smallest true difference that such a run finds with probability .8 (two-sided test at 5 %), by the same rule."""
+    """Smallest true difference that such a run finds with probability .8 (two-sided, at `level`), by the same rule."""
     p_value: float | None = None
     """Two-sided, of no difference."""
     size: float | None = None
@@ -49,6 +49,19 @@ class Effect:
     """Degrees of freedom of its t distribution."""
     squares: tuple[float, float, float] | None = None
     """Mean squares of pairs, items and the rest, on which error and degrees rest where items vary; None: none do."""
+
+    level: float = LEVEL
+    """Of the interval and of `detectable`."""
+
+    def at(self, level: float) -> "Effect":
+        """The same with interval and `detectable` of another level than 5 %."""
+        if self.error is None:
+            return replace(self, level=level)
+        from scipy import stats
+
+        reach = float(stats.t.isf(level / 2, self.degrees)) * self.error
+        ends = {"low": self.difference - reach, "high": self.difference + reach}
+        return replace(self, **ends, detectable=self.finds(level), level=level)
 
     def p_equivalent(self, margin: float) -> float | None:
         """p-value that the true difference is not within (-margin, margin): the larger of two one-sided tests
@@ -65,7 +78,7 @@ class Effect:
         return float(stats.t.cdf(excess / self.error, self.degrees)) if self.error else float(excess >= 0)
 
     def finds(self, level: float) -> float | None:
-        """`detectable` for a two-sided test at another level than 5 %."""
+        """`detectable` for a two-sided test at another level."""
         return None if self.error is None else errors_found(self.degrees, level) * self.error
 
     def verdict(
@@ -122,29 +135,23 @@ def paired_effect(baseline, treated, *, items: Items = "random") -> Effect:
     fixed = items == "fixed" or m == 1
     mean, error, degrees = (float(part) for part in grand_mean(values, items="fixed" if fixed else "random"))
     before, after = (float(side.mean()) for side in sides)
+    found = Effect(before, after, mean, None, None, n, None, items=None if fixed else m)
     if n == 1:
-        return Effect(before, after, mean, None, None, 1, None, items=None if fixed else m)
-    reach = float(stats.t.isf((1 - CONFIDENCE) / 2, degrees)) * error
+        return found
     spread = float(values.mean(1).std(ddof=1))
-    return Effect(
-        before,
-        after,
-        mean,
-        low=mean - reach,
-        high=mean + reach,
-        pairs=n,
-        detectable=errors_found(degrees) * error,
+    found = replace(
+        found,
         p_value=float(2 * stats.t.sf(abs(mean) / error, degrees)) if error else float(mean == 0),
         size=mean / spread if spread else None,
-        items=None if fixed else m,
         error=error,
         degrees=degrees,
         squares=None if fixed else tuple(map(float, _squares(values))),
     )
+    return found.at(LEVEL)
 
 
 @cache
-def errors_found(degrees: float, level: float = 1 - CONFIDENCE) -> float:
+def errors_found(degrees: float, level: float = LEVEL) -> float:
     """True difference, in standard errors, that a two-sided t test at `level` finds with probability .8: the noncentral
     t distribution's, which few degrees take far from t(1 - level / 2) + t(.8).
 
@@ -284,7 +291,7 @@ def interpolate(l0: Sequence[float], values: Sequence[float], at: float, *, log:
     return round(float(np.interp(scale(at), [scale(x) for x, _ in points], [y for _, y in points])), 12)
 
 
-def pairs_needed(effect: Effect, level: float = 1 - CONFIDENCE) -> int | None:
+def pairs_needed(effect: Effect, level: float = LEVEL) -> int | None:
     """Fewest pairs at which a true difference as large as the one found is found again four times out of five by the
     same rule, with the same items and a two-sided test at `level`; None beyond a thousand, and where no number of pairs
     would do.

@@ -8,10 +8,13 @@ import pytest
 import yaml
 from tiny_project import make_reader_project
 
+from masksae import Run
 from masksae.app.notebooks import execute
 from masksae.files import read_json
+from masksae.study import own_sae
 
 ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = dict(re.findall(r": (\w+) -->\n```python\n(.*?)```", (ROOT / "docs/own.md").read_text(), re.DOTALL))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -54,3 +57,15 @@ def test_every_notebook_runs(folder, pairs):
         execute(notebook, folder / "build" / path.stem / notebook.name, {"profile": path.name}, cwd=folder)
     claims = read_json(folder / "results" / path.stem / "claims.json")
     assert list(claims) == ["C1", "C2", "C3", "C4", "C5", "R"] and claims["C5"]["pairs"] == pairs
+    assert all(row["verdict"] != "not measured" for key, row in claims.items() if key != "C4")
+
+
+@pytest.mark.slow
+def test_an_sae_of_ones_own_is_scored_as_the_page_says(folder):
+    """On the activations and tasks of the same profile."""
+    path = written(folder, 1)
+    Run(path).saes["kept-batchtopk20-s0"].to_saelens(folder / "MY_SAE")
+    names = {}
+    exec(EXAMPLES["own"].replace("laptop", path.name), names)
+    assert {metric: len(rows) for metric, rows in names["rows"].items()} == {"reconstruction": 2, "absorption": 2}
+    assert not own_sae.failed(names["rows"])

@@ -145,7 +145,7 @@ def reader_tokenizer():
 
 def reader_model(tokenizer, width: int = 64):
     """A model that nobody trained and that knows what absorption asks for: a token's first letter is a direction of its
-    embedding, and in the first block each head reads the token before."""
+    embedding, in the first block each head reads the token before, and the last layer tells words from links."""
     import transformers as tr
 
     config = tr.LlamaConfig(
@@ -165,6 +165,9 @@ def reader_model(tokenizer, width: int = 64):
     texts = [tokenizer.decode([token]).strip() for token in range(len(tokenizer))]
     shared = torch.stack([letters[ord(text[0]) % 32] if text.isalpha() else own[i] for i, text in enumerate(texts)])
     model.get_input_embeddings().weight.copy_(shared + own)
+    ids = tokenizer(" ".join(reader_texts(40, 100, seed=99)), return_tensors="pt")["input_ids"]
+    x, following = model.model(ids).last_hidden_state[0, :-1], torch.nn.functional.one_hot(ids[0, 1:], len(tokenizer))
+    model.lm_head.weight.copy_(10 * torch.linalg.lstsq(x, following.float()).solution.t())  # what comes after what
     return model
 
 

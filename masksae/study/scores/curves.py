@@ -16,17 +16,18 @@ KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what
 
 
 def along_scores(run: RunPart) -> list[dict]:
-    """One row per SAE and snapshot of a part of a run, the finished SAE included: step, clean L0 as trained, explained
-    variance at clean L0 = k, and absorption of first letters and of contexts, parent by parent. [] where the part keeps
-    no snapshots."""
+    """One row per SAE of the main grid and snapshot of a part of a run, the finished SAE included: step, clean L0 as
+    trained, explained variance at clean L0 = k, and absorption of first letters and of contexts, parent by parent. []
+    where the part keeps no snapshots of such SAEs."""
 
     def make() -> list[dict]:
-        table = {row["sae"]: row for row in run.table}
+        table = {row["sae"]: row for row in run.table if row["grid"] == main}
         measures = letter_score(run), context_score(run)  # before the threads: two of them at once upset the model
         cells = [
             (table[name] | {"step": step}, sae)
             for step, saes in sorted(run.snapshots().items())
             for name, sae in saes.items()
+            if name in table
         ]
 
         def score(cell) -> dict:
@@ -35,7 +36,8 @@ def along_scores(run: RunPart) -> list[dict]:
 
         return in_threads(score, cells, label=f"absorption along training, {run.name}", unit="SAE")
 
-    if not run.has_snapshots:
+    main = run.profile.main_grid.name
+    if not run.has_snapshots or all(row["grid"] != main for row in run.table):
         return []
     return run.rows("along", run.profile.absorption, make, run.profile.contexts)
 
