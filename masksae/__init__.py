@@ -8,7 +8,7 @@ import importlib
 
 from masksae import provenance as provenance  # before anything else is loaded: it notes what the files say now
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOME = {
     "load_profile": "masksae.study.profile",

@@ -12,6 +12,7 @@ from masksae.files import ANYTHING, atomic_dir, read_json, sha256, write_json
 from masksae.study.report import labels
 from masksae.study.report.tables import number, to_markdown
 from masksae.study.run import Run, RunPart
+from masksae.study.sections import Arm
 from masksae.tracing import hook_point
 
 SHOWN = ("l0", "ev_centred", "ce_score", "mean_full", "context_full")
@@ -106,7 +107,9 @@ def card(run: Run, form: str = "hub") -> str:
     """The model card: where the SAEs come from, how to load them out of a `form` of HOW_TO_LOAD, what they score."""
     load = HOW_TO_LOAD[form].format(profile=run.profile.name, sae=run.table[0]["sae"])
     profile, model, training = run.profile, run.profile.model, run.profile.training
-    arms = [f"* `{arm.name}`: {_masking(arm, arm.token or model.mask_token)}" for arm in profile.arms]
+    arms = [f"* `{arm.name}`: {_arm(arm, model.mask_token)}" for arm in profile.arms]
+    latents = " or ".join(f"{n:,}" for n in dict.fromkeys(grid.n_latents for grid in profile.saes))
+    described = f"{profile.description.rstrip('.')}. " if profile.description else ""
     sinks = f", tokens of more than {model.sinks:g} times the median norm too" if model.sinks else ""
     base = f"base_model: {model.source.removeprefix('hub:')}\n" if model.source.startswith("hub:") else ""
     return f"""---
@@ -116,18 +119,18 @@ tags: [saelens, sparse-autoencoder, masked-regularization]
 
 # SAEs with and without masked regularisation: {profile.name}
 
-{profile.description}. Trained by [masksae](https://arxiv.org/abs/2604.06495)'s open companion.
+{described}Trained by [masksae](https://arxiv.org/abs/2604.06495)'s open companion.
 
 * Model: `{model.source}`, {model.place} (blocks counted from 0), \
 blocks of {profile.text.block_length} tokens, BOS left out{sinks}
 * Text: {", ".join(f"`{source}`" for source in profile.text.sources)}, \
 {profile.text.train_tokens:,} tokens an arm, {training.epochs} epoch(s)
 * Recipe: Adam {training.lr:g}, batches of {training.batch_size:,} tokens, \
-{profile.saes[0].n_latents:,} latents; both arms alike
+{latents} latents; the same for all arms
 {chr(10).join(arms)}
 
 Names are ARM-GRID-sSEED. \
-Arms differ in nothing but the tokens that the language model read while activations were collected. \
+Arms of a grid differ in nothing but what is said of them here. \
 All scores are taken
 on clean text. Compare arms at matched L0: masking moves the inference threshold.
 
@@ -141,11 +144,23 @@ Weights are derived from the language model: its licence and terms apply.
 """
 
 
-def _masking(arm, token: str) -> str:
-    if not arm.p:
-        return f"no masking, Gaussian noise of {arm.noise:g} on the activations" if arm.noise else "no masking"
-    left_out = ", those positions left out" if arm.drop_masked or arm.denoise else ""
-    return f"{arm.p:.0%} of the input tokens replaced by `{token}`{left_out}"
+STANDS_IN = {"random": "random tokens drawn from the text", "rare": "the rarest token of the text"}
+"""What replaces masked tokens, by what a profile calls it that is no token's text."""
+
+
+def _arm(arm: Arm, mask_token: str) -> str:
+    """What an arm does, whatever its name: what is replaced, what is trained on, and how much of the text."""
+    token = STANDS_IN.get(arm.token, f"`{arm.token or mask_token}`")
+    masks = f"{100 * arm.p:.4g}% of the input tokens replaced by {token}" if arm.p else "no masking"
+    told = {
+        masks: True,
+        "masks drawn anew in every epoch": arm.p and arm.fresh_masks,
+        "those positions left out": arm.p and (arm.drop_masked or arm.denoise),
+        "trained to give the activation of the clean text (denoising)": arm.denoise,
+        f"Gaussian noise of {arm.noise:g} on the activations": arm.noise,
+        f"{100 * arm.tokens:.4g}% of the text": arm.tokens < 1,
+    }
+    return ", ".join(words for words, holds in told.items() if holds)
 
 
 def _scores(run: Run) -> str:

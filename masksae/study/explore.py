@@ -23,6 +23,8 @@ from masksae.study.scores.absorption import context_probes, context_sample, lett
 
 BEFORE, AFTER = 8, 4
 """Tokens shown around the one that fires."""
+PLACES, ROWS = 5, 8
+"""Places shown of a latent, and missed words of a parent."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Explorer:
             stories[probe.name] = _story(f"follows {probe.name}", sae, found, *sample)
         return stories, metric.excluded
 
-    def places(self, sae: SAE, latents: list[int], n: int = 5) -> dict[int, list[Place]]:
+    def places(self, sae: SAE, latents: list[int], n: int) -> dict[int, list[Place]]:
         """By latent, the `n` places in held-out text where it fires most, at most one a block, the strongest first."""
         ids = self.run.ids("held_out")[:, len(self.run.start) :]
         fires = torch.cat(
@@ -126,9 +128,9 @@ class Explorer:
                     found[latent].append(_place(self._texts, ids[block], strength, int(where[block, i])))
         return found
 
-    def top_contexts(self, sae: SAE, latent: int, n: int = 5) -> str:
+    def top_contexts(self, sae: SAE, latent: int) -> str:
         """HTML of a latent's `places`, tokens shaded by how strongly it fires."""
-        lines = [_line(place) for place in self.places(sae, [latent], n)[latent]]
+        lines = [_line(place) for place in self.places(sae, [latent], PLACES)[latent]]
         return "".join(lines) or "<p>It fires nowhere in the held-out text.</p>"
 
     @once
@@ -201,7 +203,7 @@ def side_by_side(columns: dict[str, str]) -> str:
     return f'<div style="display:flex;flex-wrap:wrap;gap:1.5em">{inside}</div>'
 
 
-def story_html(story: Story, rows: int = 8) -> str:
+def story_html(story: Story) -> str:
     """HTML: one line about the main latents, and the words they miss with who absorbed them."""
     share = len(story.missed) / max(1, story.tested)
     told = f"F1 {story.f1:.2f}, decoder cosine with the parent {story.main_cosine:.2f}"
@@ -210,7 +212,7 @@ def story_html(story: Story, rows: int = 8) -> str:
     head = f"<p>{html.escape(story.parent)}: {main}; {missed}</p>"
     if not story.missed:
         return head
-    return head + to_html(cells(story.clearest(rows), form=_two_digits))
+    return head + to_html(cells(story.clearest(ROWS), form=_two_digits))
 
 
 def _two_digits(value) -> str:

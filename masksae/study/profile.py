@@ -136,6 +136,24 @@ class Profile(Section):
         return self.arms[0]
 
     @property
+    def treated_arm(self) -> Arm:
+        """The arm on which claims are decided. Raises ConfigError for a profile of one arm, and for one whose main grid
+        has no SAEs of that arm or of the unmasked one."""
+        name = self.decisions.arm or next((arm.name for arm in self.arms[1:]), None)
+        if name is None:
+            raise ConfigError(
+                f"arms: {self.name} has {self.baseline_arm.name!r} alone, and nothing to compare with it. Add a second "
+                "one, such as {name: kept, p: 0.3}."
+            )
+        there = {member.arm.name for member in self.members if member.grid.name == self.main_grid.name}
+        if lacking := sorted({self.baseline_arm.name, name} - there):
+            raise ConfigError(
+                f"blocks.{self.blocks[0].name}: {self.main_grid.name} decides, and has no SAEs of {lacking}. "
+                "Add them to the block, or name another arm in decisions.arm."
+            )
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @property
     def main_grid(self) -> Grid:
         """The first one of the first block: the claims are decided on its SAEs."""
         return self._grids_of(self.blocks[0])[0]
@@ -246,6 +264,8 @@ class Profile(Section):
             raise ValueError(
                 f"blocks.{self.blocks[0].name}.skipped: the first block decides. Skip others, from the end."
             )
+        if self.main_grid.frozen_decoder:
+            raise ValueError(f"saes.{self.main_grid.name}.frozen_decoder: this grid decides. Put another one first.")
         for grid in self.saes:
             if grid.against is not None and grid.against not in grids:
                 raise ValueError(
@@ -263,7 +283,7 @@ class Profile(Section):
 
     @model_validator(mode="after")
     def _decided(self):
-        """Decisions speak of arms and grids that there are."""
+        """Decisions speak of arms, grids and numbers of latents that there are."""
         for key, names, known in (
             ("arm", [self.decisions.arm] if self.decisions.arm else [], [arm.name for arm in self.arms[1:]]),
             ("cells", self.decisions.cells, [grid.name for grid in self.saes if grid is not self.main_grid]),
@@ -271,6 +291,16 @@ class Profile(Section):
             for name in names:
                 if name not in known:
                     raise ValueError(f"decisions.{key}: found {name!r}.{nearest(name, known)}")
+        shifted, ablated = self.probing.shifted_ks, self.perturbation.ns
+        taken = {"probing_auc": self.probing.ks, "tpp": ablated, "scr": ablated}
+        taken |= {"ood_auc": shifted, "ood_gap": shifted}
+        for endpoint in self.decisions.endpoints:
+            start, _, number = endpoint.score.rpartition("_")
+            if number and number not in map(str, taken.get(start, [number])):
+                raise ValueError(
+                    f"decisions.endpoints.{endpoint.name}.score: found {endpoint.score!r}, which this profile does not "
+                    f"take: it has {taken[start]} latents. Name one of them, or {start + '_'!r} for the first."
+                )
         return self
 
     def _check_block(self, block: Block, grids: list[str]) -> None:

@@ -16,6 +16,7 @@ from masksae.saes.config import AuxK, SAEConfig
 from masksae.saes.fields import snake_case
 from masksae.saes.penalties import PENALTIES, Penalty
 from masksae.saes.rules import SELECTIONS, Selection
+from masksae.study.report import labels
 from masksae.training.config import TrainConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -531,7 +532,8 @@ class Endpoint(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9 ]+$")]
     claim: Literal["C1", "C2", "C3", "C5", "R"]
     score: str
-    """Column of the results; one that ends in an underscore: the first that begins so."""
+    """Column of the results, one that `report.labels` names; one that ends in an underscore: the first that begins
+    so."""
     direction: Literal[-1, 1]
     """Sign of the difference that the claim says."""
     margin: Annotated[float, Field(gt=0)]
@@ -542,6 +544,13 @@ class Endpoint(Section):
     """Of a claim with a size in it: the largest difference that is still as small as the claim says."""
     primary: bool = True
     """Primary endpoints decide and share one correction; the others are reported with a correction of their own."""
+
+    @field_validator("score")
+    @classmethod
+    def _known(cls, score: str) -> str:
+        if not labels.known(score):
+            raise ValueError(f"found {score!r}, which is no score that has a name.{nearest(score, labels.SCORES)}")
+        return score
 
 
 def _endpoint(name: str, claim: str, score: str, direction: int, margin: float, items: str, **more) -> Endpoint:
@@ -573,8 +582,6 @@ class Decisions(Section):
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Chance that any of the primary endpoints is called supported or contradicted without a cause; of each claim of
     equivalence."""
-    correction: Literal["holm"] = "holm"
-    """For the number of endpoints."""
     gate: Gate = Gate()
     endpoints: Annotated[list[Endpoint], Field(min_length=1)] = ENDPOINTS
     cells: list[str] = []

@@ -9,9 +9,8 @@ items random  pairs and items both vary (parents, tasks, sets: a sample of what 
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import combinations
 from typing import Literal
@@ -20,7 +19,7 @@ import numpy as np
 
 from masksae.errors import DataError
 
-CONFIDENCE, POWER = 0.95, 0.8
+LEVEL, POWER = 0.05, 0.8
 
 Items = Literal["fixed", "random"]
 
@@ -34,10 +33,10 @@ class Effect:
     difference: float
     low: float | None
     high: float | None
-    """95 % interval, by the rule for the items."""
+    """Interval that covers the truth with probability 1 - `level`, by the rule for the items."""
     pairs: int
     detectable: float | None
-    """Smallest true difference that such a run finds with probability .8 (two-sided test at 5 %), by the same rule."""
+    """Smallest true difference that such a run finds with probability .8 (two-sided, at `level`), by the same rule."""
     p_value: float | None = None
     """Two-sided, of no difference."""
     size: float | None = None
@@ -48,8 +47,21 @@ class Effect:
     """Standard error of the difference."""
     degrees: float | None = None
     """Degrees of freedom of its t distribution."""
-    items_error: float = 0.0
-    """The part of `error` that more pairs would not lower, since the items stay the same."""
+    squares: tuple[float, float, float] | None = None
+    """Mean squares of pairs, items and the rest, on which error and degrees rest where items vary; None: none do."""
+
+    level: float = LEVEL
+    """Of the interval and of `detectable`."""
+
+    def at(self, level: float) -> "Effect":
+        """The same with interval and `detectable` of another level than 5 %."""
+        if self.error is None:
+            return replace(self, level=level)
+        from scipy import stats
+
+        reach = float(stats.t.isf(level / 2, self.degrees)) * self.error
+        ends = {"low": self.difference - reach, "high": self.difference + reach}
+        return replace(self, **ends, detectable=self.finds(level), level=level)
 
     def p_equivalent(self, margin: float) -> float | None:
         """p-value that the true difference is not within (-margin, margin): the larger of two one-sided tests
@@ -66,7 +78,7 @@ class Effect:
         return float(stats.t.cdf(excess / self.error, self.degrees)) if self.error else float(excess >= 0)
 
     def finds(self, level: float) -> float | None:
-        """`detectable` for a two-sided test at another level than 5 %."""
+        """`detectable` for a two-sided test at another level."""
         return None if self.error is None else errors_found(self.degrees, level) * self.error
 
     def verdict(
@@ -123,29 +135,23 @@ def paired_effect(baseline, treated, *, items: Items = "random") -> Effect:
     fixed = items == "fixed" or m == 1
     mean, error, degrees = (float(part) for part in grand_mean(values, items="fixed" if fixed else "random"))
     before, after = (float(side.mean()) for side in sides)
+    found = Effect(before, after, mean, None, None, n, None, items=None if fixed else m)
     if n == 1:
-        return Effect(before, after, mean, None, None, 1, None, items=None if fixed else m)
-    reach = float(stats.t.isf((1 - CONFIDENCE) / 2, degrees)) * error
+        return found
     spread = float(values.mean(1).std(ddof=1))
-    return Effect(
-        before,
-        after,
-        mean,
-        low=mean - reach,
-        high=mean + reach,
-        pairs=n,
-        detectable=errors_found(degrees) * error,
+    found = replace(
+        found,
         p_value=float(2 * stats.t.sf(abs(mean) / error, degrees)) if error else float(mean == 0),
         size=mean / spread if spread else None,
-        items=None if fixed else m,
         error=error,
         degrees=degrees,
-        items_error=0.0 if fixed else _items_error(values),
+        squares=None if fixed else tuple(map(float, _squares(values))),
     )
+    return found.at(LEVEL)
 
 
 @cache
-def errors_found(degrees: float, level: float = 1 - CONFIDENCE) -> float:
+def errors_found(degrees: float, level: float = LEVEL) -> float:
     """True difference, in standard errors, that a two-sided t test at `level` finds with probability .8: the noncentral
     t distribution's, which few degrees take far from t(1 - level / 2) + t(.8).
 
@@ -195,14 +201,18 @@ def grand_mean(values, *, items: Items = "random") -> tuple[np.ndarray, np.ndarr
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     if items == "fixed" or count == 1:
         return mean, by_pair.std(-1, ddof=1) / pairs**0.5, np.full_like(mean, pairs - 1.0)
+    return mean, *_error_and_degrees(*_squares(values), pairs, count)
+
+
+def _error_and_degrees(A, B, R, pairs, count) -> tuple[np.ndarray, np.ndarray]:
+    """Those of `grand_mean` for random items, from the mean squares of pairs, items and the rest."""
     a, b = pairs - 1, count - 1
-    A, B, R = _squares(values)
-    error = np.sqrt(np.maximum.reduce([A, B, A + B - R]) / (pairs * count))
+    error = np.sqrt(np.maximum(np.maximum(A, B), A + B - R) / (pairs * count))
     A, B = A * (1 + 2 / a), B * (1 + 2 / b)
-    least = np.full_like(mean, min(a, b))
+    least = np.full(np.shape(error), np.minimum(a, b), dtype=float)
     weight = A**2 / a + B**2 / b + R**2 / (a * b)
-    degrees = np.divide(np.maximum.reduce([A, B, A + B - R]) ** 2, weight, out=least.copy(), where=weight > 0)
-    return mean, error, np.maximum(degrees, least)
+    degrees = np.divide(np.maximum(np.maximum(A, B), A + B - R) ** 2, weight, out=least.copy(), where=weight > 0)
+    return error, np.maximum(degrees, least)
 
 
 def _squares(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -213,11 +223,6 @@ def _squares(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     of_items = pairs * np.square(values.mean(-2)).sum(-1)
     rest = np.maximum(0.0, np.einsum("...pi,...pi->...", values, values) - of_pairs - of_items)
     return of_pairs / (pairs - 1), of_items / (items - 1), rest / ((pairs - 1) * (items - 1))
-
-
-def _items_error(values: np.ndarray) -> float:
-    _, of_items, rest = _squares(values)
-    return float(np.sqrt(max(0.0, of_items - rest) / values.size))
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
@@ -286,22 +291,32 @@ def interpolate(l0: Sequence[float], values: Sequence[float], at: float, *, log:
     return round(float(np.interp(scale(at), [scale(x) for x, _ in points], [y for _, y in points])), 12)
 
 
-def pairs_needed(effect: Effect, level: float = 0.05) -> int | None:
-    """Pairs at which a true difference as large as the one found is found again four times out of five, with the same
-    items and a two-sided test at `level`; None beyond a thousand, and where no number of pairs would do.
+def pairs_needed(effect: Effect, level: float = LEVEL) -> int | None:
+    """Fewest pairs at which a true difference as large as the one found is found again four times out of five by the
+    same rule, with the same items and a two-sided test at `level`; None beyond a thousand, and where no number of pairs
+    would do.
+
+    The variances of pairs, items and the rest are taken for what they were estimated as. More pairs average the first
+    and the last; the items' part of the error stays, and with it the items' few degrees of freedom.
 
     >>> pairs_needed(paired_effect([0.0] * 3, [0.0, 1.0, 2.0])), pairs_needed(paired_effect([0.0] * 2, [-1.0, 1.001]))
     (10, None)
     """
+    from scipy import stats
+
     if effect.error is None:
         return None
-    stays = effect.items_error**2
-    falls = max(0.0, effect.error**2 - stays) * effect.pairs
-
-    def found(n: int) -> bool:
-        return errors_found(n - 1, level) * (falls / n + stays) ** 0.5 <= abs(effect.difference)
-
-    return next(iter(range(2, 1001)[bisect_left(range(2, 1001), True, key=found) :]), None)
+    n = np.arange(2, 1001)
+    if effect.items is None:
+        error, degrees = effect.error * (effect.pairs / n) ** 0.5, n - 1.0
+    else:
+        A, B, R = effect.squares
+        error, degrees = _error_and_degrees(A, B + (n / effect.pairs - 1) * max(0.0, B - R), R, n, effect.items)
+    least = stats.norm.isf(level / 2) + stats.norm.ppf(
+        POWER
+    )  # `errors_found` of endless degrees: below it none is asked
+    asked = zip(*(part[error * least <= abs(effect.difference)] for part in (n, error, degrees)))
+    return next((int(n) for n, e, d in asked if errors_found(float(d), level) * e <= abs(effect.difference)), None)
 
 
 VERDICTS = ("supported", "contradicted", "equivalent", "inconclusive", "not measurable", "not measured")

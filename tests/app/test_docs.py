@@ -5,8 +5,11 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from tiny_project import byte_tokenizer
 
+from masksae import mask_tokens
 from masksae.study.profile import Profile
 from masksae.study.report import results
 
@@ -63,6 +66,28 @@ def test_what_is_said_of_the_pitfalls_is_what_the_code_does():
     from masksae.data.models import LARGEST_PAGE_LOSS
 
     assert f"share {REPEAT} tokens" in page and f"below {LARGEST_PAGE_LOSS:.0f} nats" in page
+
+
+def test_every_example_of_the_page_on_own_models_runs_in_a_test():
+    """Those inside other trainers need these: `make test-peers`."""
+    examples = re.findall(r"<!-- runs in (.*): (\w+) -->\n```python\n", PAGES["own"])
+    assert len(examples) == PAGES["own"].count("```python") >= 5
+    for paths, name in examples:
+        assert all(f'"{name}"' in (ROOT / path).read_text() for path in paths.split(" and ")), name
+
+
+def test_masked_blocks_are_cut_from_text_as_the_page_does():
+    [block] = re.findall(r": blocks -->\n```python\n(.*?)```", PAGES["own"], re.DOTALL)
+    texts = ["the cat sat on a mat " * 9, "too short", "seven dogs ran past it " * 6]
+    names = {"tokenizer": byte_tokenizer(), "texts": texts, "mask_token": "<mask>", "context_size": 32}
+    exec(block, names)
+    blocks, masked = torch.tensor(names["blocks"]), names["masked"]
+    expected, where = mask_tokens(blocks, p=0.3, token_id=1, seed=0, spare=(0,))
+    assert masked["input_ids"] == expected.tolist() and masked["is_masked"] == where.tolist()
+    assert blocks.shape == (6 + 4, 32) and (blocks[:, 0] == 0).all() and not where[:, 0].any()
+    names["mask_token"] = "<bos>"
+    with pytest.raises(AssertionError, match="see below"):  # `exclude_special_tokens=[bos_id]` would be the other arm
+        exec(block, names)
 
 
 def test_the_profile_of_the_page_is_one():

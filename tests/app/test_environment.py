@@ -93,7 +93,8 @@ def test_version_and_commands():
 
 
 def test_the_citation_and_the_changelog_name_this_version():
-    assert f"\n## {PROJECT['version']}, 20" in (ROOT / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## (\S+), (20\d\d-\d\d-\d\d|unreleased)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == PROJECT["version"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PROJECT["version"] and citation["license"] == PROJECT["license"]
     assert "2604.06495" in citation["references"][0]["url"]

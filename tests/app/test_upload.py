@@ -12,6 +12,7 @@ from tiny_project import profile
 from masksae import Run, load_saelens
 from masksae.app import cli, upload
 from masksae.errors import ConfigError, SourceError
+from masksae.study.sections import Arm
 from masksae.tracing import hook_point
 
 
@@ -61,8 +62,29 @@ def test_the_card_says_what_the_run_was(run):
     assert head == {"library_name": "saelens", "tags": ["saelens", "sparse-autoencoder", "masked-regularization"]}
     assert "* `masked`: 30% of the input tokens replaced by `<mask>`" in text and "* `unmasked`: no masking" in text
     assert "| plain | masked | 2 | 3.000 | 0.550 | 0.250 |" in text and "6,400 tokens an arm" in text
+    assert "a test. Trained by" in text and "32 latents; the same for all arms" in text
+    run.profile = run.profile.model_copy(update={"description": ""})
+    assert "\n\nTrained by" in upload.card(run)
     (run.results / "reconstruction.json").unlink()
     assert "No scores were taken." in upload.card(run)
+
+
+@pytest.mark.parametrize(
+    "arm, told",
+    [
+        ({"p": 0.3, "token": "random"}, "30% of the input tokens replaced by random tokens drawn from the text"),
+        ({"p": 0.125, "token": "rare"}, "12.5% of the input tokens replaced by the rarest token of the text"),
+        ({"p": 0.0, "tokens": 0.7}, "no masking, 70% of the text"),
+        ({"p": 0.0, "noise": 0.5}, "no masking, Gaussian noise of 0.5 on the activations"),
+        (
+            {"p": 0.3, "denoise": True, "fresh_masks": True},
+            "30% of the input tokens replaced by `<mask>`, masks drawn anew in every epoch, those positions left out, "
+            "trained to give the activation of the clean text (denoising)",
+        ),
+    ],
+)
+def test_the_card_says_what_an_arm_is(arm, told):
+    assert upload._arm(Arm(name="a", **arm), "<mask>") == told
 
 
 def test_pushing(run, monkeypatch):

@@ -201,7 +201,7 @@ def test_the_examples_of_the_page_run(name, model, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "model")
     seen, config = recorder()
     names = {
-        "blocks": datasets.Dataset.from_dict({"input_ids": IDS.tolist()}), "ids": IDS,
+        "tokenizer": byte_tokenizer(), "texts": TEXTS, "mask_token": "<mask>", "ids": IDS,
         "mask_id": 1, "bos_id": 0, "pad_id": 2, "d_model": 16,
         "model_name": "tiny", "model_path": str(tmp_path / "model"),
         "training_tokens": 2048, "steps": 12, "context_size": 12, "batch_size": 64,
@@ -212,6 +212,8 @@ def test_the_examples_of_the_page_run(name, model, tmp_path):
             model(IDS[i % 48 :][:1], output_hidden_states=True).hidden_states[2].flatten(0, 1) for i in range(99)
         ),
     }  # fmt: skip
+    if name == "saelens":
+        exec(EXAMPLES["blocks"], names)
     exec(EXAMPLES[name].replace("layers.8", "layers.1"), names)
     if name == "batches":
         corrupted, where = mask_tokens(IDS, p=0.3, token_id=1, seed=0, spare=(0,))

@@ -8,6 +8,7 @@ from masksae import Run
 from masksae.errors import DataError
 from masksae.study.figures import absorption, style
 from masksae.study.report import curves
+from masksae.study.scores.curves import along_scores
 
 
 def curve(arm, p, seed, ev, letters, contexts, steps=(10, 20, 40)):
@@ -45,6 +46,18 @@ def test_effects_at_equal_steps_and_at_equal_explained_variance(rows):
     both = [e for e in curves.effects(rows) if e["kind"].startswith("cross-token less") and e["arm"] == "masked"]
     assert [e["difference"] for e in both] == pytest.approx([(0.025 - 0.15) - (0.15 - 0.30), 0.025 - 0.075], abs=1e-9)
     assert both[1]["items"] == 2 and equal["f1"] == pytest.approx([0.65, 0.65])
+
+
+def test_without_snapshots_nothing_is_found_along_training():
+    assert curves.effects([]) == curves.growth([]) == []
+
+
+def test_only_the_grid_that_decides_is_followed_along_training(project):
+    """SAEs of two grids share pairs, and would be taken for one another."""
+    run = Run(profile(project, training={"snapshots": [12]}))
+    *_, other = run.parts
+    assert {row["grid"] for row in other.table} == {"matryoshka"} and other.has_snapshots
+    assert along_scores(other) == []
 
 
 def test_pairs_without_a_partner_are_named(rows):

@@ -62,8 +62,8 @@ def test_top_contexts_frame_the_token_that_fires_most(look):
     explorer, sae = look
     fires = sae.encode(explorer.run.held_out)
     latent = int(fires.sum(0).argmax())
-    page = explorer.top_contexts(sae, latent, n=3)
-    assert page.count("outline") == 3 and "0.60" in page
+    page = explorer.top_contexts(sae, latent)
+    assert page.count("outline") == explore.PLACES and "0.60" in page
     silent = int(fires.sum(0).argmin())
     if fires[:, silent].sum() == 0:
         assert "fires nowhere" in explorer.top_contexts(sae, silent)

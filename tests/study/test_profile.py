@@ -69,6 +69,7 @@ def put(*keys, value):
     return edit
 
 
+ENDPOINT = {"name": "mine", "claim": "C1", "direction": -1, "margin": 0.03, "items": "fixed"}
 MISTAKES = {
     "unknown key": (put("text", "block_lenght", value=9), "text.block_lenght", "Did you mean 'block_length'"),
     "unknown section": (put("trainning", value={}), "trainning", "Did you mean 'training'"),
@@ -89,6 +90,23 @@ MISTAKES = {
         "no pair 7",
     ),
     "no block that decides": (put("blocks", 0, "skipped", value=True), "blocks.main.skipped", "first block decides"),
+    "a frozen decoder decides": (
+        put("saes", 0, "frozen_decoder", value=True),
+        "saes.topk20.frozen_decoder",
+        "Put another one first",
+    ),
+    "a score that is none": (
+        put("decisions", "endpoints", value=[ENDPOINT | {"score": "mean_ful"}]),
+        "decisions.endpoints.0.score",
+        "'mean_ful'",
+        "Did you mean 'mean_full'",
+    ),
+    "a number of latents that is not taken": (
+        put("decisions", "endpoints", value=[ENDPOINT | {"score": "probing_auc_7"}]),
+        "decisions.endpoints.mine.score",
+        "'probing_auc_7'",
+        "Name one of them, or 'probing_auc_'",
+    ),
     "a grid against nothing": (
         put("saes", -1, "against", value="topk21"),
         "saes.frozen20.against",
@@ -136,6 +154,25 @@ def test_mistakes_name_the_key(tmp_path, mistake):
         load_profile(written(tmp_path, edit))
     for word in [*words, "mine.yaml"]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (put("blocks", 0, "arms", value=["unmasked", "dropped"]), ["blocks.", "topk20", "['kept']", "decisions.arm"]),
+        (
+            lambda p: p.update(arms=p["arms"][:1], blocks=[{"pairs": [0]}], decisions={}),
+            ["'unmasked' alone", "Add a second"],
+        ),
+    ],
+)
+def test_claims_need_saes_of_two_arms_in_the_grid_that_decides(tmp_path, edit, words):
+    """Asked in notebook 01, before anything is trained; the gate's profile has one arm and no claims."""
+    profile = load_profile(written(tmp_path, edit))
+    with pytest.raises(ConfigError) as caught:
+        profile.treated_arm
+    assert all(word in str(caught.value) for word in words)
+    assert load_profile("smoke").treated_arm.name == "kept"
 
 
 def test_several_mistakes_are_told_at_once(tmp_path):

@@ -8,10 +8,11 @@ import pytest
 
 from masksae import load_profile
 from masksae.errors import DataError
+from masksae.files import write_json, write_text
 from masksae.study.figures import absorption, data, probing, reconstruction, style
 from masksae.study.figures import cells as figures_of_cells
 from masksae.study.figures import claims as figures_of_claims
-from masksae.study.report import claims, effects, noise, preregistration, tables
+from masksae.study.report import claims, effects, labels, noise, preregistration, reliability, results, tables
 from masksae.study.sections import Decisions, Endpoint
 from masksae.study.stats import Effect, paired_effect
 
@@ -408,20 +409,76 @@ def test_the_preregistration_is_the_profiles():
         assert all(f"| {e.name}" in page for e in profile.decisions.endpoints)
 
 
-def test_what_differs_from_the_preregistration_is_exploratory():
+def test_what_differs_from_the_preregistration_is_exploratory(tmp_path, monkeypatch):
     profile = load_profile("laptop")
     page = preregistration.page([profile])
+    write_text(tmp_path / preregistration.PAGE, page)
+    monkeypatch.chdir(tmp_path)
     looser = profile.decisions.model_copy(update={"alpha": 0.1})
     changed = profile.model_copy(update={"decisions": looser})
-    told = preregistration.status(changed, page)
+    told = preregistration.status(changed)
     assert told.startswith("Exploratory") and "-Alpha 0.05" in told and "+Alpha 0.1" in told
     assert (
         preregistration.digest(changed) != preregistration.digest(profile) and preregistration.digest(profile) in page
     )
-    assert "holds nothing" in preregistration.status(profile, "")
-    assert preregistration.status(profile, page.replace("Inconclusive", "Perhaps")).startswith("Exploratory")
+    write_text(tmp_path / preregistration.PAGE, page.replace("Inconclusive", "Perhaps"))
+    assert preregistration.status(profile).startswith("Exploratory")
+    (tmp_path / preregistration.PAGE).unlink()
+    assert "holds nothing" in preregistration.status(profile)
     renamed = profile.model_copy(update={"description": "other words"})
     assert preregistration.digest(renamed) == preregistration.digest(profile)  # which decide nothing
+
+
+def test_an_endpoint_that_is_not_measured_keeps_its_name():
+    found = judged(*planted())
+    row = found["C1"]["endpoints"]["contexts specific"]
+    assert (row["verdict"], row["endpoint"], row["primary"]) == ("not measured", "contexts specific", False)
+    assert found["C2"]["endpoint"] == "probing" and labels.words(found["C2"]["score"]) == "probing, k latents"
+    told = [(row["claim"], row["endpoint"]) for row in claims.verdict_table(found)]
+    assert ("C1", "contexts specific (secondary)") in told and ("C2", "probing") in told
+
+
+def test_an_interval_covers_one_minus_alpha_wherever_a_verdict_is_told():
+    wide, narrow = (judged(*planted(-0.1), alpha=alpha)["C5"] for alpha in (0.05, 0.2))
+    assert narrow["high"] - narrow["low"] < 0.8 * (wide["high"] - wide["low"])
+    assert "(95 % " in wide["size_in_words"] and "(80 % " in narrow["size_in_words"]
+    assert narrow["high"] - narrow["difference"] == pytest.approx(1.8856 * narrow["error"], rel=1e-4)  # t of 2 degrees
+    table = claims.verdict_table(judged(*planted(-0.1), alpha=0.2))
+    assert "80 %" in table[0]["unmasked → treated"] and "95 %" not in str(table)
+    assert "80 %" in effects.change(paired_effect([1.0, 2.0], [1.1, 1.9]).at(0.2))
+
+
+def test_the_size_of_a_change_names_its_score():
+    letters = Endpoint(name="l", claim="C1", score="mean_full", direction=-1, margin=0.01, items="fixed", slight=0.2)
+    found = judged(*planted(-0.1), endpoints=[letters])["C1"]
+    assert (
+        found["size_in_words"].startswith("absorption, first letters falls by 0.") and found["verdict"] == "supported"
+    )
+    assert "variance" not in found["size_in_words"]
+
+
+def test_what_it_takes_to_settle_an_endpoint(tmp_path):
+    def told(seeds, **decisions):
+        write_json(tmp_path / "results/x/claims.json", judged(*planted(0.0, seeds=seeds), **decisions))
+        return results.larger(tmp_path, "x")
+
+    exact = Endpoint(name="a", claim="C1", score="mean_full", direction=-1, margin=1e-9, items="fixed")
+    assert "* C1, a: one pair gives no interval" in told((0,), endpoints=[exact]) and "thousand" not in told((0,))
+    assert "pairs, were the effect the one found here; this run finds 0.0" in told((0, 1, 2), endpoints=[exact])
+    row = {"claim": "C1", "endpoint": "a", "SAEs": "g", "pairs needed": None, "finds": "nothing"}
+    assert "this run finds no difference that there can be" in results._needed(row)
+
+
+def test_reliability_is_of_the_arm_that_decides(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    rows = planted(grids=("topk20",))[0]
+    rows += [row | {"arm": "dropped", "ev_centred": 0.5, "sae": row["sae"] + "d"} for row in rows if row["p"]]
+    rows.sort(key=lambda row: ("unmasked", "dropped", "kept").index(row["arm"]))
+    for name in {labels.score(key).result for key in reliability.SHOWN}:
+        write_json(tmp_path / f"results/laptop/{name}.json", rows)
+    [row] = reliability.reliability("laptop").query("score == 'explained variance'").to_dict("records")
+    assert row["arms differ by"] == pytest.approx(-0.05, abs=0.01)  # kept, and not the arm that stands first
 
 
 def test_decisions_that_cannot_be():
@@ -431,8 +488,11 @@ def test_decisions_that_cannot_be():
     for endpoints, what in (
         ([letters, letters], "names must differ"),
         ([letters.model_copy(update={"slight": 0.01})], "larger than the margin"),
+        ([letters.model_dump() | {"score": "mean_ful"}], "score.*found 'mean_ful'.*Did you mean 'mean_full'"),
+        ([letters.model_dump() | {"score": "mean_middle"}], "score.*found 'mean_middle', which is no score"),
+        ([letters.model_dump() | {"score": "probing_auc_few"}], "found 'probing_auc_few'.*Did you mean 'probing_auc_'"),
     ):
-        with pytest.raises(ValidationError, match=what):
+        with pytest.raises(ValidationError, match=f"(?s){what}"):
             Decisions(endpoints=endpoints)
 
 

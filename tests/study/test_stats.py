@@ -1,8 +1,6 @@
 """Statistics against scipy, against second derivations, against a simulation of what they promise, and against data
 whose variances are known."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -35,7 +33,7 @@ def test_interval_and_p_value_are_scipys(seed, n):
 def test_fixed_items_are_a_t_test_of_the_pairs_means():
     a, b = np.random.default_rng(0).normal(size=(2, 5, 7))
     found, expected = paired_effect(a, b, items="fixed"), paired_effect(a.mean(1), b.mean(1))
-    assert found.to_dict() == pytest.approx(expected.to_dict()) and found.items is None and found.items_error == 0
+    assert found.to_dict() == pytest.approx(expected.to_dict()) and found.items is None and found.squares is None
     assert paired_effect(a[:, :1], b[:, :1]).items is None  # one item is no sample of items
 
 
@@ -75,7 +73,7 @@ def test_two_way_by_hand():
     found = paired_effect([[0.0, 0.0], [0.0, 0.0]], [[-1.0, 1.0], [1.0, 3.0]])
     assert (found.difference, found.error, found.degrees) == pytest.approx((1.0, 2**0.5, 2.0))
     assert found.high - 1 == pytest.approx(scipy_stats.t.ppf(0.975, 2) * 2**0.5)
-    assert found.items_error == pytest.approx(1.0)  # B / (pairs x items)
+    assert found.squares == pytest.approx((4.0, 4.0, 0.0))
     assert found.p_value == pytest.approx(2 * scipy_stats.t.sf(1 / 2**0.5, 2))
 
 
@@ -271,7 +269,53 @@ def test_no_number_of_pairs_makes_up_for_other_items():
     treated = np.array([[-1.0, 1.2]] * 4) + np.linspace(-0.01, 0.01, 4)[:, None]
     assert pairs_needed(paired_effect(np.zeros((4, 2)), treated)) is None
     assert pairs_needed(paired_effect(np.zeros((4, 2)), treated, items="fixed")) == 2
-    assert math.isclose(paired_effect(np.zeros((4, 2)), treated).items_error, 1.1, rel_tol=0.01)
+
+
+def from_squares(difference, squares, pairs, items):
+    """Differences [pairs, items] with this mean and these mean squares of pairs, items and the rest."""
+    i, j = (np.cos(np.pi * np.arange(n) / (n - 1)) if n > 2 else np.array([-1.0, 1.0]) for n in (pairs, items))
+    i, j = i - i.mean(), j - j.mean()
+    A, B, R = squares
+    parts = (
+        (A / items * (pairs - 1) / (i**2).sum()) ** 0.5 * i[:, None] + 0 * j,
+        (B / pairs * (items - 1) / (j**2).sum()) ** 0.5 * j + 0 * i[:, None],
+        (R * (pairs - 1) * (items - 1) / ((i**2).sum() * (j**2).sum())) ** 0.5 * i[:, None] * j,
+    )
+    return difference + sum(parts)
+
+
+@pytest.mark.parametrize(
+    "difference, squares, pairs, items, level, needed",
+    [  # of results/: what n - 1 degrees said is 12, 34, 23, 119
+        pytest.param(-0.0451318, (0.0053063, 0.0177068, 0.0090072), 3, 31, 0.05 / 6, 7, id="laptop contexts"),
+        pytest.param(0.0140591, (7.55434e-5, 1.579913e-3, 9.66845e-4), 3, 16, 0.05 / 6, None, id="laptop probing"),
+        pytest.param(-0.0310398, (5.89798e-3, 2.63392e-3, 6.10919e-3), 4, 5, 0.05 / 18, 38, id="overnight matryoshka"),
+        pytest.param(0.0154190, (9.25737e-3, 8.05245e-4, 0.01820941), 3, 5, 0.05 / 18, 126, id="overnight topk160"),
+    ],
+)
+def test_pairs_needed_has_the_degrees_of_the_rule_at_so_many_pairs(difference, squares, pairs, items, level, needed):
+    values = from_squares(difference, squares, pairs, items)
+    effect = paired_effect(np.zeros_like(values), values)
+    assert effect.squares == pytest.approx(squares) and effect.difference == pytest.approx(difference)
+    assert pairs_needed(effect, level) == needed
+
+
+def test_pairs_needed_find_what_was_found():
+    """By simulation: variances as they were estimated, the run's items or others, so many new pairs, the same rule."""
+    generator = np.random.default_rng(0)
+    pairs, items, level, difference = 3, 31, 0.05 / 6, -0.0451318
+    A, B, R = 0.0053063, 0.0177068, 0.0090072
+    values = from_squares(difference, (A, B, R), pairs, items)
+    n = pairs_needed(paired_effect(np.zeros_like(values), values), level)
+    draws, of_items = 4000, ((B - R) / pairs) ** 0.5
+    y = (
+        difference
+        + of_items * generator.normal(size=(draws, 1, items))
+        + R**0.5 * generator.normal(size=(draws, n, items))
+    )
+    mean, error, degrees = grand_mean(y)
+    found = np.mean(mean < -scipy_stats.t.isf(level / 2, degrees) * error)
+    assert 0.7 < found < 0.95
 
 
 def test_nothing_is_extrapolated():

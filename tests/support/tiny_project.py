@@ -116,3 +116,85 @@ def profile(folder, name="tiny", **changes):
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+LINKS = """the a an of in to and his her he she they not never will would can has had have who which what that because
+if said more most than very so one two three first last all some""".split()
+"""Words of `reader_texts` that tell what comes after them."""
+
+
+def reader_words() -> list[str]:
+    """Sixteen words for each letter of the alphabet."""
+    rng = random.Random(1)
+    return [
+        first + "".join(rng.choices("aeioulmnrst", k=5)) for first in "abcdefghijklmnopqrstuvwxyz" for _ in range(16)
+    ]
+
+
+def reader_tokenizer():
+    """A token for each of these words with a blank before it, for punctuation, and for two special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"Ġ{word}" for word in (*reader_words(), *LINKS)]
+    vocabulary = {token: i for i, token in enumerate(["<bos>", "<mask>", "<unk>", ",", ".", ":", "Ċ", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", additional_special_tokens=["<mask>"])
+
+
+def reader_model(tokenizer, width: int = 64):
+    """A model that nobody trained and that knows what absorption asks for: a token's first letter is a direction of its
+    embedding, in the first block each head reads the token before, and the last layer tells words from links."""
+    import transformers as tr
+
+    config = tr.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=4,
+        num_attention_heads=2, attention_bias=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tr.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    half = width // 4  # of a head: pairs of dimensions that turn by one angle a position
+    angles = 10_000.0 ** (-torch.arange(half) / half)
+    back_one, ahead = torch.cat([angles.cos(), -angles.sin()]), torch.cat([torch.ones(half), torch.zeros(half)])
+    attention = model.model.layers[0].self_attn
+    for part, bias in ((attention.q_proj, 40 * back_one), (attention.k_proj, ahead)):
+        part.weight.zero_(), part.bias.copy_(bias.repeat(2))
+    torch.nn.init.orthogonal_(attention.v_proj.weight), torch.nn.init.orthogonal_(attention.o_proj.weight)
+    own, letters = torch.randn(2, len(tokenizer), width)
+    texts = [tokenizer.decode([token]).strip() for token in range(len(tokenizer))]
+    shared = torch.stack([letters[ord(text[0]) % 32] if text.isalpha() else own[i] for i, text in enumerate(texts)])
+    model.get_input_embeddings().weight.copy_(shared + own)
+    ids = tokenizer(" ".join(reader_texts(40, 100, seed=99)), return_tensors="pt")["input_ids"]
+    x, following = model.model(ids).last_hidden_state[0, :-1], torch.nn.functional.one_hot(ids[0, 1:], len(tokenizer))
+    model.lm_head.weight.copy_(10 * torch.linalg.lstsq(x, following.float()).solution.t())  # what comes after what
+    return model
+
+
+def reader_texts(n: int, words: int, seed: int = 0) -> list[str]:
+    """Texts that this model reads: words, between them what comes before words, a comma or the end of a sentence."""
+    rng, known = random.Random(seed), reader_words()
+
+    def piece() -> str:
+        return f"{rng.choice(known)}{rng.choice((',', '.', '', '', ''))} {rng.choice([*LINKS, ''])}".strip()
+
+    return [" ".join(piece() for _ in range(words // 2)) for _ in range(n)]
+
+
+def make_reader_project(folder) -> None:
+    """This model, texts of it, and tables of texts whose last word begins with one letter or does not."""
+    import csv
+    import json
+
+    tokenizer = reader_tokenizer()
+    reader_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = (json.dumps({"text": text}) + "\n" for text in reader_texts(320, 300))
+    (folder / "text.jsonl").write_text("".join(lines))
+    (folder / "dvc.yaml").write_text("")
+    known = reader_words()
+    for seed, (name, letter) in enumerate({"task": 0, "task_OOD": 0, "second": 1, "third": 2}.items()):
+        rng, ends = random.Random(seed), (known[16 * 3 :], known[16 * letter :][:16])
+        rows = [(f"{text} {rng.choice(ends[i % 2])}", i % 2) for i, text in enumerate(reader_texts(240, 12, seed))]
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("prompt", "target"), *rows])

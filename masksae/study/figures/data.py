@@ -9,11 +9,14 @@ from masksae.study.figures.style import COLOURS, GREY, log_ticks, palette
 
 MARK = f"background:{COLOURS['kept']};color:white;border-radius:3px;padding:0 2px;font-size:70%"
 
+SHOWN = 90
+"""Tokens of a block of text that are shown."""
 
-def masked_text_html(tokenizer, ids, is_masked, tokens: int = 90) -> str:
-    """A block as the model sees it, masked positions marked; for display in a notebook."""
+
+def masked_text_html(tokenizer, ids, is_masked) -> str:
+    """The first tokens of a block as the model sees it, masked positions marked; for display in a notebook."""
     parts = []
-    for token, masked in zip(token_texts(tokenizer, ids[:tokens].tolist()), is_masked.tolist()):
+    for token, masked in zip(token_texts(tokenizer, ids[:SHOWN].tolist()), is_masked.tolist()):
         text = html.escape(token).replace("\n", "↵")
         parts.append(f'<span style="{MARK if masked else ""}">{text}</span>')
     return f'<div style="line-height:1.7;max-width:48em">{"".join(parts)}</div>'

@@ -6,13 +6,15 @@ inside the verdicts. Equivalence is two one-sided tests inside the endpoint's ma
 what is controlled over all endpoints is that any is called supported or contradicted without a cause.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pandas as pd
 
 from masksae.study import stats
-from masksae.study.report.effects import Cell, baseline_arm, change, describe, effect, first_column, standing
+from masksae.study.report import labels
+from masksae.study.report.effects import Cell, baseline_arm, change, describe, effect, first_column, percent, standing
 from masksae.study.sections import Decisions, Endpoint, Gate
 
 CLAIMS = {
@@ -147,15 +149,16 @@ def decide(
     rows, effects = {}, {}
     for key, (grid, endpoint) in family.items():
         column, cell = _column(scores, endpoint), (baseline_arm(scores), grid)
+        shared = {"endpoint": endpoint.name, "primary": endpoint.primary, "score": endpoint.score, "grid": grid}
         sides = [scores[(scores["arm"] == name) & (scores["grid"] == grid)] for name in (arm, baseline_arm(scores))]
         if column is None or any(side.empty or side[column].isna().any() for side in sides):
-            rows[key] = _unmeasured(f"No {endpoint.score} of {arm} and unmasked SAEs of {grid}.") | {"grid": grid}
+            rows[key] = _unmeasured(f"No {endpoint.score} of {arm} and unmasked SAEs of {grid}.") | shared
             continue
-        found = effect(scores, column, grid, arm, cell, endpoint.items)
+        found = effect(scores, column, grid, arm, cell, endpoint.items).at(decisions.alpha)
         reason = obstacle(gates, endpoint, arm, cell, grid)
         if reason is None:
             effects[key] = found
-        shared = {"endpoint": endpoint.name, "primary": endpoint.primary, "score": column, "grid": grid}
+        shared["score"] = column
         shared["clean_l0"] = [float(side["l0"].mean()) for side in reversed(sides)]
         rows[key] = {"verdict": "not measurable", **shared, "margin": endpoint.margin, **found.to_dict()}
         rows[key] |= {"reason": reason} if reason else {}
@@ -175,7 +178,7 @@ def _decided(found: stats.Effect, endpoint: Endpoint, p_holm: float | None, alph
     row["within_margin"] = p_equivalent is not None and p_equivalent < alpha
     if endpoint.slight is not None:
         verdict = slight(found, endpoint, verdict)
-        row |= {"slight": endpoint.slight, "size_in_words": size(found)}
+        row |= {"slight": endpoint.slight, "size_in_words": size(found, endpoint.score)}
         row["reason"] = f"Slightly means by less than {endpoint.slight:g}, and the interval decides; p is of no fall."
     level = alpha / max(1, tests)
     row |= {"verdict": verdict, "detectable": found.finds(level)}
@@ -201,21 +204,23 @@ def slight(found: stats.Effect, endpoint: Endpoint, verdict: str) -> str:
     return "supported" if far < endpoint.slight else "inconclusive"
 
 
-def size(found: stats.Effect) -> str:
-    """A change of explained variance in words.
+def size(found: stats.Effect, score: str = "ev_centred") -> str:
+    """A change of a score in words; of explained variance also what it is of the rest.
 
     >>> size(stats.paired_effect([0.9, 0.9], [0.851, 0.849]))
     'explained variance falls by 0.0500 (95 % 0.0373 to 0.0627); unexplained variance rises by 50 %'
+    >>> size(stats.paired_effect([0.4], [0.5]), "mean_full")
+    'absorption, first letters rises by 0.1000'
     """
     sign = -1 if found.difference < 0 else 1
     ends = [] if found.low is None else sorted((sign * found.low, sign * found.high))
-    interval = f" (95 % {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
-    rest = 100 * ((1 - found.treated) / (1 - found.baseline) - 1)
+    interval = f" ({percent(found)} {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
     moves = ("falls", "rises") if sign < 0 else ("rises", "falls")
-    return (
-        f"explained variance {moves[0]} by {abs(found.difference):.4f}{interval}; "
-        f"unexplained variance {moves[1]} by {abs(rest):.0f} %"
-    )
+    told = f"{labels.words(score)} {moves[0]} by {abs(found.difference):.4f}{interval}"
+    if score != "ev_centred":
+        return told
+    rest = 100 * ((1 - found.treated) / (1 - found.baseline) - 1)
+    return f"{told}; unexplained variance {moves[1]} by {abs(rest):.0f} %"
 
 
 def everywhere(
@@ -294,6 +299,7 @@ def grid_table(found: dict[str, dict]) -> list[dict]:
 
 def _told(claim: str, endpoint: str, row: dict) -> dict:
     change = describe(stats.Effect.from_dict(row), detectable=False) if "difference" in row else ""
+    most = 1 if "score" in row and labels.score(row["score"]).digits > 1 else math.inf  # it lies between 0 and 1
     small = row.get("within_margin") and row["verdict"] in ("supported", "contradicted")
     return {
         "claim": claim,
@@ -306,7 +312,7 @@ def _told(claim: str, endpoint: str, row: dict) -> dict:
         "p, Holm": row.get("p_holm"),
         "p, equivalence": row.get("p_equivalent"),
         "margin": row.get("margin"),
-        "finds": "nothing" if (row.get("detectable") or 0) > 1 else row.get("detectable"),  # scores lie between 0 and 1
+        "finds": "nothing" if (row.get("detectable") or 0) > most else row.get("detectable"),
         "pairs needed": row.get("pairs_needed"),
         "why": row.get("reason", ""),
     }

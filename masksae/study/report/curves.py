@@ -30,8 +30,11 @@ def effects(rows: list[dict]) -> list[dict]:
                    arm's finished SAE (linear between snapshots); only seeds whose curve reaches it
     kind "cross-token less same token"  how much more an arm changes the one kind than the other
 
-    `f1` of a kind holds the mean F1 of the main latents, unmasked and treated: what absorption is worth there.
+    `f1` of a kind holds the mean F1 of the main latents, unmasked and treated: what absorption is worth there. No rows,
+    as of a profile without `training.snapshots`, have no effects.
     """
+    if not rows:
+        return []
     done, entries = finished(rows), []
     table = pd.DataFrame(done)
     base = {row["seed"]: row for row in done if row["arm"] == baseline_arm(table)}
@@ -78,12 +81,12 @@ def _at_ev(rows: list[dict], row: dict, ev: float) -> dict | None:
     return None if found["letters"] is None else found
 
 
-def by_parent(rows: list[dict], arm: str, kind: str = "contexts") -> list[dict]:
-    """What an arm changes parent by parent, finished SAEs paired by seed, the clearest first; `p_holm` holds for all
-    parents at once."""
+def by_parent(rows: list[dict], arm: str) -> list[dict]:
+    """What an arm changes in contexts, parent by parent, finished SAEs paired by seed, the clearest first; `p_holm`
+    holds for all parents at once."""
     done = finished(rows)
-    base = {row["seed"]: row[f"{kind}_items"] for row in done if row["arm"] == baseline_arm(pd.DataFrame(done))}
-    treated = {row["seed"]: row[f"{kind}_items"] for row in done if row["arm"] == arm}
+    base = {row["seed"]: row["contexts_items"] for row in done if row["arm"] == baseline_arm(pd.DataFrame(done))}
+    treated = {row["seed"]: row["contexts_items"] for row in done if row["arm"] == arm}
     effect_of = {
         parent: paired_effect([base[seed][parent] for seed in treated], [items[parent] for items in treated.values()])
         for parent in next(iter(base.values()))

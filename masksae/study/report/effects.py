@@ -171,7 +171,8 @@ def comparison(*results: list[dict], baseline: Callable[[str, str], Cell | None]
         found += [
             (list(scores["grid"]).index(cell[1]), chosen + 2 * (mode == "matched"), e) for mode, e in told.items()
         ]
-    return pd.DataFrame([entry for _, _, entry in sorted(found, key=lambda place: place[:2])])
+    entries = [entry for _, _, entry in sorted(found, key=lambda place: place[:2])]
+    return pd.DataFrame(entries, columns=None if entries else ["SAEs", "against", "compared"])
 
 
 def described(scores: pd.DataFrame, arm: str, grid: str, cell: Cell, words: Callable[[Effect, int], str]) -> dict:
@@ -230,17 +231,23 @@ def at_l0(scores: pd.DataFrame, column: str, l0: float) -> dict[int, float]:
 def describe(e: Effect, digits: int = 3, *, detectable: bool = True) -> str:
     """ "0.148 → 0.095 (−0.053, 95 % −0.094 to −0.012)"; if nothing was found, with the difference that could have
     been, unless it stands elsewhere."""
-    interval = "one pair, no interval" if e.low is None else f"95 % {_fixed(e.low, digits)} to {_fixed(e.high, digits)}"
-    if detectable and e.low is not None and e.verdict(1) == "inconclusive":
+    ends = "" if e.low is None else f"{_fixed(e.low, digits)} to {_fixed(e.high, digits)}"
+    interval = f"{percent(e)} {ends}" if ends else "one pair, no interval"
+    if detectable and ends and e.verdict(1, level=e.level) == "inconclusive":
         interval += f"; detectable {_fixed(e.detectable, digits)}"
     difference = ("+" if e.difference > 0 else "") + _fixed(e.difference, digits)
     return f"{_fixed(e.baseline, digits)} → {_fixed(e.treated, digits)} ({difference}, {interval})"
 
 
-def change(e: Effect, digits: int = 3) -> str:
+def percent(e: Effect) -> str:
+    """ "95 %": what an effect's interval covers."""
+    return f"{100 * (1 - e.level):.4g} %"
+
+
+def change(e: Effect) -> str:
     """ "−0.053 (95 % −0.094 to −0.012)"."""
-    interval = "" if e.low is None else f" (95 % {_fixed(e.low, digits, '+')} to {_fixed(e.high, digits, '+')})"
-    return _fixed(e.difference, digits, "+") + interval
+    interval = "" if e.low is None else f" ({percent(e)} {_fixed(e.low, 3, '+')} to {_fixed(e.high, 3, '+')})"
+    return _fixed(e.difference, 3, "+") + interval
 
 
 def around(e: Effect, digits: int = 3) -> str:

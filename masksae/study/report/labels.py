@@ -70,18 +70,28 @@ SCORES |= {
 }
 
 
+def known(key: str) -> bool:
+    """Whether a key is of a score that has a name, or what the keys of such a score begin with.
+
+    >>> known("mean_full"), known("probing_auc_"), known("probing_auc_16"), known("probing_auc_x"), known("mean_16")
+    (True, True, True, False, False)
+    """
+    start, _, number = key.rpartition("_")
+    return key in SCORES or (number.isdigit() and f"{start}_" in SCORES)
+
+
 def score(key: str) -> Score:
     """The score of a key, whatever its number of latents."""
     return SCORES[key if key in SCORES else key[: key.rindex("_") + 1]]
 
 
 def words(key: str) -> str:
-    """The name of a key.
+    """The name of a key, or of what keys begin with.
 
-    >>> words("mean_full"), words("probing_auc_16"), words("probing_auc_1")
-    ('absorption, first letters', 'probing, 16 latents', 'probing, 1 latent')
+    >>> words("mean_full"), words("probing_auc_16"), words("probing_auc_1"), words("tpp_")
+    ('absorption, first letters', 'probing, 16 latents', 'probing, 1 latent', 'TPP, k latents')
     """
-    number = key.rpartition("_")[2]
+    number = key.rpartition("_")[2] or "k"
     return score(key).words.format(number).replace(" 1 latents", " 1 latent")
 
 

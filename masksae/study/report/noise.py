@@ -5,13 +5,13 @@ import pandas as pd
 from masksae.study import stats
 
 
-def noise_table(rows: list[dict], score: str = "mean_full") -> list[dict]:
+def noise_table(rows: list[dict]) -> list[dict]:
     """Where the variance of absorption comes from, per arm and for the difference of each later arm to the first:
     standard deviations by source, and their shares of the variance. Rows of the noise study."""
     table = pd.DataFrame(rows)
     axes = ["seed", "draw", "split"]
     values = {
-        arm: part.set_index(axes)[score].sort_index().to_numpy().reshape([part[axis].nunique() for axis in axes])
+        arm: part.set_index(axes)["mean_full"].sort_index().to_numpy().reshape([part[axis].nunique() for axis in axes])
         for arm, part in table.groupby("arm", sort=False)
     }
     first, *others = values

@@ -13,7 +13,7 @@ from masksae.files import repository, run_id
 from masksae.metrics.contexts import EXPLORATORY, PARENTS
 from masksae.study.profile import Profile
 from masksae.study.report.claims import CLAIMS
-from masksae.study.report.labels import SCORES
+from masksae.study.report.labels import words
 from masksae.study.report.tables import to_markdown
 from masksae.study.sections import Endpoint
 
@@ -79,14 +79,13 @@ def text(profile: Profile) -> str:
         ["the same, either arm of a comparison", f"at most {decisions.gate.dead_compared:g}"],
     ]
     cells = ", ".join(decisions.cells) or "every other one that has SAEs of both arms and is no rival's or control's"
-    arm = decisions.arm or profile.arms[min(1, len(profile.arms) - 1)].name
     trained = profile.model_dump(
         mode="json", exclude={"blocks": {"__all__": {"skipped"}}, **dict.fromkeys(ASIDE, True)}
     )
     return f"""## Profile `{profile.name}`
 
-Treated arm: {arm}. Scores: {decisions.mode.replace("_", " ")}.
-Alpha {decisions.alpha:g}, corrected by {decisions.correction.title()}. Grids of C4: {cells}.
+Treated arm: {profile.treated_arm.name}. Scores: {decisions.mode.replace("_", " ")}.
+Alpha {decisions.alpha:g}, corrected by Holm. Grids of C4: {cells}.
 
 {_endpoints(decisions.endpoints)}
 {to_markdown(gate)}
@@ -114,12 +113,9 @@ def _endpoints(endpoints: list[Endpoint]) -> str:
 
 
 def _score(endpoint: Endpoint) -> str:
-    """The column, and its name where it has one."""
-    known = SCORES.get(endpoint.score)
-    if known is None:
-        return f"`{endpoint.score}`"
+    """The column and its name."""
     first = ", the profile's first number" if endpoint.score.endswith("_") else ""
-    return f"`{endpoint.score}`: {known.words.replace('{}', 'k')}{first}"
+    return f"`{endpoint.score}`: {words(endpoint.score)}{first}"
 
 
 def digest(profile: Profile) -> str:
@@ -134,14 +130,11 @@ def frozen(profile: Profile, page: str) -> str | None:
     return page.partition("<!-- ")[0].rstrip("\n") + "\n" + found[1] if found else None
 
 
-def status(profile: Profile, page: str | None = None) -> str:
-    """Whether a run is decided as it was written down, for a notebook: one line, or what differs, line by line.
-
-    page  content of docs/preregistration.md; None: that of the project around
-    """
-    if page is None:
-        path = repository() / PAGE
-        page = path.read_text(encoding="utf-8") if path.is_file() else ""
+def status(profile: Profile) -> str:
+    """Whether a run is decided as docs/preregistration.md of the project around has it, for a notebook: one line, or
+    what differs, line by line."""
+    path = repository() / PAGE
+    page = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, now = frozen(profile, page), HEAD + text(profile)
     if before is None:
         return f"Exploratory: {PAGE} holds nothing on profile {profile.name} (decisions {digest(profile)})."

@@ -13,7 +13,7 @@ import pandas as pd
 from masksae.files import read_json, repository
 from masksae.study.profile import load_profile
 from masksae.study.report import labels
-from masksae.study.report.effects import baseline_arm, effect, merge, treated_arms
+from masksae.study.report.effects import baseline_arm, effect, merge
 from masksae.study.report.tables import cells, number, to_markdown
 
 SHOWN = (
@@ -32,12 +32,13 @@ SHOWN = (
 def reliability(profile="laptop") -> pd.DataFrame:
     """A row per score, of the SAEs of the first grid; `signal` is None where none of another L0 and the same
     architecture were scored."""
-    folder, rows = repository() / "results" / load_profile(profile).name, []
+    profile, rows = load_profile(profile), []
+    folder, arm = repository() / "results" / profile.name, profile.treated_arm.name
     for key in SHOWN:
         scores = merge(read_json(folder / f"{labels.score(key).result}.json"))
         if key not in scores:
             continue
-        baseline, grid, arm = baseline_arm(scores), scores["grid"].iloc[0], treated_arms(scores)[0]
+        baseline, grid = baseline_arm(scores), scores["grid"].iloc[0]
         unmasked = scores[scores["arm"] == baseline].pivot(index="seed", columns="grid", values=key)
         spread = unmasked[grid].std()
         same = scores[scores["architecture"] == scores["architecture"].iloc[0]]

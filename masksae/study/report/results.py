@@ -66,7 +66,7 @@ measurable*: the SAEs fail [the gate](docs/gate.md). [All that was found](docs/r
 before](docs/preregistration.md). {" ".join(_lost(claims))}
 
 Is it the mask, and are latents better? [Arms](docs/method.md) less unmasked, ± half the 95 % interval;
-`{profile.decisions.arm}` is the paper's:
+`{profile.treated_arm.name}` is the paper's:
 
 {to_markdown(cells(_arms(folder, profile))).strip()}"""
 
@@ -128,13 +128,18 @@ def profile_part(root: Path, name: str) -> str:
             *_picture(root, name, "09_paper/everywhere", "What masking changes in every grid"),
             _readable(grids),
         ]
+    if along:
+        told += [
+            "### Along training",
+            *_picture(
+                root, name, "04_absorption/along", "Absorption of both kinds against steps and explained variance"
+            ),
+            to_markdown(cells(effect_table(along))).strip(),
+            f"`results/{name}/along_effects.json`. At equal explained variance the unmasked SAE is one that was "
+            f"stopped early. Below the gate's F1 ({gate.letters_f1:g} of letters, {gate.contexts_f1:g} of contexts) "
+            "its absorption counts missing latents, and the effect with it.",
+        ]
     told += [
-        "### Along training",
-        *_picture(root, name, "04_absorption/along", "Absorption of both kinds against steps and explained variance"),
-        to_markdown(cells(effect_table(along))).strip(),
-        f"`results/{name}/along_effects.json`. At equal explained variance the unmasked SAE is one that was stopped "
-        f"early. Below the gate's F1 ({gate.letters_f1:g} of letters, {gate.contexts_f1:g} of contexts) its absorption "
-        "counts missing latents, and the effect with it.",
         "### Every cell: arms, rivals, controls",
         f"![Every arm and kind of SAE beside its baseline]({figures}/08_ablations/cells.png)",
         *(
@@ -143,7 +148,7 @@ def profile_part(root: Path, name: str) -> str:
             else []
         ),
         to_markdown(cells(_cells(folder, profile))).strip(),
-        f"As trained; the last rows are the other arms against `{profile.decisions.arm}`. "
+        f"As trained; the last rows are the other arms against `{profile.treated_arm.name}`. "
         f"[All scores, and every way to match sparsity]({figures}/08_ablations/table.md).",
     ]
     if controls := read_json(folder / "controls.json"):
@@ -192,12 +197,7 @@ def larger(root: Path, name: str) -> str:
     """What it would take to settle what this run could not."""
     claims = read_json(root / "results" / name / "claims.json")
     rows = [row for row in verdict_table(claims) if row["verdict"] == "inconclusive"]
-    told = [
-        f"* {row['claim']}, {row['endpoint']}: {_needed(row['pairs needed'])}; this run finds {number(row['finds'])} "
-        "and more."
-        for row in rows
-        if row["SAEs"]
-    ]
+    told = [f"* {row['claim']}, {row['endpoint']}: {_needed(row)}." for row in rows if row["SAEs"]]
     text = "\n".join(told) or "No endpoint was inconclusive."
     return f"""## What a larger run would need
 
@@ -208,10 +208,14 @@ behave otherwise: `make repro PROFILE=paper` is sized for that ([scale](scale.md
 """
 
 
-def _needed(pairs: int | None) -> str:
-    if not pairs:
-        return "not to be settled by a thousand pairs with the same items, were the effect the one found here"
-    return f"{pairs} pairs, were the effect the one found here"
+def _needed(row: dict) -> str:
+    """What it takes to settle an endpoint that is inconclusive, a row of `verdict_table`."""
+    pairs, finds = row["pairs needed"], row["finds"]
+    if finds is None:
+        return "one pair gives no interval; train a second"
+    more = f"{pairs} pairs" if pairs else "not to be settled by a thousand pairs with the same items"
+    seen = "no difference that there can be" if finds == "nothing" else f"{number(finds)} and more"
+    return f"{more}, were the effect the one found here; this run finds {seen}"
 
 
 def _scale(profile: Profile) -> str:
@@ -228,7 +232,7 @@ def _cells(folder: Path, profile: Profile) -> list[dict]:
     """What each cell changes in absorption, its latents and explained variance against its baseline, as trained; then
     the other arms of the main grid against the one that decides."""
     files, found = _files(folder), []
-    decides, main = profile.decisions.arm, profile.main_grid.name
+    decides, main = profile.treated_arm.name, profile.main_grid.name
 
     def beside(arm: str, grid: str) -> tuple[str, str] | None:
         return (decides, main) if grid == main and arm not in (decides, profile.baseline_arm.name) else None

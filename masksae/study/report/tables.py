@@ -87,7 +87,7 @@ def show(table, columns: list[str] | None = None):
     from IPython.display import HTML
 
     rows = cells(table, columns, brief)
-    body = to_html(rows)
+    body = to_html(rows) if len(rows) > 1 else "<p>No rows.</p>"
     if len(rows) - 1 > LONG:
         summary = f"Table of {len(rows) - 1} rows: {', '.join(rows[0])}"
         body = f"<details><summary>{html.escape(summary)}</summary>{body}</details>"

@@ -173,17 +173,17 @@ def absorption_scores(run: Subject) -> list[dict]:
 def absorption_noise(run: Subject) -> list[dict]:
     """The noise study: absorption at matched clean L0 of the SAEs of the first block for each draw of in-context
     examples and each split of the words, [] where the profile asks for one of each."""
-    task = run.profile.absorption
-    main = {member.name for part in run.profile.parts if part.block is run.profile.blocks[0] for member in part.members}
-    if task.draws * task.splits == 1 or not main & {row["sae"] for row in run.table}:
+    task, first, grid = run.profile.absorption, run.profile.blocks[0], run.profile.main_grid.name
+    members = {member.name for part in run.profile.parts if part.block is first for member in part.members}
+    main = run.of([entry for entry in run.entries if entry.name in members and entry.row["grid"] == grid])
+    if task.draws * task.splits == 1 or not main.entries:
         return []
-    return run.rows("noise", task, _absorption_noise)
+    return main.rows("noise", task, _absorption_noise)
 
 
 def _absorption_noise(run: Subject) -> list[dict]:
     task, saes, at, rows = run.profile.absorption, run.load_saes(), thresholds(run), []
     counted = run.shared("counted words", lambda: counted_words(run))
-    table = [row for row in run.table if row["grid"] == run.profile.main_grid.name]
     for draw in range(task.draws):
         for split in range(task.splits):
             words, x, probe = letter_task(run, draw, split)
@@ -195,5 +195,5 @@ def _absorption_noise(run: Subject) -> list[dict]:
                 return cell | {"letters": {r.letter: r.full for r in result.letters}}
 
             label = f"noise study, draw {draw + 1} of {task.draws}, split {split + 1} of {task.splits}"
-            rows += in_threads(score, table, label=label, unit="SAE")
+            rows += in_threads(score, run.table, label=label, unit="SAE")
     return rows

@@ -16,9 +16,9 @@ KINDS = {"letters": "same token (first letters)", "contexts": "cross-token (what
 
 
 def along_scores(run: RunPart) -> list[dict]:
-    """One row per SAE and snapshot of a part of a run, the finished SAE included: step, clean L0 as trained, explained
-    variance at clean L0 = k, and absorption of first letters and of contexts, parent by parent. [] where the part keeps
-    no snapshots."""
+    """One row per SAE of the main grid and snapshot of a part of a run, the finished SAE included: step, clean L0 as
+    trained, explained variance at clean L0 = k, and absorption of first letters and of contexts, parent by parent. []
+    where the part keeps no snapshots of such SAEs."""
 
     def make(run: RunPart) -> list[dict]:
         table = {row["sae"]: row for row in run.table}
@@ -35,9 +35,10 @@ def along_scores(run: RunPart) -> list[dict]:
 
         return in_threads(score, cells, label=f"absorption along training, {run.name}", unit="SAE")
 
-    if not run.has_snapshots:
+    main = run.of([entry for entry in run.entries if entry.row["grid"] == run.profile.main_grid.name])
+    if not run.has_snapshots or not main.entries:
         return []
-    return run.rows("along", run.profile.absorption, make, run.profile.contexts)
+    return main.rows("along", run.profile.absorption, make, run.profile.contexts)
 
 
 def _scores(run: RunPart, sae: SAE, k: float, letter_score, context_score) -> dict:

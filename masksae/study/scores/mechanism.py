@@ -178,10 +178,10 @@ def simulation_rows(options: Simulation) -> list[dict]:
     return cache.kept_rows("simulation", [options.model_dump(), provenance.code_id(make)], make)
 
 
-def effects(rows: list[dict], *, mode: str = "matched") -> list[dict]:
-    """Paired effect of masking on absorption of either kind: one row per rule, kind, k, q, p and arm, with a 95 %
-    interval over worlds, and the mean F1 of the main latents before and after."""
-    value = {(r["rule"], r["k"], r["q"], r["p"], r["arm"], r["seed"]): r for r in rows if r["mode"] == mode}
+def effects(rows: list[dict]) -> list[dict]:
+    """Paired effect of masking on absorption of either kind at clean L0 = k: one row per rule, kind, k, q, p and arm,
+    with a 95 % interval over worlds, and the mean F1 of the main latents before and after."""
+    value = {(r["rule"], r["k"], r["q"], r["p"], r["arm"], r["seed"]): r for r in rows if r["mode"] == "matched"}
     table = []
     for rule, k, q, p, arm in dict.fromkeys(key[:5] for key in value if key[4] != "unmasked"):
         seeds = sorted(key[5] for key in value if key[:5] == (rule, k, q, p, arm))

@@ -6,13 +6,16 @@ import pandas as pd
 from masksae.activations import row_norms
 from masksae.study.inputs import Inputs
 
+SEQUENCES = 32
+"""Blocks whose positions are measured."""
 
-def norms(run: Inputs, sequences: int = 32) -> list[dict]:
+
+def norms(run: Inputs) -> list[dict]:
     """Norm of the residual stream at every position of some training blocks, by arm and by whether the position is
     masked."""
     rows = []
     for arm in run.profile.arms:
-        ids, is_masked = run.corrupt(arm, run.ids("train", slice(sequences)))
+        ids, is_masked = run.corrupt(arm, run.ids("train", slice(SEQUENCES)))
         norm = row_norms(run.activations(ids))
         rows += [
             {"arm": arm.name, "masked": m, "norm": round(v, 4)}
