@@ -49,7 +49,6 @@ class Effect:
     """Degrees of freedom of its t distribution."""
     squares: tuple[float, float, float] | None = None
     """Mean squares of pairs, items and the rest, on which error and degrees rest where items vary; None: none do."""
-
     level: float = LEVEL
     """Of the interval and of `detectable`."""
 
@@ -314,7 +313,7 @@ def pairs_needed(effect: Effect, level: float = LEVEL) -> int | None:
         error, degrees = _error_and_degrees(A, B + (n / effect.pairs - 1) * max(0.0, B - R), R, n, effect.items)
     least = stats.norm.isf(level / 2) + stats.norm.ppf(
         POWER
-    )  # `errors_found` of endless degrees: below it none is asked
+    )  # `errors_found` with endless degrees: spares most of them
     asked = zip(*(part[error * least <= abs(effect.difference)] for part in (n, error, degrees)))
     return next((int(n) for n, e, d in asked if errors_found(float(d), level) * e <= abs(effect.difference)), None)
 

@@ -108,22 +108,6 @@ def test_the_caption_has_the_numbers(rows):
     )
 
 
-def test_quality_of_the_main_latents():
-    shared = {"grid": "g", "mode": "matched"}
-    letters = [
-        shared | {"arm": arm, "mean_full": full, "dense_absorbers": 0.5, "letters": [{"f1": 0.2}, {"f1": f1}]}
-        for arm, full, f1 in (("unmasked", 0.1, 0.4), ("unmasked", 0.3, 0.6), ("masked", 0.2, 0.8))
-    ]
-    contexts = [
-        shared | {"arm": "unmasked", "context_full": 0.1, "context_dense_absorbers": None, "parents": [{"f1": 0.9}]}
-    ]
-    contexts.append(contexts[0] | {"mode": "as_trained", "context_full": 9.0})
-    first, second, third = curves.quality(letters, contexts)
-    assert first["absorption"] == pytest.approx(0.2) and first["F1 of main latents"] == pytest.approx((0.3 + 0.4) / 2)
-    assert second["arm"] == "masked" and third["kind"].startswith("cross-token") and third["absorption"] == 0.1
-    assert "recall" not in first and "EV" not in first  # rows of before they were taken
-
-
 def test_quality_has_the_parts_of_absorption_and_what_belongs_beside_it():
     shared = {"grid": "g", "arm": "unmasked", "mode": "matched"}
     parts = {"specific": 0.05, "middle": 0.01, "dense": 0.04}

@@ -55,7 +55,15 @@ def test_a_story_names_the_missed_word_and_its_absorber():
     figure = absorption.draw_absorbers(
         {"first letter": {"unmasked": story, "masked": story}, "context": {"unmasked": story}}
     )
+    figure.canvas.draw()
     assert "1 words, 1 absorbers" in figure.axes[0].get_legend().get_texts()[0].get_text()
+
+
+def test_where_nothing_is_absorbed_the_picture_says_so():
+    story = explore.Story("p", (0,), 0.9, 5, [], 1.0)
+    figure = absorption.draw_absorbers({"first letter": {"unmasked": story, "masked": story}})
+    figure.canvas.draw()
+    assert "0 words, 0 absorbers" in figure.axes[0].get_legend().get_texts()[1].get_text()
 
 
 def test_top_contexts_frame_the_token_that_fires_most(look):

@@ -141,6 +141,8 @@ def draw_absorbers(stories: dict[str, dict[str, Story]]):
         axis.set(title=kind, xlabel="share of words on which\nthe absorber fires (log scale)", xscale="log")
         log_ticks(axis.xaxis, [])
         axis.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.1), markerscale=0.7)
+    if not any(story.missed for by_arm in stories.values() for story in by_arm.values()):
+        axes[0, 0].set_xlim(0.001, 1)  # a logarithmic axis without a dot has no ends of its own
     axes[0, 0].set(ylabel="decoder cosine of the absorber\nwith the parent's direction")
     figure.tight_layout()
     return figure

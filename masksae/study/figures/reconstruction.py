@@ -1,5 +1,7 @@
 """Pictures of notebooks 02 and 03: SAEs along training, and what they reconstruct."""
 
+import itertools
+
 import pandas as pd
 
 from masksae.study.figures.style import GREY, KINDS, dots, grid_words, log_ticks, palette
@@ -64,7 +66,7 @@ def draw_family(rows: list[dict]):
     table["kind"] = [kind(grid, architecture) for grid, architecture in zip(table["grid"], table["architecture"])]
     grids = table.groupby("arm", sort=False)["grid"].nunique()
     table = table[table["arm"].map(grids) > (grids.max() > 1)]
-    colours, markers = palette(table["arm"]), dict(zip(table["kind"].unique(), "osD^vPX*<>"))
+    colours, markers = palette(table["arm"]), dict(zip(table["kind"].unique(), itertools.cycle("osD^vPX*<>")))
     figure, axis = plt.subplots(figsize=(7.5, 4.8))
     for (arm, name), part in table.groupby(["arm", "kind"], sort=False):
         mean = part.groupby("k")[["l0", "ev_centred"]].mean().sort_values("l0")

@@ -45,8 +45,7 @@ def gate(scores: pd.DataFrame, decisions: Decisions, latents: dict[str, int]) ->
     """
     bounds, first, found = decisions.gate, baseline_arm(scores), {}
     for grid, part in scores.groupby("grid", sort=False):
-        share = part["dead_in_training"] / latents[grid] if "dead_in_training" in part else part["seed"] * float("nan")
-        table = part.assign(dead=share)
+        table = part.assign(dead=part["dead_in_training"] / latents[grid])
         if (unmasked := table[table["arm"] == first]).empty:
             continue
         checks = checked(unmasked, bounds)
@@ -82,8 +81,6 @@ def _check(rows: pd.DataFrame, column: str, bound: float, *, least: bool) -> dic
 
 def _dense(rows: pd.DataFrame, bound: float) -> dict:
     """The same of the share of absorption credited to dense latents, which no SAE has that absorbs nothing."""
-    if "dense_absorbers" not in rows:
-        return _check(rows, "dense_absorbers", bound, least=False)
     return _check(rows.assign(dense=pd.to_numeric(rows["dense_absorbers"]).fillna(0.0)), "dense", bound, least=False)
 
 
@@ -192,7 +189,7 @@ def slight(found: stats.Effect, endpoint: Endpoint, verdict: str) -> str:
     and `endpoint.slight`, contradicted if it lies beyond, or on the other side of nothing.
 
     >>> fall = stats.paired_effect([0.9, 0.9, 0.9], [0.889, 0.890, 0.891])
-    >>> ev = Endpoint(name="ev", claim="C5", score="ev", direction=-1, margin=0.005, items="fixed", slight=0.02)
+    >>> ev = Endpoint(name="ev", claim="C5", score="ev_centred", direction=-1, margin=0.005, items="fixed", slight=0.02)
     >>> slight(fall, ev, "supported"), slight(fall, ev.model_copy(update={"slight": 0.006}), "supported")
     ('supported', 'contradicted')
     """

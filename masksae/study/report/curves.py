@@ -117,11 +117,11 @@ def growth(rows: list[dict]) -> list[dict]:
     return table
 
 
-def quality(letters: list[dict], contexts: list[dict], reconstruction: list[dict] = ()) -> list[dict]:
+def quality(letters: list[dict], contexts: list[dict], reconstruction: list[dict]) -> list[dict]:
     """How good the main latents are whose silence counts as absorption: per kind, grid and arm at matched clean L0 the
     mean absorption and its parts by the absorber's density (specific, middle, dense), F1 and recall of the main
-    latents, and the share of absorbed words credited to dense latents; with rows of `reconstruction_scores` also dead
-    latents, clean L0 and explained variance. What the rows do not have is left out."""
+    latents, the share of absorbed words credited to dense latents; and of `reconstruction_scores` dead latents, clean
+    L0 and explained variance."""
     table = []
     for kind, rows, items, prefix, absorbers in (
         ("letters", letters, "letters", "mean", "dense_absorbers"),
@@ -129,13 +129,11 @@ def quality(letters: list[dict], contexts: list[dict], reconstruction: list[dict
     ):
         matched = pd.DataFrame([row for row in rows if row["mode"] == "matched"])
         for key in ("f1", "recall"):
-            if all(key in item for row in matched[items] for item in row):
-                matched[key] = [np.mean([item[key] for item in row]) for row in matched[items]]
-        if reconstruction:
-            matched = matched.merge(pd.DataFrame(reconstruction)[["sae", "mode", *BESIDE]], on=["sae", "mode"])
+            matched[key] = [np.mean([item[key] for item in row]) for row in matched[items]]
+        matched = matched.merge(pd.DataFrame(reconstruction)[["sae", "mode", *BESIDE]], on=["sae", "mode"])
         shown = {f"{prefix}_full": "absorption", f"{prefix}_specific": "specific", f"{prefix}_middle": "middle"}
         shown |= {f"{prefix}_dense": "dense", "f1": "F1 of main latents", "recall": "recall"}
-        shown = {key: name for key, name in (shown | {absorbers: "dense absorbers"} | BESIDE).items() if key in matched}
+        shown |= {absorbers: "dense absorbers"} | BESIDE
         means = matched.groupby(["grid", "arm"], sort=False)[list(shown)].mean().reset_index()
         means.columns = ["SAEs", "arm", *shown.values()]
         table += [{"kind": KINDS[kind]} | row for row in means.to_dict("records")]
