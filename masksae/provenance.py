@@ -25,19 +25,19 @@ from masksae.files import run_id
 
 PACKAGE = Path(__file__).resolve().parent
 
-NEUTRAL = {
+NEUTRAL = frozenset({
     "errors", "files", "progress", "parallel", "memory", "jobs", "cache", "provenance", "training.logs",  # ground
     "study.profile", "study.sections", "study.store",  # a profile's values are in an id by themselves
     "export", "saes.formats",  # forms of other libraries
-}  # fmt: skip
+})  # fmt: skip
 """Modules that cannot change a number, at which the walk stops."""
 
 LIBRARIES = {
-    "datasets": ("datasets",), "gguf": ("gguf",), "nnsight": ("nnsight",), "numpy": ("numpy",), "pandas": ("pandas",),
-    "scipy": ("scipy",), "sklearn": ("scikit-learn",), "torch": ("torch",),
-    "transformers": ("transformers", "tokenizers"),
+    "datasets": ("datasets",), "gguf": ("gguf",), "matplotlib": ("matplotlib",), "nnsight": ("nnsight",),
+    "numpy": ("numpy",), "pandas": ("pandas",), "scipy": ("scipy",), "seaborn": ("seaborn",),
+    "sklearn": ("scikit-learn",), "torch": ("torch",), "transformers": ("transformers", "tokenizers"),
 }  # fmt: skip
-"""Packages that can change a number, by the name under which they are imported."""
+"""Packages that can change a number or a picture, by the name under which they are imported."""
 
 _texts: dict[Path, str] = {}
 _stamps: dict[Path, tuple[int, int]] = {}
@@ -57,9 +57,9 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_mtime_ns, stat.st_size
 
 
-def made_by(*things) -> dict[str, dict[str, str]]:
+def made_by(*things, neutral: frozenset[str] = NEUTRAL) -> dict[str, dict[str, str]]:
     """What some functions or classes, or modules by name ("study.inputs"), are made of: {"modules": {name: hash},
-    "versions": {library: version}}, everything that they import from masksae included.
+    "versions": {library: version}}, everything that they import from masksae included, but for `neutral` modules.
 
     A class or a function that was typed into a notebook stands for the cells that it was typed in, and not for others
     that it calls. Raises CodeError where a file has changed since this process loaded it.
@@ -72,13 +72,25 @@ def made_by(*things) -> dict[str, dict[str, str]]:
             cells += _cells(thing)
         else:
             names.append(str(Path(file).resolve()))
-    for name, path in _reached(tuple(names)).items():
+    for name, path in _reached(tuple(names), neutral).items():
         modules[name] = _hash(_unchanged(name, path))
         libraries |= _parsed(remember(path))[1] & LIBRARIES.keys()
     if cells:
         modules["notebook"] = _hash(cells)
     versions = {package: _version(package) for library in libraries for package in LIBRARIES[library]}
     return {"modules": dict(sorted(modules.items())), "versions": dict(sorted(versions.items()))}
+
+
+def imported(text: str) -> list[str]:
+    """Modules of masksae that a source text imports, `from masksae import Run` among them.
+
+    >>> imported("from masksae import Run; from masksae.study import stats")
+    ['study.run', 'study.stats']
+    """
+    import masksae
+
+    homes = {name: home.partition(".")[2] for name, home in masksae._HOME.items()}
+    return sorted({homes.get(name, name) for name in _parsed(text)[0] if _places(homes.get(name, name))})
 
 
 def joined(*found: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
@@ -139,7 +151,7 @@ def _is_as_loaded(path: Path) -> bool:
 
 
 @functools.cache
-def _reached(names: tuple[str, ...]) -> dict[str, Path]:
+def _reached(names: tuple[str, ...], neutral: frozenset[str]) -> dict[str, Path]:
     """Modules by name that some modules, or files, can come to run, themselves included; imports inside functions count
     too. Those of masksae are imported here, so that what is edited from now on is not what runs."""
     found: dict[str, Path] = {}
@@ -148,7 +160,7 @@ def _reached(names: tuple[str, ...]) -> dict[str, Path]:
         raise ModuleNotFoundError(f"masksae has no module among {names} that is not a file.")
     while queue:
         name, path = queue.pop()
-        if name not in found and name not in NEUTRAL:
+        if name not in found and name not in neutral:
             found[name] = path
             queue += [place for imported in _parsed(remember(path))[0] for place in _places(imported)]
             _load(name, path)

@@ -222,16 +222,21 @@ def _values(profile: Profile) -> dict:
 
 
 def project_notebooks(profile) -> None:
-    """Write build/NAME/projection/NN.json for each notebook: type, source and tags of its cells, and nothing that
-    running it alters."""
+    """Write build/NAME/projection/NN.json for each notebook, all that its stage depends on but the profile: type,
+    source and tags of its cells, and nothing that running it alters; the modules that they reach, whatever only a
+    reader sees left out; and versions of libraries."""
     import nbformat
 
     root = repository()
     folder = root / "build" / load_profile(profile).name / "projection"
+    pages = {file.name: sha256(file) for file in sorted((provenance.PACKAGE / "study").rglob("*.html"))}
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         cells = nbformat.read(path, as_version=4).cells
         kept = [{"type": c.cell_type, "source": c.source, "tags": c.metadata.get("tags", [])} for c in cells]
-        write_json(folder / f"{path.stem}.json", kept)
+        lines = "\n".join(cell.source for cell in cells if cell.cell_type == "code").splitlines()
+        text = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
+        code = provenance.made_by(*provenance.imported(text), neutral=frozenset())
+        write_json(folder / f"{path.stem}.json", {"cells": kept, "pages": pages, **code})
 
 
 def execute(notebook: str, profile) -> None:
