@@ -2,6 +2,7 @@
 a traceback."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -89,6 +90,30 @@ def test_default_profile():
         "root": ".",
     }
     assert DEFAULT == "laptop"
+
+
+def md5_of(path: Path) -> str:
+    """As DVC notes a file or a folder."""
+    if path.is_file():
+        return hashlib.md5(path.read_bytes()).hexdigest()
+    files = sorted((file.relative_to(path).as_posix(), md5_of(file)) for file in path.rglob("*") if file.is_file())
+    entries = [{"md5": md5, "relpath": name} for name, md5 in files]
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def test_the_lock_of_the_default_profile_is_of_the_committed_results():
+    """So in a fresh clone `dvc status` says what is missing (executed notebooks, SAEs), and nothing is wrong."""
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    values, checked = yaml.safe_load((PROFILES / "laptop.yaml").read_text()), 0
+    assert lock.keys() == STAGES.keys()
+    for stage in lock.values():
+        for out in stage["outs"]:
+            if not out["path"].startswith("build/"):
+                assert md5_of(ROOT / out["path"]) == out["md5"], out["path"]
+                checked += 1
+        for keys in stage.get("params", {}).values():
+            assert {key: values[key] for key in keys} == keys
+    assert checked >= 20
 
 
 @pytest.fixture
