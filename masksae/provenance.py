@@ -54,7 +54,9 @@ def remember(path: Path, anew: bool = False) -> str:
     """
     if path not in _texts or (anew and not path.is_relative_to(PACKAGE)):
         _stamps[path] = _stamp(path)
-        _texts[path] = path.read_text(encoding="utf-8")
+        before, _texts[path] = _texts.get(path), path.read_text(encoding="utf-8")
+        if before is not None:
+            _reached.cache_clear()  # it may import others now
     return _texts[path]
 
 

@@ -245,6 +245,15 @@ def test_a_reload_after_an_edit_is_no_new_code_where_the_rest_holds_what_was_the
         provenance.code_id("saes.rules")
 
 
+def test_what_a_file_imports_is_looked_up_again_when_it_is_loaded_anew(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import torch")
+    assert provenance.made_by(str(file))["modules"].keys() == {"mine.py"}
+    file.write_text("from masksae.masking import mask_tokens")
+    provenance.remember(file, anew=True)
+    assert provenance.made_by(str(file))["modules"].keys() == {"mine.py", "masking"}
+
+
 def test_an_edit_that_this_process_did_not_load_is_refused(package):
     before, path = provenance.code_id(SCORE), package / "metrics/absorption.py"
     edit(path, "absorbed", "assert not None")
