@@ -12,18 +12,23 @@ Finding the modules of a study's scores takes about 0.3 s, once.
 """
 
 import ast
+import contextlib
 import functools
 import importlib
 import linecache
 import sys
+import sysconfig
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
 
 from masksae.errors import CodeError
 from masksae.files import run_id
 
 PACKAGE = Path(__file__).resolve().parent
+NAME = __name__.partition(".")[0]
+"""Of the package where it is imported: behind a link its folder may be called otherwise."""
 
 NEUTRAL = frozenset({
     "errors", "files", "progress", "parallel", "memory", "jobs", "cache", "provenance", "training.logs",  # ground
@@ -45,10 +50,13 @@ _stamps: dict[Path, tuple[int, int]] = {}
 
 def remember(path: Path, anew: bool = False) -> str:
     """The text of a file of source code as it was when it was first asked for, or is now if it is loaded `anew`; of the
-    package's own files, when the package was imported."""
-    if anew or path not in _texts:
+    package's own files, when the package was imported: after a reload, other modules still hold what was there before.
+    """
+    if path not in _texts or (anew and not path.is_relative_to(PACKAGE)):
         _stamps[path] = _stamp(path)
-        _texts[path] = path.read_text(encoding="utf-8")
+        before, _texts[path] = _texts.get(path), path.read_text(encoding="utf-8")
+        if before is not None:
+            _reached.cache_clear()  # it may import others now
     return _texts[path]
 
 
@@ -61,24 +69,21 @@ def made_by(*things, neutral: frozenset[str] = NEUTRAL) -> dict[str, dict[str, s
     """What some functions or classes, or modules by name ("study.inputs"), are made of: {"modules": {name: hash},
     "versions": {library: version}}, everything that they import from masksae included, but for `neutral` modules.
 
-    A class or a function that was typed into a notebook stands for the cells that it was typed in, and not for others
-    that it calls. Raises CodeError where a file has changed since this process loaded it.
+    One from outside the package stands for its file, and not for others outside that it imports; one that was typed
+    into a notebook, for its cells and for what it looks up by name. Of both count the values that they carry
+    (`_Outside`). Raises CodeError where a file has changed since this process loaded it.
     """
-    modules, cells, libraries = {}, "", set()
-    names = [thing for thing in things if isinstance(thing, str)]
+    found, modules = _Outside(), []
     for thing in (thing for thing in things if not isinstance(thing, str)):
-        file = getattr(sys.modules.get(thing.__module__), "__file__", None)
-        if file is None:
-            cells += _cells(thing)
-        else:
-            names.append(str(Path(file).resolve()))
-    for name, path in _reached(tuple(names), neutral).items():
-        modules[name] = _hash(_unchanged(name, path))
-        libraries |= _parsed(remember(path))[1] & LIBRARIES.keys()
-    if cells:
-        modules["notebook"] = _hash(cells)
+        found.visit(thing, asked=True)
+    for path, name in _reached((*(thing for thing in things if isinstance(thing, str)), *found.files), neutral).items():
+        modules.append((name, _hash(_unchanged(name, path))))
+        found.libraries |= _parsed(remember(path))[1]
+    modules += [("notebook", _hash(cell)) for cell in found.cells]
+    modules += [("values", run_id(found.values))] if found.values else []
+    libraries = found.libraries & LIBRARIES.keys()
     versions = {package: _version(package) for library in libraries for package in LIBRARIES[library]}
-    return {"modules": dict(sorted(modules.items())), "versions": dict(sorted(versions.items()))}
+    return {"modules": _by_name(modules), "versions": dict(sorted(versions.items()))}
 
 
 def imported(text: str) -> list[str]:
@@ -87,15 +92,21 @@ def imported(text: str) -> list[str]:
     >>> imported("from masksae import Run; from masksae.study import stats")
     ['study.run', 'study.stats']
     """
-    import masksae
-
-    homes = {name: home.partition(".")[2] for name, home in masksae._HOME.items()}
-    return sorted({homes.get(name, name) for name in _parsed(text)[0] if _places(homes.get(name, name))})
+    return sorted({module for name in _parsed(text)[0] for module, _ in _places(name)})
 
 
 def joined(*found: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     """Several descriptions of code as one."""
-    return {key: {k: v for each in found for k, v in each[key].items()} for key in ("modules", "versions")}
+    return {key: _by_name([pair for each in found for pair in each[key].items()]) for key in ("modules", "versions")}
+
+
+def _by_name(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    """Values by name. Of those that share one, such as two files outside the package or two notebooks' cells, none is
+    left out."""
+    values: dict[str, list[str]] = {}
+    for name, value in sorted({*pairs}):
+        values.setdefault(name, []).append(value)
+    return {name: some[0] if len(some) == 1 else run_id(some) for name, some in values.items()}
 
 
 def code_id(*things) -> str:
@@ -103,12 +114,113 @@ def code_id(*things) -> str:
     return run_id(made_by(*things))
 
 
-def _cells(thing) -> str:
-    """Source of the notebook cells in which a function, or the methods of a class, were typed; "" where nobody has
-    it."""
-    functions = [thing, *vars(thing).values()]
-    files = dict.fromkeys(f.__code__.co_filename for f in functions if hasattr(f, "__code__"))
-    return "".join(line for file in files for line in linecache.getlines(file))
+class _Outside:
+    """What functions, classes and objects consist of that go by no name of a module: `files`, those of the package
+    among them; source of notebook `cells`; `values`, and top names of `libraries`.
+
+    Values that count cannot be changed in place, as numbers, texts and tuples: a partial's arguments, defaults, what a
+    closure holds, an object's attributes, and globals that typed code looks up. A list that a function fills is none.
+    """
+
+    def __init__(self):
+        self.files, self.cells = dict[str, None](), dict[str, None]()
+        self.values, self.libraries, self._seen = list[str](), set[str](), []
+
+    def visit(self, thing, asked: bool = False) -> None:
+        """Add a thing and all that it rests on. `asked`: it counts wherever its file is, else none of a library."""
+        code = thing if isinstance(thing, (FunctionType, ModuleType, type)) else type(thing)
+        file = _file(code)
+        if isinstance(thing, _HOLDERS):
+            held = ("func", "fget", "__func__", "__wrapped__")
+            self.visit(next(getattr(thing, name) for name in held if hasattr(thing, name)), asked)
+            for part in _parts(thing, typed=False):
+                self.visit(part)
+        elif file and file.is_relative_to(PACKAGE) and (asked or code is thing):
+            self.files |= {str(file): None} if file.stem != "__init__" else {}
+        elif file and not asked and any(map(file.is_relative_to, (PACKAGE, *_INSTALLED))):
+            self.libraries |= {_module(code).partition(".")[0]}
+            if code is not thing and type(thing).__hash__ and " at 0x" not in (told := repr(thing)):
+                self.values.append(told)
+        elif not any(thing is each for each in self._seen):
+            self._seen.append(thing)
+            if file and file.suffix == ".py":
+                self.files[str(file)] = None
+            elif not file and isinstance(thing, FunctionType):
+                lines = linecache.getlines(thing.__code__.co_filename)
+                self.cells |= {"".join(lines): None} if lines else {}
+                self.values += [] if lines else _bytecode(thing.__code__)
+            for part in _parts(thing, typed=file is None):
+                self.visit(part)
+
+
+_HOLDERS = (
+    functools.partial, functools.cached_property, functools._lru_cache_wrapper, MethodType, property, classmethod,
+    staticmethod,
+)  # fmt: skip
+"""Kinds of objects that stand for a function that they hold."""
+
+_INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+
+
+def _module(code) -> str:
+    return code.__name__ if isinstance(code, ModuleType) else code.__module__ or ""
+
+
+def _file(code) -> Path | None:
+    """The file that holds a function or a class, or is a module; None for what was typed in."""
+    if _module(code) in sys.builtin_module_names:
+        return Path(sysconfig.get_path("stdlib")).resolve() / "builtins"
+    file = getattr(sys.modules.get(_module(code)), "__file__", None)
+    return Path(file).resolve() if file else None
+
+
+def _parts(thing, typed: bool) -> Iterator:
+    """What a thing from outside the package rests on besides its text."""
+    if isinstance(thing, functools.partial):
+        yield from (*thing.args, *sorted(thing.keywords), *(value for _, value in sorted(thing.keywords.items())))
+    elif isinstance(thing, MethodType):
+        yield thing.__self__
+    elif isinstance(thing, type):
+        yield from thing.__bases__
+        yield from (each for each in vars(thing).values() if typed and _is_written(each))
+    elif isinstance(thing, FunctionType):
+        yield from (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
+        for cell in thing.__closure__ or ():
+            with contextlib.suppress(ValueError):  # it holds nothing yet
+                yield cell.cell_contents
+        yield from _looked_up(thing) if typed else ()
+    elif not isinstance(thing, (ModuleType, *_HOLDERS)):
+        yield type(thing)
+        for name, value in getattr(thing, "__dict__", {}).items():
+            yield from (name, value)
+
+
+def _is_written(each) -> bool:
+    """Whether somebody wrote a method, and `dataclass` did not."""
+    return isinstance(each, _HOLDERS) or (isinstance(each, FunctionType) and each.__code__.co_filename != "<string>")
+
+
+def _looked_up(function: FunctionType) -> Iterator:
+    """Globals that a function names, and what it names of the package's own folders of modules."""
+    names = [*dict.fromkeys(_names(function.__code__))]
+    for value in (function.__globals__[name] for name in names if name in function.__globals__):
+        yield value
+        if isinstance(value, ModuleType) and hasattr(value, "__path__") and _module(value).partition(".")[0] == NAME:
+            yield from (getattr(value, name) for name in names if name in dir(value))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in (each for each in code.co_consts if isinstance(each, CodeType)):
+        yield from _names(inner)
+
+
+def _bytecode(code: CodeType) -> list[str]:
+    """What a function does of which nobody has the source."""
+    told = [code.co_code.hex()]
+    for each in code.co_consts:
+        told += _bytecode(each) if isinstance(each, CodeType) else [repr(each)]
+    return told
 
 
 @functools.cache
@@ -151,39 +263,47 @@ def _is_as_loaded(path: Path) -> bool:
 
 
 @functools.cache
-def _reached(names: tuple[str, ...], neutral: frozenset[str]) -> dict[str, Path]:
-    """Modules by name that some modules, or files, can come to run, themselves included; imports inside functions count
-    too. Those of masksae are imported here, so that what is edited from now on is not what runs."""
-    found: dict[str, Path] = {}
+def _reached(names: tuple[str, ...], neutral: frozenset[str]) -> dict[Path, str]:
+    """File and name of each module that some modules, or files, can come to run, themselves included; imports inside
+    functions count too. Those of masksae are imported here, so that what is edited from now on is not what runs."""
+    found: dict[Path, str] = {}
     queue = [place for name in names for place in _places(name)]
     if len(queue) < len(names):
         raise ModuleNotFoundError(f"masksae has no module among {names} that is not a file.")
     while queue:
         name, path = queue.pop()
-        if name not in found and name not in neutral:
-            found[name] = path
+        if path not in found and name not in neutral:
+            found[path] = name
             queue += [place for imported in _parsed(remember(path))[0] for place in _places(imported)]
             _load(name, path)
     return found
 
 
 def _places(name: str) -> list[tuple[str, Path]]:
-    """(module, file) of a dotted name inside the package, or of a file; none for a package's __init__, whose names load
-    lazily."""
+    """(module, file) of a dotted name inside the package, or of a file; of what a folder of modules names, the module
+    where it is made; none for the folder's __init__, which only names."""
     path = Path(name)
     if not path.is_absolute():
         path = PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
-        return [(name, path)] if path.is_file() else []
+        return [(name, path)] if path.is_file() else _places_behind(*name.rpartition(".")[::2])
     inside = path.is_relative_to(PACKAGE)
     return [(".".join(path.relative_to(PACKAGE).with_suffix("").parts) if inside else path.name, path)]
+
+
+def _places_behind(folder: str, name: str) -> list[tuple[str, Path]]:
+    if not PACKAGE.joinpath(*folder.split("."), "__init__.py").is_file():
+        return []
+    found = getattr(importlib.import_module(f"{NAME}.{folder}".rstrip(".")), name, None)
+    package, _, module = getattr(found, "__module__", "").partition(".")
+    return _places(module) if package == NAME else []
 
 
 def _load(name: str, path: Path) -> None:
     if path.is_relative_to(PACKAGE):
         try:
-            importlib.import_module(f"{PACKAGE.name}.{name}")
+            importlib.import_module(f"{NAME}.{name}")
         except ModuleNotFoundError as error:  # a library that is not installed: then it is not what runs
-            if (error.name or "").startswith(PACKAGE.name):
+            if (error.name or "").startswith(NAME):
                 raise
 
 
@@ -193,7 +313,7 @@ def _parsed(text: str) -> tuple[set[str], set[str], str]:
     what it does, in a form that its words, its layout and the version of Python do not change."""
     tree = ast.parse(text)
     names = {name for node in ast.walk(tree) for name in _imported(node)}
-    ours = {name.partition(".")[2] for name in names if name.partition(".")[0] == PACKAGE.name}
+    ours = {name.partition(".")[2] for name in names if name.partition(".")[0] == NAME}
     return ours, {name.partition(".")[0] for name in names}, _dump(_Silenced().visit(tree))
 
 
@@ -244,5 +364,5 @@ def _dump(node) -> str:
     return repr(node)
 
 
-for _path in PACKAGE.rglob("*.py"):
+for _path in PACKAGE.rglob("[!.]*.py"):  # not what editors and file systems leave: .#a.py, ._a.py
     remember(_path)

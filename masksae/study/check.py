@@ -23,19 +23,22 @@ def check(run: Run) -> list[dict]:
     """One row for each score of each SAE: part, score, sae, state (one of `STATES`), commit (that made it), changed
     (modules and libraries since). Raises DataError for a run without results."""
     if not has_results(run.results):
-        raise DataError(f"There are no results of {run.profile.name}. `make repro PROFILE={run.source}` makes them.")
+        raise DataError(
+            f"There are no results of {run.profile.name} (claims.json, or pairs) in {run.results}. `make repro "
+            f"PROFILE={run.source}` makes them. Rows of variants, which `masksae gate` takes, are not looked at."
+        )
     return [
         {"part": part.name} | row for part in run.parts for row in asked(part, (*SCORES.values(), absorption_noise))
     ]
 
 
 def asked(part: Subject, scores) -> list[dict]:
-    """How some scores of a part stand; none is made."""
+    """How some scores of a part stand, each once; none is made."""
     part = part.of(part.entries)
     part.asked = []
     for score in scores:
         score(part)
-    return part.asked
+    return list({(row["score"], row["sae"]): row for row in part.asked}.values())  # controls ask for others too
 
 
 def missing(run: Run) -> list[Part]:
@@ -56,12 +59,18 @@ def summary(rows: list[dict]) -> list[list[str]]:
 
 
 def since(rows: list[dict]) -> list[str]:
-    """A sentence for each commit that made results of other code or versions: what has changed since."""
+    """A sentence for each set of what has changed since results of other code or versions were made, with the commits
+    that made them; and one where nothing is noted of any."""
+    if all(row["state"] == "missing" for row in rows):
+        return ["Nothing beside these results says what they were made of; the next run notes it."]
     by_commit: dict[str | None, set] = {}
     for row in rows:
         if row["state"] in ("other code", "other versions"):
             by_commit.setdefault(row["commit"], set()).update(row["changed"])
+    by_change: dict[str, list[str]] = {}
+    for commit, changed in by_commit.items():
+        by_change.setdefault(", ".join(sorted(changed)), []).append(commit or "(not noted)")
     return [
-        f"Since commit {commit or '(not noted)'}: {', '.join(sorted(changed)) or 'not noted which modules'}."
-        for commit, changed in by_commit.items()
+        f"Since commit {', '.join(commits)}: {changed or 'not noted which modules'}."
+        for changed, commits in by_change.items()
     ]

@@ -142,11 +142,6 @@ class Arm(Section):
         """Whether masks or noise are drawn, so that each pair has activations of its own."""
         return self.p > 0 or self.noise > 0
 
-    @property
-    def drawn_anew(self) -> bool:
-        """Whether the model runs in every epoch, so that nothing is kept in scratch."""
-        return self.p > 0 and self.fresh_masks
-
     def mask_seed(self, pair: int) -> int:
         """Seed of the masks and of the noise that the SAEs of a pair see: another for every pair."""
         return self.seed << 32 | pair

@@ -16,8 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from filelock import FileLock
+
 from masksae import provenance
-from masksae.files import cache_dir, read_json, repository, run_id, write_json
+from masksae.errors import DataError
+from masksae.files import cache_dir, ensure_writable, read_json, repository, run_id, write_json
 from masksae.saes.sae import SAE
 from masksae.study.inputs import Inputs
 from masksae.study.sections import Section
@@ -51,7 +54,16 @@ class Notes:
     """The rows stand there too, and are taken whichever code made them."""
 
     def read(self) -> dict:
-        return read_json(self.file) if self.file.exists() else {"scores": {}, "made_by": {}}
+        """Raises DataError for rows in a form that is not this version's; notes alone begin anew then."""
+        known = read_json(self.file) if self.file.exists() else None
+        if isinstance(known, dict) and known.keys() == {"scores", "made_by"}:
+            return known
+        if known is not None and self.keeps_rows:
+            raise DataError(
+                f"{self.file} holds {', '.join(known) if isinstance(known, dict) else type(known).__name__}, expected "
+                "scores and made_by: another version of masksae wrote it. Move it away; what it held is made again."
+            )
+        return {"scores": {}, "made_by": {}}
 
     def rows(self, score: str, made: dict[str, Made]) -> dict[str, list[dict]]:
         """Rows of the SAEs whose recipe is the one that is noted."""
@@ -61,6 +73,12 @@ class Notes:
 
     def add(self, score: str, made: dict[str, Made], rows: dict[str, list[dict]]) -> None:
         """Note a score of some SAEs; nothing is written where the same is noted already."""
+        if made:
+            lock = ensure_writable(cache_dir("notes")) / f"{run_id(str(self.file.resolve()))}.lock"
+            with FileLock(lock):  # another process must not write over these what it read before
+                self._add(score, made, rows)
+
+    def _add(self, score: str, made: dict[str, Made], rows: dict[str, list[dict]]) -> None:
         known = self.read()
         noted = known["scores"].setdefault(score, {})
         new = [name for name, each in made.items() if noted.get(name, {}) | each.ids != noted.get(name)]

@@ -1,19 +1,21 @@
 """An id of code is that of the code that runs, with the libraries below it, and of nothing else."""
 
 import ast
+import functools
 import json
 import linecache
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from tiny_project import profile
 
 from masksae import Run, provenance
 from masksae.errors import CodeError
+from masksae.study.scores.reconstruction import clean_scores
 
 INPUTS, RUN, SCORE = "study.inputs", "study.run", "study.scores.absorption"
 CHAIN = {
@@ -131,17 +133,125 @@ def test_a_function_outside_the_package_is_known_by_its_file():
 
 
 def test_what_is_typed_into_a_notebook_is_known_by_its_cells():
-    def typed(cell: str, text: str):
-        linecache.cache[cell] = (len(text), None, text.splitlines(True), cell)
-        made = {"__name__": "a_notebook"}
-        exec(compile(text, cell, "exec"), made)
-        return made
-
-    first, second = (typed(f"<cell {n}>", f"def make(some): return {n}") for n in (1, 2))
+    first, second = (typed(f"def make(some): return {n}", f"<cell {n}>") for n in (1, 2))
     assert provenance.code_id(first["make"]) != provenance.code_id(second["make"])
     assert provenance.made_by(first["make"])["modules"].keys() == {"notebook"}
-    rule = typed("<cell 3>", "class Rule:\n    def dense(self): return 1")["Rule"]
+    rule = typed("class Rule:\n    def dense(self): return 1", "<cell 3>")["Rule"]
     assert provenance.made_by(rule) != provenance.made_by(first["make"])
+
+
+def typed(text: str, cell: str = "<cell>", **names) -> dict:
+    """What a notebook knows after a cell."""
+    linecache.cache[cell] = (len(text), None, text.splitlines(True), cell)
+    exec(compile(text, cell, "exec"), made := {"__name__": "a_notebook", **names})
+    return made
+
+
+class Score:
+    """One that is called, as functions are."""
+
+    def __init__(self, k):
+        self.k = k
+
+    def __call__(self, some):
+        return self.k
+
+    def take(self, some):
+        return self.k
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda k: lambda some: k,
+        lambda k: lambda some, k=k: k,
+        lambda k: functools.partial(Score.take, k=k),
+        lambda k: Score(k),
+        lambda k: Score(k).take,
+        lambda k: typed("make = lambda some: k", k=k)["make"],
+        lambda k: typed("make = lambda some: [k for _ in some]", k=k)["make"],
+        lambda k: typed("make = lambda some: f(some)", f=typed(f"def f(some): return {k}", f"<{k}>")["f"])["make"],
+        lambda k: typed(f"class Score:\n    def __call__(self, some): return {k}", f"<{k}>")["Score"](),
+        lambda k: eval(f"lambda some: {k}", {"__name__": "a_notebook"}),  # nobody has its source
+    ],
+    ids=["closure", "default", "partial", "object", "method", "global", "inner", "helper", "typed object", "no source"],
+)
+def test_the_values_that_a_score_carries_belong_to_it(make):
+    first, again, other = (provenance.made_by(make(k)) for k in (20, 20, 40))
+    assert first == again != other
+
+
+def test_what_a_score_fills_is_no_part_of_it():
+    seen = []
+    score = lambda some: seen.append(some)
+    before = provenance.made_by(score)
+    score(1)
+    assert provenance.made_by(score) == before and "values" not in before["modules"]
+
+
+def test_what_was_typed_rests_on_what_it_takes_from_the_package(package):
+    import masksae
+    from masksae import metrics
+
+    texts = ["m.reconstruction.reconstruction(some)", "metrics.explained_variance(some)", "clean_scores(some)"]
+    names = {"m": metrics, "metrics": metrics, "masksae": masksae, "clean_scores": clean_scores}
+    made = [provenance.made_by(typed(f"make = lambda some: {text}", **names)["make"]) for text in texts]
+    assert all("metrics.reconstruction" in each["modules"] and "torch" in each["versions"] for each in made[:2])
+    file = package.parent / "mine.py"
+    file.write_text("from masksae import TrainConfig\nfrom masksae.metrics import explained_variance\n")
+    modules = provenance.made_by(str(file))["modules"]
+    assert {"mine.py", "training.config", "metrics.reconstruction"} <= modules.keys()
+
+
+def test_a_base_class_of_another_cell_is_part_of_a_rule():
+    def rule(n: int) -> type:
+        base = typed(f"class Base:\n    def dense(self): return {n}", f"<base {n}>")["Base"]
+        return typed("@dataclass\nclass Rule(Base):\n    k: int", Base=base, dataclass=dataclass)["Rule"]
+
+    assert provenance.code_id(rule(1)) == provenance.code_id(rule(1)) != provenance.code_id(rule(2))
+
+
+def test_files_and_cells_of_one_name_count_all(tmp_path):
+    for folder, text in {"a": "A = 1", "b": "B = 1", "c": "B = 2"}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rule.py").write_text(text)
+    a, b, c = (str(tmp_path / folder / "rule.py") for folder in "abc")
+    assert len({provenance.code_id(*each) for each in ([a], [b], [a, b], [a, c])}) == 4
+    assert provenance.code_id(a, b) == provenance.code_id(b, a) == provenance.code_id(a, b, a)
+    one, two, three = (provenance.made_by(typed(f"def f(): return {n}", f"<{n}>")["f"]) for n in (1, 2, 3))
+    assert provenance.joined(one, three) != provenance.joined(two, three) and provenance.joined(one, one) == one
+
+
+@pytest.mark.parametrize("left", [".#masking.py", "._masking.py"])
+def test_what_an_editor_or_a_file_system_leaves_beside_the_modules_is_no_module(tmp_path, left):
+    shutil.copytree(provenance.PACKAGE, tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    if left.startswith(".#"):
+        (tmp_path / "src" / left).symlink_to("somebody@somewhere.1234")
+    else:
+        (tmp_path / "src" / left).write_bytes(b"\x00\x05\x16\x07\xff")
+    (tmp_path / "masksae").symlink_to("src")  # a folder of another name behind a link
+    say = "import masksae.provenance as p; print(*p.made_by('saes.penalties')['modules'], p.changed())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", say], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == " ".join([*provenance.made_by("saes.penalties")["modules"], "[]"]), done.stderr
+
+
+def test_a_reload_after_an_edit_is_no_new_code_where_the_rest_holds_what_was_there(package):
+    path = package / "saes/rules.py"
+    assert provenance.code_id("saes.rules")
+    edit(path, "goal", "assert not None")
+    provenance.remember(path, anew=True)  # as defining a rule does
+    with pytest.raises(CodeError, match="saes.rules .* has changed since it was loaded"):
+        provenance.code_id("saes.rules")
+
+
+def test_what_a_file_imports_is_looked_up_again_when_it_is_loaded_anew(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import torch")
+    assert provenance.made_by(str(file))["modules"].keys() == {"mine.py"}
+    file.write_text("from masksae.masking import mask_tokens")
+    provenance.remember(file, anew=True)
+    assert provenance.made_by(str(file))["modules"].keys() == {"mine.py", "masking"}
 
 
 def test_an_edit_that_this_process_did_not_load_is_refused(package):

@@ -1,6 +1,7 @@
 """Which results are those of this profile and this code, told by id and without any work."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tiny_project import profile
@@ -8,8 +9,10 @@ from tiny_project import profile
 from masksae import Run, provenance
 from masksae.app import cli
 from masksae.errors import DataError
+from masksae.files import read_json
 from masksae.study import check, work
 from masksae.study.scores.reconstruction import reconstruction_scores
+from masksae.study.store import Made, Notes
 
 
 def states(run) -> dict[tuple[str, str], str]:
@@ -45,3 +48,50 @@ def test_the_command_says_how_many_and_exits_with_1_if_some_are_not(new_project,
     assert "as it is now" in text and "missing" in text and "train" in text
     assert cli.main(["check", str(path), "--json"]) == 1
     assert {row["state"] for row in json.loads(capsys.readouterr().out)} == {"as it is now", "missing"}
+
+
+def test_each_score_of_each_sae_is_told_once(project):
+    run = Run(profile(project))
+    run.save_result("claims", {})
+    told = [(row["score"], row["sae"]) for row in check.check(run)]
+    assert len(told) == len({*told}) and ("absorption", "unmasked-plain-s0-permuted") in told
+
+
+def made(code: str) -> Made:
+    return Made(["recipe"], {"modules": {"a": code}, "versions": {}})
+
+
+def test_two_that_note_at_the_same_time_lose_nothing(new_project):
+    file = new_project / "results/tiny/pairs/main-s0.json"
+
+    def add(n: int) -> None:
+        Notes(file, keeps_rows=True).add(f"score {n}", {"sae": made(str(n))}, {"sae": [{"n": n}]})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(16)))
+    known = read_json(file)
+    assert len(known["scores"]) == len(known["made_by"]) == 16 and [*file.parent.iterdir()] == [file]
+
+
+@pytest.mark.parametrize("older", [{"train": {"main-s0": {"recipe": "1", "code": "2"}}}, []])
+def test_notes_of_another_form_begin_anew_and_rows_of_one_are_left_alone(new_project, older):
+    path = new_project / "results/tiny/made_of.json"
+    run = Run(profile(new_project))
+    run.save_result("claims", {}), run.save_result("made_of", older)
+    rows = check.check(run)
+    assert {row["state"] for row in rows} == {"missing"} and "Nothing" in check.since(rows)[0]
+    Notes(path, keeps_rows=False).add("train", {"sae": made("a")}, {})
+    assert read_json(path)["scores"].keys() == {"train"}
+    run.save_result("made_of", older)
+    with pytest.raises(DataError, match="made_of.json holds .*expected scores and made_by.*Move it away"):
+        Notes(path, keeps_rows=True).add("train", {"sae": made("a")}, {"sae": []})
+    assert read_json(path) == older
+
+
+def test_commits_that_made_what_has_changed_alike_share_a_line():
+    rows = [{"state": "other code", "commit": commit, "changed": changed} for commit, changed in
+            (("a1", ["masking"]), ("b2", []), ("c3", ["masking"]), (None, []))]  # fmt: skip
+    assert check.since(rows) == [
+        "Since commit a1, c3: masking.",
+        "Since commit b2, (not noted): not noted which modules.",
+    ]

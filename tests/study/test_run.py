@@ -199,7 +199,7 @@ def test_pairs_are_kept_and_taken_from_where_they_are_kept(project, monkeypatch)
     kept = read_json(first.results / "pairs/main-s0.json")["scores"]
     assert {"clean", "reconstruction", "thresholds"} <= kept.keys()
     assert repro.taken(path).splitlines()[0] == (
-        "16 of 94 scores are taken from results/tiny/pairs, as they were made. To make them afresh: "
+        "16 of 78 scores are taken from results/tiny/pairs, as they were made. To make them afresh: "
         "`git rm -r results/tiny/pairs` first."
     )
     assert not any((first.build / "saes").iterdir())  # an output of the stage of notebook 02, which no other writes to
