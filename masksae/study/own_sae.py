@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from masksae import cache
+from masksae import cache, provenance
 from masksae.data.models import MODELS
 from masksae.errors import ConfigError, MasksaeError, OutputError, nearest
 from masksae.export import load_sae
@@ -124,7 +124,9 @@ class OwnSAE(Subject):
         row = {"sae": self.name, "arm": self.name, "p": 0.0, "grid": self.name, "k": self.k, "seed": 0}
         weights = cache.fingerprint(value for _, value in sorted(self.sae.state_dict().items()))
         recipe = [self.identity(self.profile.model, self.profile.text), self.sae.config.to_dict(), weights, self.k]
-        return Entry(row | {"architecture": self.sae.config.architecture}, recipe, lambda: self.sae)
+        rules = type(self.sae.config.selection), *map(type, self.sae.config.penalties)
+        row |= {"architecture": self.sae.config.architecture}
+        return Entry(row, recipe, lambda: self.sae, provenance.made_by(*rules))
 
     def latents_of(self, row: dict) -> int:
         return self.sae.config.n_latents
