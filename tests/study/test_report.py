@@ -103,6 +103,7 @@ def test_a_fall_is_slight_only_within_its_bound():
     bound = lambda value: [
         Endpoint(name="ev", claim="C5", score="ev_centred", direction=-1, margin=0.005, items="fixed", slight=value)
     ]
+    assert claims.spoken(found) == "outside our bound"  # a bound of ours, and no word on the paper's
     assert judged(*planted(), endpoints=bound(0.1))["C5"]["verdict"] == "supported"
     assert judged(*planted(), endpoints=bound(-found["difference"]))["C5"]["verdict"] == "inconclusive"
     rising = [row | {"ev_centred": row["ev_centred"] + 0.1 * (row["p"] > 0)} for row in planted()[0]]
@@ -421,6 +422,8 @@ def test_what_differs_from_the_preregistration_is_exploratory(tmp_path, monkeypa
     assert (
         preregistration.digest(changed) != preregistration.digest(profile) and preregistration.digest(profile) in page
     )
+    write_text(tmp_path / preregistration.PAGE, page.replace("The bound of C5", "What is told afterwards"))
+    assert preregistration.status(profile).startswith("Decided")
     write_text(tmp_path / preregistration.PAGE, page.replace("Inconclusive", "Perhaps"))
     assert preregistration.status(profile).startswith("Exploratory")
     (tmp_path / preregistration.PAGE).unlink()

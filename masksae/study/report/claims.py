@@ -296,7 +296,7 @@ def grid_table(found: dict[str, dict]) -> list[dict]:
 
 def spoken(row: dict) -> str:
     """The verdict of a row for a reader: of a claim with a size in it, that the size was bounded by us."""
-    bounds = {"supported": "within our bound", "contradicted": "beyond our bound"} if "slight" in row else {}
+    bounds = {"supported": "within our bound", "contradicted": "outside our bound"} if "slight" in row else {}
     small = row.get("within_margin") and row["verdict"] in ("supported", "contradicted")
     verdict = bounds.get(row["verdict"], row["verdict"])
     return f"{verdict}, within the margin" if small else verdict
