@@ -467,9 +467,9 @@ def test_what_it_takes_to_settle_an_endpoint(tmp_path):
 
     exact = Endpoint(name="a", claim="C1", score="mean_full", direction=-1, margin=1e-9, items="fixed")
     assert "* C1, a: one pair gives no interval" in told((0,), endpoints=[exact]) and "thousand" not in told((0,))
-    assert "pairs, were the effect the one found here; this run finds 0.0" in told((0, 1, 2), endpoints=[exact])
-    row = {"claim": "C1", "endpoint": "a", "SAEs": "g", "pairs needed": None, "finds": "nothing"}
-    assert "this run finds no difference that there can be" in results._needed(row)
+    assert "minimum detectable effect here is 0.0" in told((0, 1, 2), endpoints=[exact])
+    row = {"claim": "C1", "endpoint": "a", "SAEs": "g", "pairs needed": None, "MDE": "nothing"}
+    assert "larger than any difference that there can be" in results._needed(row)
 
 
 def test_reliability_is_of_the_arm_that_decides(tmp_path, monkeypatch):

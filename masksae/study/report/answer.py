@@ -130,6 +130,8 @@ def _decided(rows: dict, name: str, subject: str) -> str:
         f"{row['margin']:g} could be shown",
         "not measurable": "is not measurable",
     }.get(row["verdict"], "")
+    if row["verdict"] == "inconclusive" and way(Effect.from_dict(row)) != "no clear change":
+        said += ", once corrected for the number of endpoints"
     subject = subject.format(row["score"].rpartition("_")[2])
     return f"{subject} {sentence(Effect.from_dict(row), labels.score(row['score']).digits, said)}."
 

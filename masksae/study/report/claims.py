@@ -316,7 +316,7 @@ def _told(claim: str, endpoint: str, row: dict) -> dict:
         "p, Holm": row.get("p_holm"),
         "p, equivalence": row.get("p_equivalent"),
         "margin": row.get("margin"),
-        "finds": "nothing" if (row.get("detectable") or 0) > most else row.get("detectable"),
+        "MDE": "nothing" if (row.get("detectable") or 0) > most else row.get("detectable"),
         "pairs needed": row.get("pairs_needed"),
         "why": row.get("reason", ""),
     }

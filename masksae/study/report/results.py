@@ -163,7 +163,7 @@ def profile_part(root: Path, name: str) -> str:
         ),
         "### Verdicts",
         _readable(verdict_table(claims)),
-        f"`results/{name}/claims.json`. *Finds*: the smallest true difference that the rule finds four times of five.",
+        f"`results/{name}/claims.json`. *MDE*: the minimum detectable effect, at 80 % power.",
         "*Our bound* (C5) was chosen after a pilot had shown the fall ([what was "
         "known](preregistration.md#what-was-known-at-the-freeze)): the result is the size.",
         "### Beside the verdicts",
@@ -282,12 +282,12 @@ behave otherwise: `make repro PROFILE=paper` is sized for that ([scale](scale.md
 
 def _needed(row: dict) -> str:
     """What it takes to settle an endpoint that is inconclusive, a row of `verdict_table`."""
-    pairs, finds = row["pairs needed"], row["finds"]
-    if finds is None:
+    pairs, least = row["pairs needed"], row["MDE"]
+    if least is None:
         return "one pair gives no interval; train a second"
-    more = f"{pairs} pairs" if pairs else "not to be settled by a thousand pairs with the same items"
-    seen = "no difference that there can be" if finds == "nothing" else f"{number(finds)} and more"
-    return f"{more}, were the effect the one found here; this run finds {seen}"
+    more = f"{pairs} pairs would" if pairs else "even a thousand pairs with the same items would not"
+    seen = "larger than any difference that there can be" if least == "nothing" else number(least)
+    return f"{more} give a verdict if the true effect is the one observed; the minimum detectable effect here is {seen}"
 
 
 def _scale(profile: Profile) -> str:
