@@ -43,11 +43,12 @@ def reproduce(profile) -> int:
     if status == 0:
         name = load_profile(profile).name
         print(f"\nResults: results/{name}/claims.json, figures/{name}/, build/{name}/*.ipynb (executed notebooks)\n")
-        for key, value in read_json(repository() / "results" / name / "claims.json").items():
-            print(f"  {key}  {value['verdict']:13} {value['claim']}")
-        print(f"\n{to_text(times.table(times.times(repository() / 'build' / name)))}")
         from masksae.app import site
+        from masksae.study.report.claims import spoken
 
+        for key, value in read_json(repository() / "results" / name / "claims.json").items():
+            print(f"  {key}  {spoken(value):16} {value['claim']}")
+        print(f"\n{to_text(times.table(times.times(repository() / 'build' / name)))}")
         print(f"\n{site.where_to_read()}")
     return status
 

@@ -22,7 +22,7 @@ from masksae import progress
 from masksae.errors import DataError, MasksaeError
 from masksae.files import ANYTHING, PROFILES, atomic_dir, ensure_writable, read_json, repository, write_text
 from masksae.study.profile import load_profile
-from masksae.study.report.claims import CLAIMS
+from masksae.study.report.claims import CLAIMS, spoken
 from masksae.study.report.effects import describe
 from masksae.study.report.labels import score
 from masksae.study.report.tables import to_markdown
@@ -192,7 +192,7 @@ class _Run:
         """Markdown table of the verdicts, "" where there are none."""
         rows = [["", "claim", "verdict", "unmasked → masked"]]
         for key, value in self.claims.items():
-            rows.append([f"[{key}](#{_label(key)})", _text(CLAIMS[key]), value["verdict"], _text(_told(value))])
+            rows.append([f"[{key}](#{_label(key)})", _text(CLAIMS[key]), spoken(value), _text(_told(value))])
         return to_markdown(rows) if self.claims else ""
 
 
@@ -335,7 +335,7 @@ def _claims(root: Path, runs: list[_Run]) -> str:
             if claim in verdicts:
                 link = f"[{_text(name)}]({name}/index.md)" if name in here else _text(name)
                 value, shown = verdicts[claim], _shown(here[name], claim) if name in here else ["not run here", ""]
-                rows.append([link, value["verdict"], _text(_told(value)), *shown])
+                rows.append([link, spoken(value), _text(_told(value)), *shown])
         table = to_markdown(rows) if len(rows) > 1 else "No profile says anything of it.\n"
         parts.append(f"({_label(claim)})=\n## {claim}: {_text(words)}\n\n{table}")
     return "\n".join(parts)

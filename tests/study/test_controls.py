@@ -79,10 +79,10 @@ def test_words_and_numbers_of_the_table():
     ]  # fmt: skip
     assert f1["random weights"] == "0.365 (1 of 2)"
     letters, credit, contexts, _ = report.control_words(rows)
-    assert "letter: full absorption 0.200, no lower than the trained SAEs' 0.180; F1" in letters and "0.36" in letters
-    assert "permuted, 0.080: so much is credited" in credit and "no lower than the trained SAEs' 0.100" in contexts
+    assert "0.200 on full absorption, not lower than the trained SAEs' 0.180" in letters and "0.36" in letters
+    assert "permuted, 0.080: so much is credited" in credit and "not lower than the trained SAEs' 0.100" in contexts
     low = [row | {"mean_full": 0.01} if row["control"] == "random" else row for row in rows]
-    assert "0.010, lower than the trained SAEs' 0.180" in report.control_words(low)[0]
+    assert "0.010 on full absorption, lower than the trained SAEs' 0.180" in report.control_words(low)[0]
     frozen = report.control_words([*rows, *numbers("frozen", 0, 0.21, 0.14)])
     assert len(frozen) == 6 and frozen[2].endswith("where it began, 0.210, at an F1 of 0.14 (1 pairs).")
 

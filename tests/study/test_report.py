@@ -103,6 +103,7 @@ def test_a_fall_is_slight_only_within_its_bound():
     bound = lambda value: [
         Endpoint(name="ev", claim="C5", score="ev_centred", direction=-1, margin=0.005, items="fixed", slight=value)
     ]
+    assert claims.spoken(found) == "outside our bound"  # a bound of ours, and no word on the paper's
     assert judged(*planted(), endpoints=bound(0.1))["C5"]["verdict"] == "supported"
     assert judged(*planted(), endpoints=bound(-found["difference"]))["C5"]["verdict"] == "inconclusive"
     rising = [row | {"ev_centred": row["ev_centred"] + 0.1 * (row["p"] > 0)} for row in planted()[0]]
@@ -421,6 +422,8 @@ def test_what_differs_from_the_preregistration_is_exploratory(tmp_path, monkeypa
     assert (
         preregistration.digest(changed) != preregistration.digest(profile) and preregistration.digest(profile) in page
     )
+    write_text(tmp_path / preregistration.PAGE, page.replace("The bound of C5", "What is told afterwards"))
+    assert preregistration.status(profile).startswith("Decided")
     write_text(tmp_path / preregistration.PAGE, page.replace("Inconclusive", "Perhaps"))
     assert preregistration.status(profile).startswith("Exploratory")
     (tmp_path / preregistration.PAGE).unlink()
@@ -464,9 +467,9 @@ def test_what_it_takes_to_settle_an_endpoint(tmp_path):
 
     exact = Endpoint(name="a", claim="C1", score="mean_full", direction=-1, margin=1e-9, items="fixed")
     assert "* C1, a: one pair gives no interval" in told((0,), endpoints=[exact]) and "thousand" not in told((0,))
-    assert "pairs, were the effect the one found here; this run finds 0.0" in told((0, 1, 2), endpoints=[exact])
-    row = {"claim": "C1", "endpoint": "a", "SAEs": "g", "pairs needed": None, "finds": "nothing"}
-    assert "this run finds no difference that there can be" in results._needed(row)
+    assert "minimum detectable effect here is 0.0" in told((0, 1, 2), endpoints=[exact])
+    row = {"claim": "C1", "endpoint": "a", "SAEs": "g", "pairs needed": None, "MDE": "nothing"}
+    assert "larger than any difference that there can be" in results._needed(row)
 
 
 def test_reliability_is_of_the_arm_that_decides(tmp_path, monkeypatch):

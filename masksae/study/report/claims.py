@@ -294,22 +294,29 @@ def grid_table(found: dict[str, dict]) -> list[dict]:
     return rows
 
 
+def spoken(row: dict) -> str:
+    """The verdict of a row for a reader: of a claim with a size in it, that the size was bounded by us."""
+    bounds = {"supported": "within our bound", "contradicted": "outside our bound"} if "slight" in row else {}
+    small = row.get("within_margin") and row["verdict"] in ("supported", "contradicted")
+    verdict = bounds.get(row["verdict"], row["verdict"])
+    return f"{verdict}, within the margin" if small else verdict
+
+
 def _told(claim: str, endpoint: str, row: dict) -> dict:
     change = describe(stats.Effect.from_dict(row), detectable=False) if "difference" in row else ""
     most = 1 if "score" in row and labels.score(row["score"]).digits > 1 else math.inf  # it lies between 0 and 1
-    small = row.get("within_margin") and row["verdict"] in ("supported", "contradicted")
     return {
         "claim": claim,
         "endpoint": f"{endpoint} (secondary)" if row.get("primary") is False else endpoint,
         "SAEs": row.get("grid", ""),
-        "verdict": f"{row['verdict']}, within the margin" if small else row["verdict"],
+        "verdict": spoken(row),
         "unmasked → treated": row.get("size_in_words") or change,
         "clean L0": "{:.1f} → {:.1f}".format(*row["clean_l0"]) if "clean_l0" in row else "",
         "pairs × items": " × ".join(str(row[key]) for key in ("pairs", "items") if row.get(key)),
         "p, Holm": row.get("p_holm"),
         "p, equivalence": row.get("p_equivalent"),
         "margin": row.get("margin"),
-        "finds": "nothing" if (row.get("detectable") or 0) > most else row.get("detectable"),
+        "MDE": "nothing" if (row.get("detectable") or 0) > most else row.get("detectable"),
         "pairs needed": row.get("pairs_needed"),
         "why": row.get("reason", ""),
     }

@@ -54,10 +54,10 @@ def control_words(rows: list[dict]) -> list[str]:
     for task, (full, f1) in TASKS.items() if {"trained", "random", "permuted"} <= pairs.keys() else ():
         mean = {k: [fmean(row[key] for row in mine.values()) for key in (full, f1)] for k, mine in pairs.items()}
         (trained, trained_f1), (random, random_f1) = mean["trained"], mean["random"]
-        verdict = "no lower" if random >= trained else "lower"
+        verdict = "not lower" if random >= trained else "lower"
         told.append(
-            f"Random weights have learned nothing of {task}: full absorption {random:.3f}, {verdict} than the trained "
-            f"SAEs' {trained:.3f}; F1 of the main latents {random_f1:.2f}, where theirs is {trained_f1:.2f}."
+            f"For {task}, an SAE with random weights scores {random:.3f} on full absorption, {verdict} than the "
+            f"trained SAEs' {trained:.3f}; the F1 of its main latents is {random_f1:.2f}, of theirs {trained_f1:.2f}."
         )
         told.append(
             f"With the decoder's rows permuted, {mean['permuted'][0]:.3f}: so much is credited to directions drawn by "

@@ -31,8 +31,11 @@ LETTERS = ("mean_", "main_", "dense_absorbers")
 """What the names of scores of first letters begin with: there are no other letters, so that only pairs vary."""
 
 ITEMS = {
-    "letters": {"full": "mean_full", "specific": "mean_specific", "f1": "main_f1"},
-    "parents": {"full": "context_full", "specific": "context_specific", "f1": "context_main_f1"},
+    "letters": {"full": "mean_full", "specific": "mean_specific", "f1": "main_f1", "recall": "main_recall"},
+    "parents": {
+        **{"full": "context_full", "specific": "context_specific", "f1": "context_main_f1"},
+        "recall": "context_main_recall",
+    },
 }
 """Tables inside rows, their columns, and the scores that are means over those."""
 
@@ -237,6 +240,27 @@ def describe(e: Effect, digits: int = 3, *, detectable: bool = True) -> str:
         interval += f"; detectable {_fixed(e.detectable, digits)}"
     difference = ("+" if e.difference > 0 else "") + _fixed(e.difference, digits)
     return f"{_fixed(e.baseline, digits)} → {_fixed(e.treated, digits)} ({difference}, {interval})"
+
+
+def way(e: Effect) -> str:
+    """ "falls" or "rises" if the interval lies on one side of 0; else "no clear change"."""
+    if e.low is None or e.low <= 0 <= e.high:
+        return "no clear change"
+    return "falls" if e.high < 0 else "rises"
+
+
+def sentence(e: Effect, digits: int = 3, said: str = "") -> str:
+    """A change as the end of a sentence. said: a verdict in place of what the interval says.
+
+    >>> sentence(paired_effect([0.2, 0.2, 0.2], [0.09, 0.1, 0.11]), 2)
+    'falls (0.20 to 0.10; difference −0.10, 95 % interval −0.12 to −0.08)'
+    """
+    ends = "one pair, no interval"
+    if e.low is not None:
+        ends = f"{percent(e)} interval {_fixed(e.low, digits, '+')} to {_fixed(e.high, digits, '+')}"
+    values = f"{_fixed(e.baseline, digits)} to {_fixed(e.treated, digits)}"
+    said = said or way(e).replace("no clear", "shows no clear")
+    return f"{said} ({values}; difference {_fixed(e.difference, digits, '+')}, {ends})"
 
 
 def percent(e: Effect) -> str:

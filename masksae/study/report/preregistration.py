@@ -61,10 +61,42 @@ is trained; the order of commits shows that. Every result says by its digest whi
 """
 
 
+KNOWN = """<!-- told afterwards: the digests are of what stands above and of the profiles below -->
+## What was known at the freeze
+
+Endpoints, margins and bounds were written on 25 November 2026 (commits 9a6e0f8 and 9c08f95; last changed for `laptop`
+in 6a4feff and for `overnight` in c6026cb), before a masked SAE of these profiles was trained. They were not written
+blindly. A pilot of unmasked and masked SAEs had been trained and scored: the same model and layer, the same texts,
+first letters, and the same mask token, end-of-text (`<|endoftext|>`).
+
+* **Explained variance.** In the run of version 0.2 (`git show 9a6e0f8:results/laptop/reconstruction.json`) it fell by
+  0.034 as trained and by 0.051 at clean L0 20 (Matryoshka BatchTopK, five pairs), and by 0.031 and 0.047 (BatchTopK,
+  three pairs). The maintainers also report five masked seeds on which it fell by 0.032. No file of their scores is in
+  the history of this repository, so this number cannot be computed again.
+* **Robustness.** On those five seeds the maintainers report a result with two sides: one where an ordinary token takes
+  the place of another, one where the mask token does. No file of it is in the history either.
+* **Absorption, probing and the gap** of version 0.2 had been seen too (`git show 9a6e0f8:docs/results.md`).
+  First-letter absorption changed by −0.027 as trained (95 % interval −0.059 to +0.005) and by +0.060 at clean L0 20
+  (+0.033 to +0.088; Matryoshka BatchTopK, five pairs).
+* For `overnight` the results of `laptop` were known as well when its last numbers were set (the k and the noise found
+  on pair 99, the weight of C2R). Endpoints, margins and bounds did not change after `laptop` was scored.
+
+What came after the pilot:
+
+* **The bound of C5.** "Slightly" was set to less than 0.02, below each of these falls. That C5 exceeds the bound is
+  therefore no finding. Its result is the size of the fall, with its interval.
+* **The side of R that decides.** The ordinary random token was made the primary endpoint, and no endpoint was made of
+  the mask token. The other side is reported beside it, and decides nothing.
+* **All other endpoints and margins**, the architecture that decides (TopK, after `masksae gate` on unmasked SAEs alone)
+  and the context features that decide. Those that masked SAEs of the pilot had been scored on are named below as
+  deciding nothing. The seeds of the pairs are new; model, texts and letters are not.
+"""
+
+
 def page(profiles: list[Profile]) -> str:
     """docs/preregistration.md of some profiles."""
     parts = [f"<!-- {p.name} {digest(p)} -->\n{text(p)}<!-- end -->\n" for p in profiles]
-    return "\n".join([HEAD, *parts])
+    return "\n".join([HEAD, KNOWN, *parts])
 
 
 def text(profile: Profile) -> str:

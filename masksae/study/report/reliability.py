@@ -68,7 +68,7 @@ def page_table(table: pd.DataFrame) -> str:
         "score": ("score", str),
         "mean, unmasked": ("unmasked", number),
         "SD between seeds": ("between seeds", "{:.4f}".format),
-        "masked less unmasked": ("arms differ by", "{:+.3f}".format),
+        "masked minus unmasked": ("arms differ by", "{:+.3f}".format),
         "smallest difference seen": ("seen from", number),
         "more latents move it by": ("signal", _signal),
     }
