@@ -84,7 +84,13 @@ def check_fit(profile) -> None:
     from masksae.study.run import Run
 
     run = Run(profile)
-    if parts := missing(run):
+    parts, first = missing(run), run.parts[0]
+    if first.part not in parts and any(map(run.missing, first.groups)):
+        print(
+            f"Notebook 10 looks into the SAEs of {first.name}, which are not here: they are trained for it.", flush=True
+        )
+        parts = [first.part, *parts]
+    if parts:
         plan = Plan(run.profile, parts)
         memory, disk = (sum(parts.values()) / 1e9 for parts in (plan.memory(run.device), plan.disk()))
         needs = f"{run.profile.name} needs about {memory:.1f} GB of memory on {run.device} and {disk:.1f} GB of disk"

@@ -126,18 +126,21 @@ def test_a_plan_is_of_what_is_not_made_yet():
     assert sum(nothing.disk().values()) < 3e9 and nothing.work[1].sae_flop == 0 and "fits" in text(nothing, "cpu")
 
 
-def test_a_run_whose_rows_are_kept_needs_no_training(project, monkeypatch, capsys):
-    """As in a fresh clone with committed rows: no SAE is there, and none is trained."""
+def test_a_run_whose_rows_are_kept_needs_no_training_but_of_what_is_looked_into(project, monkeypatch, capsys):
+    """As in a fresh clone with committed rows: no SAE is there, and those of the first pair are trained for notebook
+    10."""
     monkeypatch.setattr(check, "SCORES", {"training": work.SCORES["training"]})
     tiny = profile(project, keep_pairs=True)
     run = Run(tiny)
     assert [part.name for part in check.missing(run)] == ["main-s0", "main-s1", "matryoshka-s0"]
     work.work_off(run, ("training",))
     shutil.rmtree(project / "cache/saes")
+    planned = []
+    with monkeypatch.context() as patch:
+        patch.setattr("masksae.app.plan.Plan.check", lambda plan, *_: planned.append([p.name for p in plan.parts]))
+        repro.check_fit(tiny)
+    assert "trained for it" in capsys.readouterr().out and planned == [["main-s0"]]
     monkeypatch.setattr("masksae.app.plan.available_bytes", lambda _: 1e6)
-    capsys.readouterr()
-    repro.check_fit(tiny)
-    assert capsys.readouterr().out == ""
     run.parts[1].notes.file.unlink()
     assert [part.name for part in check.missing(Run(tiny))] == ["main-s1"]
     with pytest.raises(ConfigError, match="0.0 GB are free"):
