@@ -143,6 +143,8 @@ def dvc(command: str, profile) -> int:
     if not (repository() / "dvc.yaml").exists():
         raise ConfigError(f"{repository()} is in no clone of the project (there is no dvc.yaml). Change into one.")
     file = pipeline_file(profile)
+    if (repository() / "build" / load_profile(profile).name / "projection").exists():
+        project_notebooks(profile)  # another version of a library is no file that DVC could look at
     _drop_torn_lock(repository() / ".dvc/tmp/rwlock")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # the stages call `python`
     command_line = [sys.executable, "-m", "dvc", command, str(file)]
